@@ -1,0 +1,1 @@
+"""The service and CLI on one machine: plans rounds, gathers updates, keeps every version of the adapter."""

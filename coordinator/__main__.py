@@ -1,0 +1,7 @@
+"""`python -m coordinator` is `coordinator`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

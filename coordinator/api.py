@@ -1,0 +1,179 @@
+"""The HTTP API on loopback that the CLI speaks, behind a token that lies beside the ledger, readable by the owner alone."""
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from bandit.tuner import NoArm, Tuner
+from federated.errors import ConfigError, RankfleetError
+from federated.files import write_atomic
+
+from . import store
+from .job import Plan, read_job
+from .service import Service
+
+
+def _json(data: Any, status: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(data), status=status, content_type="application/json")
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    """A RankfleetError is an answer, with its hint."""
+    if request.headers.get("Authorization") != f"Bearer {request.app[TOKEN]}" and request.path != "/health":
+        return _json({"error": "the token is wrong", "hint": "use the data_dir of the running service"}, 401)
+    try:
+        answer: web.StreamResponse = await handler(request)
+        return answer
+    except RankfleetError as error:
+        return _json({"error": str(error.args[0]), "hint": error.hint}, 400)
+
+
+TOKEN: web.AppKey[str] = web.AppKey("token", str)
+
+
+class Api:
+    """Routes onto a service."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.app = web.Application(middlewares=[_errors], client_max_size=4 << 20)
+        self.app[TOKEN] = secrets.token_urlsafe(24)
+        self.app.add_routes([
+            web.get("/health", self.health), web.get("/jobs", self.jobs), web.post("/jobs", self.submit),
+            web.post("/jobs/{job}/{verb}", self.verb), web.get("/jobs/{job}/rounds", self.rounds), web.get("/devices", self.devices),
+            web.post("/devices/{device}/invite", self.invite), web.get("/jobs/{job}/arms", self.arms),
+            web.get("/jobs/{job}/versions", self.versions), web.post("/jobs/{job}/versions/{number}/{verb}", self.version_verb),
+        ])
+
+    async def start(self, home: Path, port: int) -> web.AppRunner:
+        """Listen on loopback and write `api.json`."""
+        runner = web.AppRunner(self.app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", port)
+        await site.start()
+        real = runner.addresses[0][1]
+        write_atomic(home / "api.json", msgspec.json.encode({"url": f"http://127.0.0.1:{real}", "token": self.app[TOKEN]}), 0o600)
+        return runner
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Is the service up, and does it reach its broker?"""
+        s = self.service
+        return _json({"ok": s.bus.connected.is_set(), "broker": s.broker_url, "problem": getattr(s.bus, "problem", ""),
+                      "dropped": s.dropped, "corrupt_chunks": s.uploads.corrupt, "job": s.runner.job if s.runner else ""})
+
+    async def jobs(self, request: web.Request) -> web.Response:
+        """All jobs."""
+        rows = sorted(self.service.ledger.rows(store.jobs), key=lambda r: r["number"])
+        return _json([{"job": r["id"], "state": r["state"], "created": r["created"], "reason": r["reason"],
+                       "round": max((x["number"] for x in self.service.ledger.rows(store.rounds, job=r["id"])), default=None)} for r in rows])
+
+    async def submit(self, request: web.Request) -> web.Response:
+        """Validate a job whole; queue it unless `dry`. Answers with what each known device would get."""
+        text = await request.text()
+        plan = self.service.plan(read_job(text))
+        preview = self.preview(plan)
+        return _json({"job": "" if request.query.get("dry") else self.service.submit(text), "devices": preview})
+
+    def preview(self, plan: Plan) -> list[dict[str, Any]]:
+        """Device → arm of the first round, or why there is none."""
+        spec = plan.spec
+        tuner = Tuner(plan.policy, plan.card, plan.modules, spec.arms, max_depth=plan.max_depth, length=spec.task.max_length,
+                      head=plan.head_size, keep=plan.keep, seed=spec.seed)
+        rows, fleet = [], []
+        for row in self.service.ledger.rows(store.devices):
+            device, reason = row["id"], self.service.devices.why_not(row["id"], plan)
+            profile, said = self.service.devices.profile(device), self.service.devices.said(device)
+            if not reason and profile and said:
+                try:
+                    tuner.join(device, profile, said.bits_ms)
+                    tuner.feasible(device, profile, 0)
+                    fleet.append((device, profile, 1.0))
+                    continue
+                except NoArm as error:
+                    reason = str(error)
+            rows.append({"device": device, "arm": "", "why": reason})
+        for device, choice in tuner.choose(0, fleet).items() if fleet else ():
+            rows.append({"device": device, "arm": choice.arm.text(), "why": choice.why})
+        return sorted(rows, key=lambda r: r["device"])
+
+    async def verb(self, request: web.Request) -> web.Response:
+        """cancel, pause or resume."""
+        job, verb = request.match_info["job"], request.match_info["verb"]
+        row = self.service.ledger.row(store.jobs, id=job)
+        if row is None:
+            raise ConfigError(f"no job `{job}`", "coordinator jobs")
+        if row["state"] in ("finished", "failed", "cancelled"):
+            raise ConfigError(f"job `{job}` is {row['state']}")
+        if verb == "cancel":
+            self.service.cancel(job)
+        elif verb in ("pause", "resume"):
+            self.service.ledger.change(store.jobs, {"id": job}, state="paused" if verb == "pause" else "running")
+            self.service._changed()
+        else:
+            raise ConfigError(f"`{verb}` is not one of cancel, pause, resume")
+        return _json({"job": job, "done": verb})
+
+    async def rounds(self, request: web.Request) -> web.Response:
+        """Rounds of a job with every device's arm, state, loss, seconds; and events."""
+        job, ledger = request.match_info["job"], self.service.ledger
+        if ledger.row(store.jobs, id=job) is None:
+            raise ConfigError(f"no job `{job}`", "coordinator jobs")
+        found = []
+        versions = {r["number"]: r for r in ledger.rows(store.versions, job=job)}
+        for row in ledger.rows(store.rounds, job=job):
+            version = versions.get(row["number"])
+            found.append({"round": row["number"], "state": row["state"], "opened": row["opened"], "closed": row["closed"],
+                          "expected_s": row["expected_s"], "info": store.read(row["info"]),
+                          "version": store.read(version["metrics"]) if version else {}, "devices": self._assigned(job, row["number"])})
+        events = [{"at": e["at"], "device": e["device"], "text": e["text"]} for e in ledger.rows(store.events, job=job)]
+        return _json({"rounds": found, "live": self.service.live, "events": events})
+
+    def _assigned(self, job: str, number: int) -> list[dict[str, Any]]:
+        rows = self.service.ledger.rows(store.assignments, job=job, round=number)
+        return [{"device": r["device"], "state": r["state"], "arm": store.read(r["arm"]), "why": r["why"], "seconds": r["seconds"],
+                 "reason": r["reason"], "resumed": r["resumed"], "telemetry": store.read(r["telemetry"])} for r in rows]
+
+    async def devices(self, request: web.Request) -> web.Response:
+        """The fleet."""
+        self.service._flush()
+        return _json([{**row, "live": self.service.live.get(row["device"], {})} for row in self.service.devices.table()])
+
+    async def invite(self, request: web.Request) -> web.Response:
+        """A claim token."""
+        device = request.match_info["device"]
+        return _json({"device": device, "token": self.service.invite(device)})
+
+    async def arms(self, request: web.Request) -> web.Response:
+        """Arms that were used, and what the tuner believes."""
+        job = request.match_info["job"]
+        rows = self.service.ledger.rows(store.assignments, job=job)
+        runner = self.service.runner
+        believed = {}
+        if runner is not None and runner.job == job:
+            believed = {d: runner.tuner.explain(d) for d in runner.tuner.state["devices"]}
+        return _json({"used": [{"round": r["round"], "device": r["device"], "arm": store.read(r["arm"]), "why": r["why"]} for r in rows],
+                      "tuner": believed})
+
+    async def versions(self, request: web.Request) -> web.Response:
+        """Versions with their held-out figures."""
+        rows = self.service.ledger.rows(store.versions, job=request.match_info["job"])
+        return _json([{"version": r["number"], "state": r["state"], "digest": r["digest"], "created": r["created"],
+                       "metrics": store.read(r["metrics"])} for r in rows])
+
+    async def version_verb(self, request: web.Request) -> web.Response:
+        """promote: this version is good. rollback: this version is good and every later one is not."""
+        job, verb, text = request.match_info["job"], request.match_info["verb"], request.match_info["number"]
+        number = int(text) if text.isdigit() else -1
+        rows = {r["number"]: r for r in self.service.ledger.rows(store.versions, job=job)}
+        if number not in rows or not (self.service.config.home / "jobs" / job / f"v{number:06d}").exists():
+            raise ConfigError(f"job `{job}` has no version {text} on disk", f"coordinator versions list {job}")
+        if verb not in ("promote", "rollback"):
+            raise ConfigError(f"`{verb}` is not one of promote, rollback")
+        self.service.ledger.change(store.versions, {"job": job, "number": number}, state="good")
+        for later in (n for n in rows if n > number and verb == "rollback"):
+            self.service.ledger.change(store.versions, {"job": job, "number": later}, state="rolled back")
+        return _json({"job": job, "version": number, "done": verb})

@@ -1,0 +1,65 @@
+"""From admitted updates to the next version: reduce, step, apply. The one place where product and factor space part."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from federated.errors import WireError
+from federated.stack import ServerSide
+from federated.tensors import Array
+from federated.update import LowRank, Update
+
+from . import aggregate
+from .aggregate import Operator, Term
+from .registry import Version
+
+Change = dict[str, Array | Operator]
+
+
+def reduce(server: ServerSide, updates: list[Update], number: int) -> Change:
+    """The aggregate, after the stack's own `reduce` and `step` where it has them."""
+    own = server.reduce(updates, number)
+    change: Change = {}
+    if own is not None:
+        change = {k: _operator(v) for k, v in own.items()}
+    elif server.stack.space == "product":
+        change = dict(aggregate.product(updates))
+    else:
+        change = dict(aggregate.factor_mean(updates))
+    if server.stack.using("step"):
+        plain = {k: v.stacked() if isinstance(v, Operator) else v for k, v in change.items()}
+        change = {k: _operator(v) for k, v in server.step(plain, number).items()}
+    return change
+
+
+def _operator(value: Array | LowRank) -> Array | Operator:
+    if isinstance(value, LowRank):
+        return Operator(value.B.shape[0], value.A.shape[1], lambda: [Term(value.B, value.A)])
+    return value
+
+
+def step(old: Version, change: Mapping[str, Array | Operator], number: int) -> Version:
+    """The version after `change`. Raises WireError where a method's result fits nothing."""
+    pairs, dense = dict(old.pairs), dict(old.dense)
+    for name, value in sorted(change.items()):
+        if isinstance(value, Operator):
+            pair = pairs[name]
+            pairs[name] = aggregate.merge(pair, value, pair.A.shape[0])
+        elif name[:-2] in pairs and name.endswith((".A", ".B")):
+            pairs[name[:-2]] = _moved(pairs[name[:-2]], name[-1], value)
+        elif name in dense and dense[name].shape == value.shape:
+            dense[name] = (dense[name] + value).astype(np.float32)
+        else:
+            raise WireError(f"the aggregate holds `{name}`, which the adapter does not have in that shape")
+    return Version(old.number + 1, pairs, dense, {}, {})
+
+
+def _moved(pair: LowRank, side: str, delta: Array) -> LowRank:
+    b, a = pair.B.astype(np.float32), pair.A.astype(np.float32)
+    if side == "B":
+        b = b.copy()
+        b[:, : delta.shape[1]] += delta
+    else:
+        a = a.copy()
+        a[: delta.shape[0]] += delta
+    return LowRank(b, a)

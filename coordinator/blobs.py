@@ -1,0 +1,74 @@
+"""Downloads by demand: wants are gathered for a moment, then each missing piece is published once for all who asked."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+from federated.bus import Bus
+from federated.files import write_atomic
+from federated.messages import Blob, Ranges
+from federated.topics import Topics
+from federated.transfer import blob_of, cut, numbers
+
+log = logging.getLogger(__name__)
+
+
+class Blobs:
+    """Everything that devices may fetch, by digest, in one folder."""
+
+    def __init__(self, bus: Bus, topics: Topics, folder: Path, packet: int, gather_ms: float) -> None:
+        self.bus, self.topics, self.folder, self.packet, self.gather_s = bus, topics, folder, packet, gather_ms / 1e3
+        self._known: dict[str, Blob] = {}
+        self._wanted: dict[str, set[int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.published = 0
+
+    def put(self, data: bytes) -> Blob:
+        """Keep `data` on disk and return its address."""
+        blob = blob_of(data, min(self.packet, self.bus.packet))
+        path = self.folder / blob.digest
+        if not path.exists():
+            write_atomic(path, data)
+        self._known[blob.digest] = blob
+        return blob
+
+    def know(self, blob: Blob) -> None:
+        """An address from an earlier life of this service."""
+        if (self.folder / blob.digest).exists():
+            self._known[blob.digest] = blob
+
+    def path(self, digest: str) -> Path:
+        """Where the content lies."""
+        return self.folder / digest
+
+    def want(self, digest: str, missing: Ranges) -> None:
+        """Someone asks for pieces; unknown digests are ignored."""
+        blob = self._known.get(digest)
+        if blob is None:
+            log.warning("a device wants blob %s, which is not offered", digest[:12])
+            return
+        waiting = digest in self._wanted
+        self._wanted.setdefault(digest, set()).update(numbers(missing, blob.chunks))
+        if not waiting:
+            task = asyncio.create_task(self._publish(blob), name=f"blob-{digest[:8]}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _publish(self, blob: Blob) -> None:
+        await asyncio.sleep(self.gather_s)
+        pieces = sorted(self._wanted.pop(blob.digest, set()))
+        try:
+            data = (self.folder / blob.digest).read_bytes()
+        except OSError as error:
+            log.error("blob %s: %s", blob.digest[:12], error)
+            return
+        for number in pieces:
+            self.published += 1
+            await self.bus.publish(self.topics.blob(blob.digest), cut(data, blob, number))
+
+    def forget(self, keep: set[str]) -> None:
+        """Remove what no live version needs."""
+        for path in list(self.folder.glob("*")) if self.folder.exists() else []:
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+                self._known.pop(path.name, None)

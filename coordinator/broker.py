@@ -1,0 +1,102 @@
+"""The broker that `coordinator serve` brings: Mosquitto as a managed child where it is installed, else amqtt in a child.
+
+A child of its own, in both cases, so that a broker that dies takes nothing with it and is started again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from federated.errors import ConfigError
+from federated.files import write_atomic
+
+from .config import Broker
+
+log = logging.getLogger(__name__)
+
+
+def mosquitto() -> str | None:
+    """The Mosquitto server, if it is installed; Debian puts it where users' PATH does not look."""
+    return shutil.which("mosquitto") or next((p for p in ("/usr/sbin/mosquitto", "/opt/homebrew/sbin/mosquitto",
+                                                          "/usr/local/sbin/mosquitto") if Path(p).exists()), None)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody uses now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class BrokerChild:
+    """Runs until `stop`, restarted with a growing pause when it ends."""
+
+    def __init__(self, config: Broker, home: Path) -> None:
+        self.kind = config.kind if config.kind != "auto" else ("mosquitto" if mosquitto() else "amqtt")
+        if self.kind == "mosquitto" and not mosquitto():
+            raise ConfigError("broker.kind is mosquitto, and no mosquitto is installed", "apt install mosquitto, or `kind: amqtt`")
+        if self.kind not in ("mosquitto", "amqtt"):
+            raise ConfigError(f"broker.kind `{config.kind}` is not known", "auto, mosquitto or amqtt")
+        self.host, self.port, self.home = config.host, config.port or free_port(), home
+        self.process: asyncio.subprocess.Process | None = None
+        self.restarts = 0
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """Address for clients on this machine."""
+        return f"mqtt://{self.host}:{self.port}"
+
+    def command(self) -> list[str]:
+        """What is run."""
+        if self.kind == "amqtt":
+            return [sys.executable, "-m", "coordinator.amqtt_broker", self.host, str(self.port)]
+        conf = self.home / "mosquitto.conf"
+        write_atomic(conf, f"listener {self.port} {self.host}\nallow_anonymous true\npersistence false\n"
+                           "max_queued_messages 10000\nlog_type error\n".encode())
+        return [mosquitto() or "mosquitto", "-c", str(conf)]
+
+    async def start(self) -> None:
+        """Start the child and wait until it listens. Raises ConfigError where it cannot."""
+        self._task = asyncio.create_task(self._keep(), name="broker")
+        for _ in range(200):
+            await asyncio.sleep(0.05)
+            if await self.listening():
+                return
+            if self.restarts > 3:
+                break
+        await self.stop()
+        raise ConfigError(f"the {self.kind} broker does not listen on {self.host}:{self.port}",
+                          "is the port in use? set `broker.port` to another one, or 0")
+
+    async def listening(self) -> bool:
+        """Does somebody answer on the port, while our child lives?"""
+        if self.process is None or self.process.returncode is not None:
+            return False
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(self.host, self.port)
+            writer.close()
+            return True
+        return False
+
+    async def _keep(self) -> None:
+        while True:
+            self.process = await asyncio.create_subprocess_exec(*self.command(), stdout=asyncio.subprocess.DEVNULL,
+                                                                stderr=asyncio.subprocess.DEVNULL)
+            code = await self.process.wait()
+            self.restarts += 1
+            log.warning("the %s broker ended with code %s and is started again", self.kind, code)
+            await asyncio.sleep(min(5.0, 0.2 * self.restarts))
+
+    async def stop(self) -> None:
+        """End the child."""
+        if self._task:
+            self._task.cancel()
+        if self.process and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            await self.process.wait()

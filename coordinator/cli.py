@@ -1,0 +1,225 @@
+"""`coordinator`: serve, submit, jobs, cancel, pause, resume, rounds, devices, invite, arms, methods, versions, export, doctor."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from federated import cli
+from federated.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .config import CoordinatorConfig
+
+DEFAULT = "/etc/rankfleet/coordinator.yaml"
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser."""
+    parse = cli.parser("coordinator", "Plans and runs federated fine-tuning jobs over a fleet of small devices.")
+    group = parse.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: cli.Command, text: str, example: str, *words: str) -> argparse.ArgumentParser:
+        made = cli.command(group, name, run, text, example)
+        made.add_argument("--config", type=Path, default=Path(DEFAULT), help=f"the coordinator's YAML (default {DEFAULT})")
+        for word in words:
+            made.add_argument(word)
+        return made
+
+    verb("serve", _serve, "run the service with its broker", "coordinator serve --config coordinator.yaml")
+    verb("submit", _submit, "validate a job, show what each device would get, and queue it", "coordinator submit job.yaml --dry-run",
+         "job").add_argument("--dry-run", action="store_true", help="validate and show only")
+    verb("jobs", _jobs, "all jobs and their state", "coordinator jobs")
+    for name, text in (("cancel", "stop a job for good"), ("pause", "open no further round"), ("resume", "go on")):
+        verb(name, _change, text, f"coordinator {name} docs-1", "job")
+    verb("rounds", _rounds, "what each device did in each round", "coordinator rounds docs-1", "job")
+    verb("devices", _devices, "the fleet", "coordinator devices --json")
+    verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device")
+    verb("arms", _arms, "arms that a job used; with `explain`, why", "coordinator arms docs-1 explain", "job").add_argument(
+        "explain", nargs="?", choices=["explain"], help="add the reason of each choice and what the tuner believes")
+    verb("methods", _methods, "the catalogue of federated methods", "coordinator methods").add_argument(
+        "--all", action="store_true", help="also those for simulation only")
+    versions = verb("versions", _versions, "list, promote or roll back versions", "coordinator versions list docs-1")
+    versions.add_argument("what", choices=["list", "promote", "rollback"])
+    versions.add_argument("job")
+    versions.add_argument("number", nargs="?", type=int)
+    export = verb("export", _export, "a version as a folder that plain peft loads", "coordinator export docs-1 --to adapter/", "job")
+    export.add_argument("--to", type=Path, required=True, help="folder to write")
+    export.add_argument("--version", type=int, help="version (default: the newest good one)")
+    verb("doctor", _doctor, "find what is set up wrong", "coordinator doctor")
+    return parse
+
+
+def _config(args: argparse.Namespace) -> "CoordinatorConfig":
+    from federated.loader import load
+
+    from .config import CoordinatorConfig
+
+    return load(args.config, CoordinatorConfig)
+
+
+def _client(args: argparse.Namespace) -> "Client":
+    from .client import Client
+
+    return Client(_config(args).home)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(_service(_config(args)))
+    except OSError as error:
+        raise ConfigError(f"the service cannot start: {error}", "check `data_dir`, `broker.port` and `api_port`") from None
+    return 0
+
+
+async def _service(config: "CoordinatorConfig") -> None:
+    from federated.mqtt import MqttBus
+
+    from .api import Api
+    from .broker import BrokerChild
+    from .service import Service
+
+    config.home.mkdir(parents=True, exist_ok=True)
+    ended = asyncio.Event()
+    if sys.platform != "win32":
+        for name in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(name, ended.set)
+    broker = None if config.broker.url else BrokerChild(config.broker, config.home)
+    if broker:
+        await broker.start()
+    url = config.broker.url or (broker.url if broker else "")
+    service = Service(config, MqttBus(url, f"rf-{config.fleet}-coordinator"), url)
+    await service.start()
+    runner = await Api(service).start(config.home, config.api_port)
+    print(f"coordinator of fleet `{config.fleet}` runs; broker {url}{f' ({broker.kind})' if broker else ''}", flush=True)
+    try:
+        await ended.wait()
+    finally:
+        await runner.cleanup()
+        await service.stop()
+        if broker:
+            await broker.stop()
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from federated.loader import read
+
+    from .job import read_job_file
+
+    read_job_file(Path(args.job))
+    answer = _client(args).post("/jobs" + ("?dry=1" if args.dry_run else ""), read(Path(args.job)))
+    text = cli.table(answer["devices"])
+    cli.show(args, answer, text + (f"\nqueued as `{answer['job']}`" if answer["job"] else "\nthe job is valid"))
+    return 0
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    rows = _client(args).get("/jobs")
+    for row in rows:
+        row["created"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+    cli.show(args, rows)
+    return 0
+
+
+def _change(args: argparse.Namespace) -> int:
+    answer = _client(args).post(f"/jobs/{args.job}/{args.verb}")
+    cli.show(args, answer, f"{args.verb}: {args.job}")
+    return 0
+
+
+def arm_text(arm: dict[str, Any]) -> str:
+    """An arm as tables show it."""
+    pruned = f" p{arm['prune']:g}" if arm.get("prune") else ""
+    return f"{arm['placement']} {arm['bits']}b{pruned} x{arm['steps']}" if arm else ""
+
+
+def _rounds(args: argparse.Namespace) -> int:
+    answer = _client(args).get(f"/jobs/{args.job}/rounds")
+    rows = [{"round": r["round"], "device": d["device"], "state": d["state"], "arm": arm_text(d["arm"]),
+             "loss": d["telemetry"].get("loss_after"), "seconds": d["seconds"], "held_out": r["version"].get("devices", {}).get(d["device"]),
+             "reason": d["reason"]} for r in answer["rounds"] for d in r["devices"]]
+    cli.show(args, answer, cli.table(rows) + "".join(f"\n{e['device'] or 'job'}: {e['text']}" for e in answer["events"][-10:]))
+    return 0
+
+
+def _devices(args: argparse.Namespace) -> int:
+    rows = _client(args).get("/devices")
+    shown = [{"device": r["device"], "state": r["state"], "profile": r["profile"], "budget_mb": r["budget_mb"],
+              "now": r["live"].get("state", "idle"), "seen": f"{time.time() - r['seen']:.0f} s ago" if r["seen"] else "never",
+              "datasets": r["datasets"]} for r in rows]
+    cli.show(args, rows, cli.table(shown))
+    return 0
+
+
+def _invite(args: argparse.Namespace) -> int:
+    answer = _client(args).post(f"/devices/{args.device}/invite")
+    cli.show(args, answer, answer["token"])
+    return 0
+
+
+def _arms(args: argparse.Namespace) -> int:
+    answer = _client(args).get(f"/jobs/{args.job}/arms")
+    rows = [{"round": r["round"], "device": r["device"], "arm": arm_text(r["arm"]), **({"why": r["why"]} if args.explain else {})}
+            for r in answer["used"]]
+    believed = "".join(f"\n{d}: {t}" for d, t in answer["tuner"].items()) if args.explain else ""
+    cli.show(args, answer, cli.table(rows) + believed)
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    import msgspec
+
+    from federated.catalogue import entries
+
+    rows = [e for e in entries() if args.all or e.evidence != "simulation only"]
+    cli.show(args, [msgspec.to_builtins(e) for e in rows], cli.table(
+        [{"name": e.name, "family": e.family, "space": e.space, "evidence": e.evidence, "hooks": " ".join(e.hooks), "use when": e.use_when}
+         for e in rows]))
+    return 0
+
+
+def _versions(args: argparse.Namespace) -> int:
+    client = _client(args)
+    if args.what != "list":
+        if args.number is None:
+            raise ConfigError(f"which version should be {args.what}d?", f"coordinator versions {args.what} {args.job} 3")
+        answer = client.post(f"/jobs/{args.job}/versions/{args.number}/{args.what}")
+        cli.show(args, answer, f"{args.what}: version {args.number} of {args.job}")
+        return 0
+    rows = client.get(f"/jobs/{args.job}/versions")
+    cli.show(args, rows, cli.table([{"version": r["version"], "state": r["state"], "held_out_loss": r["metrics"].get("loss"),
+                                     "held_out_accuracy": r["metrics"].get("accuracy"), "examples": r["metrics"].get("count"),
+                                     "digest": r["digest"][:12]} for r in rows]))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import to_peft
+
+    number = to_peft(_config(args), args.job, args.to, args.version)
+    cli.show(args, {"version": number, "folder": str(args.to)}, f"version {number} of {args.job} lies in {args.to}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    findings = examine(args.config)
+    cli.show(args, findings)
+    return 1 if any(f["state"] == "error" for f in findings) else 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Entry point."""
+    cli.check_bandit()
+    return cli.main(build(), words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The coordinator's YAML. Every key has a default."""
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+
+class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where MQTT lives."""
+
+    url: str = ""
+    """Address of a broker; empty: the coordinator runs one itself (Mosquitto where it is installed, else amqtt)."""
+    kind: str = "auto"
+    """`auto`, `mosquitto` or `amqtt`, for the broker that it runs."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 1883
+    """Port of its own broker; 0 takes a free one."""
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What may be under way at once, and how large things may be."""
+
+    packet_bytes: Annotated[int, Meta(ge=256, le=120_000)] = 120_000
+    outstanding_mb: Annotated[float, Meta(gt=0)] = 64.0
+    outstanding_chunks: Annotated[int, Meta(ge=1)] = 400
+    update_mb: Annotated[float, Meta(gt=0)] = 512.0
+    gather_ms: Annotated[float, Meta(ge=0)] = 50.0
+    """How long wants for the same blob are gathered before its pieces are published."""
+
+
+class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything an operator can set."""
+
+    data_dir: str = "/var/lib/rankfleet"
+    fleet: str = "main"
+    database: str = ""
+    """SQLAlchemy URL; empty: SQLite in the data directory."""
+    broker: Broker = Broker()
+    api_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """Port of the HTTP API on loopback; 0 takes a free one, which is written to `api.json` with its token."""
+    models: dict[str, str] = {}
+    """Name of a base model → folder. The coordinator reads shapes from it, and weights to order channels for pruning."""
+    limits: Limits = Limits()
+
+    @property
+    def home(self) -> Path:
+        """The data directory."""
+        return Path(self.data_dir)

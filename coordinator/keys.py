@@ -1,0 +1,32 @@
+"""The coordinator's signing key, and checks of devices' signatures."""
+
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from federated.files import write_atomic
+
+
+class Keys:
+    """Made at the first start, kept in the data directory, readable by the owner alone."""
+
+    def __init__(self, home: Path) -> None:
+        path = home / "coordinator.key"
+        if not path.exists():
+            write_atomic(path, Ed25519PrivateKey.generate().private_bytes_raw(), 0o600)
+        self._private = Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+        self.public: bytes = self._private.public_key().public_bytes_raw()
+
+    def sign(self, data: bytes) -> bytes:
+        """64 bytes."""
+        return self._private.sign(data)
+
+
+def verify(public: bytes, signature: bytes, data: bytes) -> bool:
+    """Is `signature` over `data` of the holder of `public`?"""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True

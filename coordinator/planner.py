@@ -1,0 +1,155 @@
+"""From a version and the tuner's arms to what each device is told: spec, view, frozen layers, masks, recipe."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from bandit.arms import Arm, expand
+from bandit.policy import Choice
+from federated.messages import Assignment, Blob, Recipe
+from federated.spec import Dense, Pair, Spec
+from federated.stack import ServerSide, seed_of
+from federated.tensors import Tensors
+from federated.update import LowRank, Masks
+from federated.wire import encode
+from profiles.cost import boundary, memory_mb
+
+from . import channels, views
+from .blobs import Blobs
+from .job import Plan
+from .registry import Registry, Version
+
+
+class Planner:
+    """One per job. Views and masks are made once per class of devices and shared by digest."""
+
+    def __init__(self, job: str, plan: Plan, model_folder: Path, registry: Registry, blobs: Blobs) -> None:
+        self.job, self.plan, self.registry, self.blobs = job, plan, registry, blobs
+        prunes = max(plan.spec.arms.prune) > 0
+        self._scores = channels.importance(model_folder, plan.card) if prunes else {}
+        self._masks: dict[float, Masks] = {}
+        self._frozen: tuple[int, Version] | None = None
+        self.half = plan.stack.space == "product" and bool(plan.stack.methods)
+
+    def first_version(self, rank: int) -> Version:
+        """Version 0: empty factors (seeded rows of A in factor space), a small seeded head."""
+        seed = self.plan.spec.seed
+        pairs = {}
+        for m in self.plan.modules:
+            r = min(rank, m.out, m.in_)
+            pairs[m.name] = (views.fresh_factors(m.out, m.in_, r, seed, m.name) if self.plan.stack.space == "factors"
+                             else LowRank(np.zeros((m.out, r)), np.zeros((r, m.in_))))
+        rng = np.random.default_rng(seed_of(seed, "head"))
+        dense: Tensors = {k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32)
+                          for k, s in sorted(self.plan.heads.items())}
+        return Version(0, pairs, dense, {}, {})
+
+    def masks(self, ratio: float) -> Masks:
+        """Kept channels at a pruning ratio."""
+        if ratio not in self._masks:
+            self._masks[ratio] = channels.masks(self.plan.card, self._scores, ratio)
+        return self._masks[ratio]
+
+    def assign(self, version: Version, number: int, device: str, choice: Choice, server: ServerSide) -> Assignment:
+        """One device's assignment; views that are new are added to `version.views`."""
+        arm, spec = choice.arm, self.plan.spec
+        placement = expand(arm.placement, self.plan.card, self.plan.modules)
+        adjusted = server.plan({"rank": max(placement.values()), "depth": 0, "steps": arm.steps, "lr": spec.training.lr}, device, number)
+        placement = {m: min(r, int(adjusted["rank"])) for m, r in placement.items()}
+        recipe = self._recipe(arm, placement, int(adjusted["steps"]), float(adjusted["lr"]))
+        return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train")
+
+    def install(self, version: Version, device: str, arm: Arm, server: ServerSide) -> Assignment:
+        """The final version for one device: nothing is trained, it is measured and put in place."""
+        placement = expand(arm.placement, self.plan.card, self.plan.modules)
+        recipe = self._recipe(arm, placement, 1, self.plan.spec.training.lr)
+        return self._assignment(version, self.plan.spec.rounds, device, arm, placement, recipe, server, "the final version", "install")
+
+    def _recipe(self, arm: Arm, placement: Mapping[str, int], steps: int, lr: float) -> Recipe:
+        t = self.plan.spec.training
+        need = memory_mb(self.plan.card, placement, arm.prune, arm.bits, arm.batch, self.plan.spec.task.max_length, self.plan.head_size)
+        return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2))
+
+    def _assignment(self, version: Version, number: int, device: str, arm: Arm, placement: Mapping[str, int], recipe: Recipe,
+                    server: ServerSide, why: str, purpose: Any) -> Assignment:
+        masks = self.masks(arm.prune)
+        blobs = {"view": self._view(version, number, device, placement, masks, server)}
+        if frozen := self._below(version, placement, masks, complete=purpose == "install"):
+            blobs["frozen"] = frozen
+        if masks:
+            blobs["masks"] = self.blobs.put(encode({k: t.astype(np.int32) for k, t in masks.items()}))
+        spec = self.plan.spec
+        return Assignment(
+            job=self.job, round=number, rounds=spec.rounds, version=version.number, purpose=purpose, model=spec.model,
+            model_digest=self.plan.card.digest, task=self.plan.task(), stack=msgspec.to_builtins(spec.stack), space=self.plan.stack.space,
+            recipe=recipe, blobs=blobs, seed=seed_of(spec.seed, self.job) % 2**31, say=f"{arm.text()}: {why}")
+
+    def _view(self, version: Version, number: int, device: str, placement: Mapping[str, int], masks: Masks, server: ServerSide) -> Blob:
+        tensors: Tensors = {}
+        pairs: dict[str, Pair] = {}
+        for m in self.plan.modules:
+            if m.name not in placement:
+                continue
+            rank = placement[m.name]
+            pair = self.view_of(version, m.name, rank)
+            out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
+            tensors |= {f"{m.name}.{side}": t for side, t in views.cut(pair, out, in_).items()}
+            pairs[m.name] = Pair(m.layer, m.out, m.in_, rank, self.plan.spec.adapter.scale, m.out if out is None else len(out),
+                                 m.in_ if in_ is None else len(in_), f"{self.job}/{rank}")
+        tensors |= version.dense
+        spec = Spec(pairs, {k: Dense(tuple(t.shape)) for k, t in sorted(version.dense.items())})
+        offered, extra = server.offer(tensors, device, number)
+        kind = np.float16 if self.half else np.float32
+        frame: Tensors = {k: t.astype(kind) for k, t in sorted(offered.items())}
+        frame |= {f"x/{n}/{k}": t for n, ts in sorted(extra.items()) for k, t in sorted(ts.items())}
+        return self.blobs.put(encode(frame, msgspec.to_builtins(spec)))
+
+    def view_of(self, version: Version, module: str, rank: int) -> LowRank:
+        """The canonical view of a rank, made once per version and kept."""
+        key = (module, rank)
+        if key not in version.views:
+            version.views[key] = self._make_view(version, module, rank, None)
+        return version.views[key]
+
+    def _make_view(self, version: Version, module: str, rank: int, previous: LowRank | None) -> LowRank:
+        pair = version.pairs[module]
+        if self.plan.stack.space == "factors":
+            return LowRank(pair.B[:, :rank].astype(np.float32), pair.A[:rank].astype(np.float32))
+        return views.view(views.grow(pair, rank), rank, previous, self.plan.spec.seed, module, self.half)
+
+    def carry_views(self, old: Version, new: Version) -> None:
+        """Make every view of the old version for the new one, turned onto what devices of that rank hold."""
+        for (module, rank), previous in sorted(old.views.items()):
+            new.views[module, rank] = self._make_view(new, module, rank, previous)
+
+    def _below(self, version: Version, placement: Mapping[str, int], masks: Masks, *, complete: bool) -> Blob | None:
+        """Adapted layers that this device does not train: frozen, refreshed every `frozen_every` rounds."""
+        low = boundary(self.plan.card, placement)
+        snapshot = version if complete else self._snapshot(version)
+        tensors: Tensors = {}
+        pairs: dict[str, Pair] = {}
+        for m in self.plan.modules:
+            pair = snapshot.pairs[m.name]
+            if m.name in placement or not np.any(pair.B) or (m.layer >= low and self.plan.stack.space == "factors"):
+                continue
+            out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
+            rank = pair.A.shape[0]
+            tensors |= {f"{m.name}.{side}": t.astype(np.float16) for side, t in views.cut(pair, out, in_).items()}
+            pairs[m.name] = Pair(m.layer, m.out, m.in_, rank, self.plan.spec.adapter.scale, m.out if out is None else len(out),
+                                 m.in_ if in_ is None else len(in_), "frozen", trained=False)
+        return self.blobs.put(encode(tensors, msgspec.to_builtins(Spec(pairs, {})))) if tensors else None
+
+    def snapshot_number(self, version: int) -> int:
+        """The version whose lower layers devices hold in a round that starts from `version`."""
+        return version - version % self.plan.spec.frozen_every
+
+    def _snapshot(self, version: Version) -> Version:
+        number = self.snapshot_number(version.number)
+        if number == version.number:
+            self._frozen = (number, version)
+        if self._frozen is None or self._frozen[0] != number:
+            self._frozen = (number, self.registry.load(number))
+        return self._frozen[1]

@@ -1,0 +1,74 @@
+"""Versions of a job's global adapter, as folders that appear whole or not at all.
+
+    <data_dir>/jobs/<job>/v000003/global   factors by module (fp64 as computed) and dense tensors
+                                  views    every (module, rank) view that was ever sent, as of this version
+                                  state    methods' and tuner's state after the round that made it
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from federated.files import digest_of, sync_folder, write_atomic
+from federated.tensors import Tensors
+from federated.update import LowRank
+from federated.wire import encode, freeze, open_frame, thaw
+
+
+class Version:
+    """One version, in memory. `views` maps (module, rank) to what devices of that rank were sent."""
+
+    def __init__(self, number: int, pairs: dict[str, LowRank], dense: Tensors, views: dict[tuple[str, int], LowRank],
+                 state: dict[str, Any]) -> None:
+        self.number, self.pairs, self.dense, self.views, self.state = number, pairs, dense, views, state
+        self.digest = ""
+
+
+class Registry:
+    """The versions of one job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, number: int) -> Path:
+        """The folder of a version."""
+        return self.folder / f"v{number:06d}"
+
+    def save(self, version: Version) -> str:
+        """Write a version; returns the digest of its global adapter."""
+        part = self.folder / f".v{version.number:06d}.new"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        tensors: Tensors = {f"{m}.{side}": t for m, p in sorted(version.pairs.items()) for side, t in (("A", p.A), ("B", p.B))}
+        data = encode({**tensors, **dict(sorted(version.dense.items()))}, {"version": version.number})
+        write_atomic(part / "global", data)
+        write_atomic(part / "views", encode({f"{m}@{r}.{side}": t for (m, r), p in sorted(version.views.items())
+                                             for side, t in (("A", p.A), ("B", p.B))}))
+        write_atomic(part / "state", freeze(version.state))
+        version.digest = digest_of(data)
+        shutil.rmtree(self.path(version.number), ignore_errors=True)
+        part.rename(self.path(version.number))
+        sync_folder(self.folder)
+        return version.digest
+
+    def load(self, number: int) -> Version:
+        """A version from disk. Raises OSError or WireError where it is damaged."""
+        folder = self.path(number)
+        tensors, _ = open_frame(folder / "global")
+        pairs = {k[:-2]: LowRank(tensors[f"{k[:-2]}.B"], tensors[k]) for k in tensors if k.endswith(".A")}
+        dense = {k: t for k, t in tensors.items() if not k.endswith((".A", ".B"))}
+        seen, _ = open_frame(folder / "views")
+        views = {}
+        for key in seen:
+            if key.endswith(".A"):
+                module, _, rank = key[:-2].rpartition("@")
+                views[module, int(rank)] = LowRank(seen[key[:-2] + ".B"], seen[key])
+        version = Version(number, pairs, dense, views, thaw((folder / "state").read_bytes()))
+        version.digest = digest_of((folder / "global").read_bytes())
+        return version
+
+    def forget_before(self, number: int, keep: set[int]) -> None:
+        """Remove old versions, but for those named."""
+        for path in self.folder.glob("v??????"):
+            if int(path.name[1:]) < number and int(path.name[1:]) not in keep:
+                shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,329 @@
+"""`coordinator serve`: hears devices, runs jobs one after the other, answers the CLI. Nothing that arrives can end it."""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+from federated.bus import Bus
+from federated.claim import Claim, link_key, write_claim
+from federated.errors import ConfigError, RankfleetError, WireError
+from federated.messages import (
+    Assignment,
+    Done,
+    Hello,
+    Leave,
+    Message,
+    Offer,
+    Receipt,
+    Report,
+    Sorry,
+    Up,
+    Want,
+    Welcome,
+    body,
+    manifest,
+    open_up,
+    read_assignment,
+    seal,
+    unpack,
+)
+from federated.topics import Topics, checked, device_of
+from profiles.card import ModelCard, read_card
+
+from . import incoming, store
+from .blobs import Blobs
+from .config import CoordinatorConfig
+from .fleet import Devices
+from .job import JobSpec, Plan, read_job
+from .keys import Keys, verify
+from .rounds import JobRunner
+from .uploads import Upload, Uploads
+
+log = logging.getLogger(__name__)
+ENDED = ("finished", "failed", "cancelled")
+
+
+class Service:
+    """One fleet. `start` returns when everything runs; `stop` ends it."""
+
+    def __init__(self, config: CoordinatorConfig, bus: Bus, broker_url: str) -> None:
+        self.config, self.bus, self.broker_url = config, bus, broker_url
+        home = config.home
+        home.mkdir(parents=True, exist_ok=True)
+        self.keys = Keys(home)
+        self.ledger = store.Store(config.database or f"sqlite:///{home / 'ledger.db'}")
+        self.devices = Devices(self.ledger)
+        self.topics = Topics(checked(config.fleet, "fleet"))
+        self.blobs = Blobs(bus, self.topics, home / "blobs", config.limits.packet_bytes, config.limits.gather_ms)
+        self.uploads = Uploads(home / "spool", config.limits, lambda d, g: self.send(d, g), self._arrived, self._refuse)
+        self.runner: JobRunner | None = None
+        self.live: dict[str, dict[str, Any]] = {}
+        self.bytes_in: dict[str, int] = {}
+        self.dropped = 0
+        self._retained: dict[str, bytes] = {}
+        self._cards: dict[str, ModelCard] = {}
+        self._news = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._running: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Subscribe, connect, and begin with the oldest unfinished job."""
+        self.bus.on_connect.append(self._connected)
+        await self.bus.subscribe(self.topics.device("+", "up"), self._take)
+        await self.bus.subscribe(self.topics.device("+", "chunk"), self._chunk)
+        await self.bus.start()
+        self._spawn(self._jobs(), "jobs")
+        self._spawn(self._flushing(), "flush")
+
+    async def stop(self) -> None:
+        """End all tasks; the ledger stays as it is."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._flush()
+        await self.bus.stop()
+        self.ledger.close()
+
+    def _spawn(self, work: Any, name: str) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _connected(self) -> None:
+        """A broker may have forgotten what was retained; say it again."""
+        for topic, payload in self._retained.items():
+            self._spawn(self.bus.publish(topic, payload, retain=True), "retain")
+
+    def send(self, device: str, message: Message) -> None:
+        """Seal for one device and publish."""
+        key = self.devices.key(device)
+        if key:
+            self._spawn(self.bus.publish(self.topics.device(device, "down"), seal(message, "coordinator", key)), "send")
+
+    def publish(self, device: str, message: Assignment | Done) -> None:
+        """The device's current work, signed, sealed and retained."""
+        key = self.devices.key(device)
+        if key is None:
+            return
+        payload = seal(message, "coordinator", key, self.keys.sign(body(message)))
+        topic = self.topics.device(device, "job")
+        self._retained[topic] = payload
+        if isinstance(message, Assignment):
+            self.live[device] = {"state": "assigned", "round": message.round, "arm": message.say}
+        self._spawn(self.bus.publish(topic, payload, retain=True), "assign")
+
+    def eligible(self, plan: Plan) -> Any:
+        """See `Devices.eligible`."""
+        return self.devices.eligible(plan)
+
+    def _take(self, topic: str, payload: bytes) -> None:
+        device = device_of(topic)
+        self.bytes_in[device] = self.bytes_in.get(device, 0) + len(payload)
+        try:
+            key = self.devices.key(device)
+            if key is None:
+                raise WireError(f"device `{device}` is not known", "coordinator invite NAME")
+            envelope = unpack(payload)
+            if envelope.sender != device:
+                raise WireError(f"`{envelope.sender[:64]}` publishes on the topic of `{device}`")
+            self._handle(device, open_up(envelope, key))
+        except WireError as error:
+            self._drop(device, str(error))
+        except Exception as error:
+            log.exception("a message of %s failed", device)
+            self._drop(device, f"{type(error).__name__}: {error}")
+
+    def _drop(self, device: str, reason: str) -> None:
+        self.dropped += 1
+        log.warning("a message of `%s` was dropped: %s", device, reason)
+        self.live.setdefault(device, {})["last_error"] = reason
+        if self.devices.key(device) is not None:
+            self.send(device, Sorry(reason))
+
+    def _handle(self, device: str, message: Up) -> None:
+        if isinstance(message, Hello):
+            reason = self.devices.hello(device, message, time.time())
+            self.send(device, Sorry(reason) if reason else Welcome(self.config.fleet))
+            self._changed()
+            return
+        if (row := self.ledger.row(store.devices, id=device)) is None or row["state"] != "enrolled":
+            raise WireError(f"device `{device}` has not said hello")
+        if isinstance(message, Want):
+            self.blobs.want(message.digest, message.missing)
+        elif isinstance(message, Offer):
+            self._offered(device, message)
+        elif isinstance(message, Report):
+            self._reported(device, message)
+        elif isinstance(message, Leave):
+            self.devices.leave(device)
+            self.uploads.forget(device)
+            self._changed()
+
+    def _chunk(self, topic: str, payload: bytes) -> None:
+        device = device_of(topic)
+        self.bytes_in[device] = self.bytes_in.get(device, 0) + len(payload)
+        self.uploads.chunk(device, payload)
+        upload = self.uploads.live.get(device)
+        if upload is not None:
+            self.live.setdefault(device, {}).update(state="sending", chunks=[len(upload.assembly.have), upload.assembly.blob.chunks])
+
+    def _offered(self, device: str, offer: Offer) -> None:
+        row = self.ledger.row(store.assignments, job=offer.job, round=offer.round, device=device)
+        if row is None:
+            self._refuse(device, offer, f"no assignment of round {offer.round} in job `{offer.job[:64]}` is known")
+        elif row["state"] in ("received", "counted"):
+            self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, row["digest"] == offer.blob.digest,
+                                      "" if row["digest"] == offer.blob.digest else "another update of this round was taken"))
+        elif row["state"] == "refused":
+            self._refuse(device, offer, row["reason"])
+        else:
+            self.uploads.offer(device, offer)
+
+    def _refuse(self, device: str, offer: Offer, reason: str) -> None:
+        self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, False, reason))
+
+    def _arrived(self, upload: Upload, path: Path) -> None:
+        """A whole update: checked, put in its place, written down, and only then receipted."""
+        offer, device = upload.offer, upload.device
+        key = {"job": offer.job, "round": offer.round, "device": device}
+        now = time.time()
+        try:
+            known = self.ledger.row(store.devices, id=device)
+            signed = manifest(offer.job, offer.round, device, offer.blob.digest)
+            if known is None or not verify(known["public_key"], offer.signature, signed):
+                raise WireError("the update is not signed by this device's key")
+            told = incoming.check(path.read_bytes())
+        except WireError as error:
+            path.unlink(missing_ok=True)
+            self.ledger.change(store.assignments, key, state="refused", reason=str(error))
+            self.ledger.tell(offer.job, device, f"its update of round {offer.round} was refused: {error}")
+            self._refuse(device, offer, str(error))
+            self._changed()
+            return
+        row = self.ledger.row(store.assignments, **key)
+        assert row is not None
+        target = self.config.home / "updates" / offer.job / f"r{offer.round:06d}" / device
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        if read_assignment(row["body"]).purpose == "install":
+            target.unlink()
+        self.ledger.change(store.assignments, key, state="received", digest=offer.blob.digest, telemetry=store.text(told),
+                           seconds=max(0.001, now - row["sent_at"]), resumed=upload.resumed)
+        self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, True))
+        self.live[device] = {"state": "done", "round": offer.round, "loss": told.get("loss_after"), "resumed": upload.resumed}
+        self._changed()
+
+    def _reported(self, device: str, report: Report) -> None:
+        self.live.setdefault(device, {}).update(state=report.state, round=report.round)
+        if report.state not in ("failed", "refused"):
+            return
+        key = {"job": report.job, "round": report.round, "device": device}
+        row = self.ledger.row(store.assignments, **key)
+        if row is not None and row["state"] == "assigned":
+            self.ledger.change(store.assignments, key, state="failed" if report.state == "failed" else "refused", reason=report.reason,
+                               telemetry=store.text({"code": report.code}), seconds=max(0.001, time.time() - row["sent_at"]))
+            self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
+            self._changed()
+
+    def _changed(self) -> None:
+        self._news.set()
+        if self.runner is not None:
+            self.runner.changed.set()
+
+    async def _jobs(self) -> None:
+        """One job after the other, in the order of submission."""
+        while True:
+            waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in ENDED), key=lambda r: r["number"])
+            if not waiting:
+                self._news.clear()
+                await self._news.wait()
+                continue
+            self._running = self._spawn(self._job(waiting[0]["id"], waiting[0]["text"]), "job")
+            await asyncio.wait([self._running])
+
+    async def _job(self, job: str, text: str) -> None:
+        state, reason = "finished", ""
+        try:
+            plan = self.plan(read_job(text))
+            if (row := self.ledger.row(store.jobs, id=job)) is not None and row["state"] == "queued":
+                self.ledger.change(store.jobs, {"id": job}, state="running")
+            self.runner = JobRunner(job, plan, ledger=self.ledger, home=self.config.home, fleet=self, blobs=self.blobs,
+                                    model_folder=Path(self.config.models[plan.spec.model]))
+            await self.runner.run()
+        except asyncio.CancelledError:
+            row = self.ledger.row(store.jobs, id=job)
+            if row is None or row["state"] != "cancelled":
+                raise
+            state = "cancelled"
+        except RankfleetError as error:
+            state, reason = "failed", str(error)
+            log.error("job %s failed: %s", job, error)
+        except Exception as error:
+            state, reason = "failed", f"{type(error).__name__}: {error}"
+            log.exception("job %s failed", job)
+        finally:
+            self.runner = None
+        self._end(job, state, reason)
+
+    def _end(self, job: str, state: str, reason: str) -> None:
+        self.ledger.change(store.jobs, {"id": job}, state=state, reason=reason)
+        self.ledger.tell(job, "", f"{state}{f': {reason}' if reason else ''}")
+        for device in {r["device"] for r in self.ledger.rows(store.assignments, job=job)}:
+            self.publish(device, Done(job, state))
+            self.live.pop(device, None)
+
+    def plan(self, spec: JobSpec) -> Plan:
+        """The job with everything that follows from it. Raises ConfigError."""
+        if spec.model not in self.config.models:
+            raise ConfigError(f"the coordinator has no base model `{spec.model}`; it has {', '.join(self.config.models) or 'none'}",
+                              f"add `models: {{{spec.model}: FOLDER}}` to the coordinator's YAML")
+        if spec.model not in self._cards:
+            try:
+                self._cards[spec.model] = read_card(Path(self.config.models[spec.model]))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"base model `{spec.model}`: {error}") from None
+        return Plan(spec, self._cards[spec.model])
+
+    def submit(self, text: str) -> str:
+        """Queue a job. Raises ConfigError where it cannot be meant."""
+        spec = read_job(text)
+        self.plan(spec)
+        number = 1 + max((r["number"] for r in self.ledger.rows(store.jobs)), default=0)
+        job = f"{spec.name}-{number}"
+        self.ledger.add(store.jobs, id=job, text=text, state="queued", created=time.time(), number=number)
+        self._news.set()
+        return job
+
+    def cancel(self, job: str) -> None:
+        """Stop a job for good."""
+        if not self.ledger.change(store.jobs, {"id": job}, state="cancelled"):
+            raise ConfigError(f"no job `{job}`", "coordinator jobs")
+        if self.runner is not None and self.runner.job == job and self._running:
+            self._running.cancel()
+        else:
+            self._end(job, "cancelled", "")
+
+    def invite(self, device: str) -> str:
+        """A one-time claim token for a device."""
+        claim = Claim(self.config.fleet, checked(device), self.broker_url, secrets.token_bytes(32), self.keys.public)
+        self.devices.invite(device, link_key(claim))
+        return write_claim(claim)
+
+    async def _flushing(self) -> None:
+        while True:
+            await asyncio.sleep(2.0)
+            self._flush()
+
+    def _flush(self) -> None:
+        for device, count in list(self.bytes_in.items()):
+            row = self.ledger.row(store.devices, id=device) if count else None
+            if row is not None:
+                self.ledger.change(store.devices, {"id": device}, bytes_in=row["bytes_in"] + count, seen=time.time())
+            self.bytes_in[device] = 0
+
+

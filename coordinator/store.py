@@ -1,0 +1,129 @@
+"""The ledger: what was decided and what arrived, one row for each, in SQLite or any database that SQLAlchemy speaks.
+
+A row is written before anybody is told. Big things (updates, versions, blobs) are files, named in the rows.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Float,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.engine import RowMapping
+
+meta = MetaData()
+devices = Table(
+    "devices", meta, Column("id", String(64), primary_key=True), Column("link_key", LargeBinary), Column("public_key", LargeBinary),
+    Column("state", String(16), default="invited"), Column("hello", Text, default="{}"), Column("seen", Float, default=0.0),
+    Column("bytes_in", Integer, default=0), Column("note", Text, default=""))
+jobs = Table(
+    "jobs", meta, Column("id", String(96), primary_key=True), Column("text", Text), Column("state", String(16)),
+    Column("created", Float), Column("reason", Text, default=""), Column("number", Integer))
+rounds = Table(
+    "rounds", meta, Column("job", String(96), primary_key=True), Column("number", Integer, primary_key=True),
+    Column("state", String(16)), Column("opened", Float), Column("closed", Float), Column("folding", Text, default="[]"),
+    Column("expected_s", Float, default=0.0), Column("info", Text, default="{}"))
+assignments = Table(
+    "assignments", meta, Column("job", String(96), primary_key=True), Column("round", Integer, primary_key=True),
+    Column("device", String(64), primary_key=True), Column("state", String(16)), Column("body", LargeBinary),
+    Column("arm", Text, default="{}"), Column("why", Text, default=""), Column("digest", String(64), default=""),
+    Column("folded", Integer, default=-1), Column("reason", Text, default=""), Column("telemetry", Text, default="{}"),
+    Column("seconds", Float, default=0.0), Column("sent_at", Float, default=0.0), Column("resumed", Integer, default=0))
+versions = Table(
+    "versions", meta, Column("job", String(96), primary_key=True), Column("number", Integer, primary_key=True),
+    Column("state", String(16)), Column("digest", String(64)), Column("created", Float), Column("metrics", Text, default="{}"))
+events = Table(
+    "events", meta, Column("id", Integer, primary_key=True, autoincrement=True), Column("at", Float), Column("job", String(96)),
+    Column("device", String(64)), Column("text", Text))
+
+
+class Store:
+    """One connection, one writer. Every method is one transaction."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = create_engine(url)
+        if url.startswith("sqlite"):
+            event.listen(self.engine, "connect", _durable)
+        meta.create_all(self.engine)
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Several statements in one transaction."""
+        with self.engine.begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    def rows(self, table: Table, **where: Any) -> list[RowMapping]:
+        """Rows in primary-key order."""
+        query = select(table).where(*(table.c[k] == v for k, v in where.items())).order_by(*table.primary_key.columns)
+        with self.engine.connect() as connection:
+            return list(connection.execute(query).mappings())
+
+    def row(self, table: Table, **where: Any) -> RowMapping | None:
+        """The one row, or None."""
+        found = self.rows(table, **where)
+        return found[0] if found else None
+
+    def add(self, table: Table, **values: Any) -> None:
+        """Insert one row."""
+        with self.engine.begin() as connection:
+            connection.execute(insert(table).values(**values))
+
+    def change(self, table: Table, where: Mapping[str, Any], **values: Any) -> int:
+        """Update rows; returns how many."""
+        with self.engine.begin() as connection:
+            done = connection.execute(update(table).where(*(table.c[k] == v for k, v in where.items())).values(**values))
+            return int(done.rowcount)
+
+    def remove(self, table: Table, **where: Any) -> None:
+        """Delete rows."""
+        with self.engine.begin() as connection:
+            connection.execute(delete(table).where(*(table.c[k] == v for k, v in where.items())))
+
+    def put(self, table: Table, key: Mapping[str, Any], **values: Any) -> None:
+        """Insert the row, or replace the one with its key."""
+        with self.engine.begin() as connection:
+            connection.execute(delete(table).where(*(table.c[k] == v for k, v in key.items())))
+            connection.execute(insert(table).values(**key, **values))
+
+    def tell(self, job: str, device: str, text: str) -> None:
+        """A line in the log of events, as `coordinator rounds` shows it."""
+        self.add(events, at=time.time(), job=job, device=device, text=text)
+
+
+def _durable(connection: Any, record: Any) -> None:
+    """WAL, and every commit on disk before it is answered."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def text(value: Any) -> str:
+    """JSON for a text column."""
+    return json.dumps(value, sort_keys=True)
+
+
+def read(value: str) -> Any:
+    """The inverse of `text`."""
+    return json.loads(value)

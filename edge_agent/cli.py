@@ -1,0 +1,191 @@
+"""`edge-agent`: run, enroll, status, doctor, probe, leave."""
+
+import argparse
+import asyncio
+import json
+import logging
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from federated import cli
+from federated.errors import ConfigError
+
+DEFAULT = "/etc/edge-agent/agent.yaml"
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser."""
+    parse = cli.parser("edge-agent", "Trains an adapter on this device when a coordinator asks; no example ever leaves it.")
+    group = parse.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, run, text, example in (
+        ("run", _run, "run the service", "edge-agent run --config agent.yaml"),
+        ("enroll", _enroll, "join a fleet with a claim token", "edge-agent enroll rf1.lqRtYWlu… --config agent.yaml"),
+        ("status", _status, "what the service is doing", "edge-agent status --json"),
+        ("doctor", _doctor, "find what is set up wrong", "edge-agent doctor --config agent.yaml"),
+        ("probe", _probe, "what this device is, and which profile fits", "edge-agent probe --kernels"),
+        ("leave", _leave, "leave the fleet and remove everything of ours", "edge-agent leave --yes"),
+    ):
+        made = cli.command(group, name, run, text, example)
+        made.add_argument("--config", type=Path, default=Path(DEFAULT), help=f"the agent's YAML (default {DEFAULT})")
+        if name == "enroll":
+            made.add_argument("token", help="the line that `coordinator invite` printed")
+        if name == "probe":
+            made.add_argument("--kernels", action="store_true", help="time a real kernel for every precision (loads torch)")
+        if name == "leave":
+            made.add_argument("--yes", action="store_true", help="really remove identity, adapter, outbox and cache")
+        if name == "run":
+            made.add_argument("--verbose", action="store_true", help="log more")
+    return parse
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from federated.loader import load
+
+    from .config import AgentConfig
+
+    return load(args.config, AgentConfig)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from federated.mqtt import MqttBus
+
+    from . import identity, probe
+    from .engine import ProcessEngine
+    from .service import Agent
+
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    config = _config(args)
+    who = identity.load(config.home)
+    profile, bits_ms = _known(config, probe)
+    bus = MqttBus(who.broker, f"rf-{who.fleet}-{who.device}", keepalive_s=config.link.keepalive_s, packet=config.link.packet_bytes)
+    engine = ProcessEngine(memory_mb=config.worker.memory_mb, idle_s=config.worker.idle_s)
+    asyncio.run(_serve(Agent(who, config, bus, engine, profile, bits_ms)))
+    return 0
+
+
+def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """The profile as plain data, and kernel times from the last `probe --kernels`."""
+    import msgspec
+
+    try:
+        profile = msgspec.to_builtins(probe.profile(config))
+    except KeyError:
+        from profiles.device import library
+
+        raise ConfigError(f"profile `{config.profile}` is not known", f"auto, or one of {', '.join(library())}") from None
+    saved = config.home / "kernels.json"
+    return profile, json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
+
+
+async def _serve(agent: Any) -> None:
+    task = asyncio.create_task(agent.run(), name="agent")
+    loop = asyncio.get_running_loop()
+    for name in ("SIGTERM", "SIGINT"):
+        if sys.platform != "win32":
+            loop.add_signal_handler(getattr(signal, name), task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return
+
+
+def _enroll(args: argparse.Namespace) -> int:
+    from . import identity
+
+    config = _config(args)
+    who = identity.enroll(args.token, config.home)
+    cli.show(args, {"device": who.device, "fleet": who.fleet, "broker": who.broker},
+             f"enrolled as `{who.device}` in fleet `{who.fleet}`; start it with: edge-agent run --config {args.config}")
+    return 0
+
+
+def _read_status(home: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((home / "status.json").read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        raise ConfigError(f"{home}: the service has not run here", "edge-agent run") from None
+
+
+def _status(args: argparse.Namespace) -> int:
+    import psutil
+
+    status = _read_status(_config(args).home)
+    status["running"] = psutil.pid_exists(int(status.get("pid", 0))) and status["state"] != "stopped"
+    status["age_s"] = round(time.time() - float(status["at"]), 1)
+    cli.show(args, status)
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from federated.files import write_atomic
+
+    from . import probe
+
+    found = probe.facts()
+    config = _config(args) if args.config.exists() else None
+    if config is not None:
+        found["profile"] = probe.profile(config).name
+    if args.kernels:
+        found["kernel_ms"] = probe.kernels_in_child()
+        if config is not None and found["kernel_ms"]:
+            write_atomic(config.home / "kernels.json", json.dumps(found["kernel_ms"]).encode())
+    cli.show(args, found)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    findings = examine(args.config)
+    cli.show(args, findings)
+    return 1 if any(f["state"] == "error" for f in findings) else 0
+
+
+def _leave(args: argparse.Namespace) -> int:
+    from federated.messages import Leave, seal
+    from federated.mqtt import MqttBus
+    from federated.topics import Topics
+
+    from . import identity
+
+    config = _config(args)
+    if not args.yes:
+        raise ConfigError(f"this removes identity, adapter, outbox and cache in {config.home}", "edge-agent leave --yes")
+    told = False
+    if (config.home / "identity.json").exists():
+        who = identity.load(config.home)
+
+        async def tell() -> None:
+            bus = MqttBus(who.broker, f"rf-{who.fleet}-{who.device}-leave")
+            await bus.start()
+            try:
+                message = seal(Leave(), who.device, who.link_key)
+                await asyncio.wait_for(bus.publish(Topics(who.fleet).device(who.device, "up"), message), 5)
+            finally:
+                await bus.stop()
+
+        try:
+            asyncio.run(tell())
+            told = True
+        except asyncio.TimeoutError:
+            told = False
+    for path in list(config.home.iterdir()) if config.home.exists() else []:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    cli.show(args, {"removed": str(config.home), "coordinator_told": told},
+             f"nothing of ours is left in {config.home}" + ("" if told else "; the coordinator could not be told"))
+    return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Entry point."""
+    cli.check_bandit()
+    return cli.main(build(), words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The agent's YAML: what the owner of a device maps, allows and requires. Every key has a default."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+
+class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One logical dataset of this device: where it lies and which column means what."""
+
+    path: str
+    """JSONL, CSV or Parquet file, or `hub:organisation/name`."""
+    task: str = "text_classification"
+    columns: dict[str, str] = {}
+    """Field of the task (`text`, `label`, `pixels`) → column of the file; a field without entry has its own name."""
+    labels: dict[str, str] = {}
+    """Value in the file → label of the job."""
+
+
+class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the owner consents to; `*` matches anything."""
+
+    jobs: tuple[str, ...] = ("*",)
+    models: tuple[str, ...] = ("*",)
+    methods: tuple[str, ...] = ("*",)
+    mb_per_day: Annotated[float, Meta(gt=0)] = 500.0
+    """Bytes up and down in a day, in MB."""
+
+
+class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The connection; rates emulate a slower one and are left out on real devices."""
+
+    keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 60
+    packet_bytes: Annotated[int, Meta(ge=256, le=120_000)] = 120_000
+    up_kbps: Annotated[float, Meta(gt=0)] | None = None
+    down_kbps: Annotated[float, Meta(gt=0)] | None = None
+    delay_ms: Annotated[float, Meta(ge=0)] = 0.0
+    answer_s: Annotated[float, Meta(gt=0)] = 5.0
+    """How long to wait for the other side before asking again."""
+
+
+class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The training process."""
+
+    memory_mb: Annotated[float, Meta(gt=0)] | None = None
+    """Resident memory over what the runtime itself takes; None: four times the model budget, at least 500 MB."""
+    idle_s: Annotated[float, Meta(gt=0)] = 300.0
+    slots: Annotated[int, Meta(ge=1)] | None = None
+    """Workers that may compute at once on this machine; None: one per core."""
+
+
+class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything an owner can set."""
+
+    state_dir: str = "/var/lib/edge-agent"
+    profile: str = "auto"
+    threads: Annotated[int, Meta(ge=1)] | None = None
+    model_budget_mb: Annotated[float, Meta(gt=0)] | None = None
+    datasets: dict[str, Dataset] = {}
+    models: dict[str, str] = {}
+    """Name of a base model → folder, or `hub:organisation/name`."""
+    allow: Allow = Allow()
+    require: tuple[Any, ...] = ()
+    """Stack entries that are put behind a job's own stack."""
+    link: Link = Link()
+    worker: WorkerLimits = WorkerLimits()
+    on_adapter: tuple[str, ...] = ()
+    """Command that is run when a new adapter lies in `<state_dir>/adapter/current`."""
+
+    @property
+    def home(self) -> Path:
+        """The state directory."""
+        return Path(self.state_dir)

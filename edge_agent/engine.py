@@ -1,0 +1,126 @@
+"""The training process from outside: start it, watch its memory, hear its answers, end it when idle."""
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import psutil
+
+from .order import Order
+
+Progress = Callable[[dict[str, Any]], None]
+START_S = 180.0
+
+
+class EngineFailed(Exception):
+    """An order that could not be carried out; `code` is `memory`, `data`, `job` or `crash`."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Engine(Protocol):
+    """Carries out orders."""
+
+    async def run(self, order: Order, progress: Progress) -> None:
+        """Leave the result in the order's folder. Raises EngineFailed."""
+
+    async def stop(self) -> None:
+        """End whatever is running."""
+
+
+class ProcessEngine:
+    """A worker process that is started at the first order and stays until `stop` or `idle_s` without work."""
+
+    def __init__(self, *, memory_mb: float | None, idle_s: float) -> None:
+        self.memory_mb, self.idle_s = memory_mb, idle_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._rss_mb = 0.0
+        self._idle: asyncio.TimerHandle | None = None
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def run(self, order: Order, progress: Progress) -> None:
+        """One order; a worker that dies or grows over its limit is an EngineFailed."""
+        if self._idle:
+            self._idle.cancel()
+        try:
+            process = await self._started()
+            limit = self._rss_mb + (self.memory_mb or max(500.0, 4 * order.budget_mb))
+            assert process.stdin is not None
+            process.stdin.write(msgspec.json.encode(order) + b"\n")
+            await process.stdin.drain()
+            watch = asyncio.create_task(self._watch(process, limit), name="memory-watch")
+            try:
+                await self._answers(process, progress)
+            except EngineFailed as failed:
+                if watch.done() and not watch.cancelled():
+                    raise EngineFailed("memory", f"the worker took more than {limit:.0f} MB and was stopped") from None
+                raise failed
+            finally:
+                watch.cancel()
+        except (BrokenPipeError, ConnectionResetError) as error:
+            await self.stop()
+            raise EngineFailed("crash", f"the worker went away: {error}") from None
+        finally:
+            self._idle = asyncio.get_running_loop().call_later(self.idle_s, self._idle_stop)
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "edge_agent.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                limit=1 << 20)
+            first = await asyncio.wait_for(self._line(self._process), START_S)
+            self._rss_mb = float(first.get("rss_mb", 0.0))
+        return self._process
+
+    async def _answers(self, process: asyncio.subprocess.Process, progress: Progress) -> None:
+        while True:
+            told = await self._line(process)
+            event = told.pop("event", "")
+            if event == "progress":
+                progress(told)
+            elif event == "done":
+                return
+            elif event == "failed":
+                raise EngineFailed(told["code"], told["reason"])
+
+    async def _line(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
+        assert process.stdout is not None
+        line = await process.stdout.readline()
+        if not line:
+            code = await process.wait()
+            self._process = None
+            killed = code in (-9, 137)
+            raise EngineFailed("memory" if killed else "crash",
+                               "the worker was killed (signal 9), most likely for memory" if killed
+                               else f"the worker ended with code {code}; its messages are in the agent's log")
+        told: dict[str, Any] = msgspec.json.decode(line)
+        return told
+
+    async def _watch(self, process: asyncio.subprocess.Process, limit_mb: float) -> None:
+        """Ends by killing a worker that is over its limit; RLIMIT_AS means nothing to torch."""
+        with contextlib.suppress(psutil.Error):
+            seen = psutil.Process(process.pid)
+            while seen.memory_info().rss / (1 << 20) <= limit_mb:
+                await asyncio.sleep(0.1)
+            process.kill()
+            return
+        await asyncio.Event().wait()
+
+    def _idle_stop(self) -> None:
+        self._stopping = asyncio.get_running_loop().create_task(self.stop(), name="worker-idle")
+
+    async def stop(self) -> None:
+        """Close its standard input; kill it if that is not enough."""
+        if self._idle:
+            self._idle.cancel()
+        process, self._process = self._process, None
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

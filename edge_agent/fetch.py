@@ -1,0 +1,74 @@
+"""Downloads by demand: subscribe to a blob's topic, say which pieces are missing, keep what arrives."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from federated.bus import Bus
+from federated.errors import WireError
+from federated.messages import Blob, Want
+from federated.topics import Topics
+from federated.transfer import Assembly, read_piece, stored
+
+log = logging.getLogger(__name__)
+MAX_BLOB = 2 << 30
+
+
+class Fetcher:
+    """Blobs of this device, in `folder`, by digest."""
+
+    def __init__(self, bus: Bus, topics: Topics, folder: Path, say: Callable[[Want], Awaitable[None]], answer_s: float) -> None:
+        self.bus, self.topics, self.folder, self.say, self.answer_s = bus, topics, folder, say, answer_s
+        self.resumed = 0
+        self.kbps: float | None = None
+
+    async def get(self, blob: Blob) -> Path:
+        """The blob's file, fetched if it is not here. Tries until it has every piece."""
+        if blob.size > MAX_BLOB:
+            raise WireError(f"a blob of {blob.size:,} bytes, at most {MAX_BLOB:,} are fetched")
+        if path := stored(self.folder, blob.digest):
+            return path
+        assembly = Assembly(self.folder, blob)
+        self.resumed += assembly.resumed
+        news = asyncio.Event()
+
+        def take(topic: str, payload: bytes) -> None:
+            try:
+                prefix, number, data = read_piece(payload)
+                if blob.digest.startswith(prefix) and assembly.add(number, data):
+                    news.set()
+            except (WireError, OSError) as error:
+                log.warning("a piece of %s was dropped: %s", blob.digest[:12], error)
+
+        topic = self.topics.blob(blob.digest)
+        await self.bus.subscribe(topic, take)
+        try:
+            return await self._complete(blob, assembly, news)
+        finally:
+            await self.bus.unsubscribe(topic)
+
+    async def _complete(self, blob: Blob, assembly: Assembly, news: asyncio.Event) -> Path:
+        while True:
+            while not assembly.complete:
+                await self.say(Want(blob.digest, assembly.missing()))
+                while not assembly.complete:
+                    news.clear()
+                    try:
+                        await asyncio.wait_for(news.wait(), self.answer_s)
+                    except asyncio.TimeoutError:
+                        break
+            try:
+                path = assembly.finish()
+            except WireError as error:
+                log.warning("%s", error)
+                continue
+            if self.kbps:
+                await asyncio.sleep(blob.size * 8 / (self.kbps * 1e3))
+            return path
+
+    def forget(self, keep: set[str]) -> None:
+        """Remove blobs that no assignment names any more."""
+        for path in self.folder.glob("*") if self.folder.exists() else ():
+            if path.name.removesuffix(".part") not in keep:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,66 @@
+"""Who this device is: name, fleet, broker, link key and coordinator key from enrolment; its own Ed25519 key beside them.
+
+The link key never travels: both sides derive it from the secret in the claim token. Only the worker and `enroll` import
+`cryptography`; the idle service needs the standard library alone.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from federated.claim import link_key, read_claim
+from federated.errors import ConfigError
+from federated.files import write_atomic
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+class Identity(msgspec.Struct, frozen=True):
+    """The enrolled device, as `identity.json` keeps it."""
+
+    fleet: str
+    device: str
+    broker: str
+    link_key: bytes
+    coordinator: bytes
+    public_key: bytes
+
+
+def enroll(token: str, home: Path) -> Identity:
+    """Make the device's key and keep both, readable by the owner alone. Raises ConfigError."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    claim = read_claim(token)
+    if (home / "identity.json").exists():
+        known = load(home)
+        raise ConfigError(f"this device is enrolled as `{known.device}` in fleet `{known.fleet}`", "edge-agent leave")
+    private = Ed25519PrivateKey.generate()
+    identity = Identity(claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator,
+                        private.public_key().public_bytes_raw())
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        os.chmod(home, 0o700)
+        write_atomic(home / "device.key", private.private_bytes_raw(), 0o600)
+        write_atomic(home / "identity.json", msgspec.json.encode(identity), 0o600)
+    except OSError as error:
+        raise ConfigError(f"{home}: {error.strerror}", "set `state_dir` to a folder that this user may write") from None
+    return identity
+
+
+def load(home: Path) -> Identity:
+    """The identity in a state directory. Raises ConfigError where there is none."""
+    try:
+        return msgspec.json.decode((home / "identity.json").read_bytes(), type=Identity)
+    except FileNotFoundError:
+        raise ConfigError(f"{home}: this device is not enrolled", "edge-agent enroll TOKEN") from None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{home / 'identity.json'}: {error}", "edge-agent leave, then enroll again") from None
+
+
+def private_key(home: Path) -> "Ed25519PrivateKey":
+    """The device's signing key; for the worker."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    return Ed25519PrivateKey.from_private_bytes((home / "device.key").read_bytes())

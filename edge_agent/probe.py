@@ -1,0 +1,107 @@
+"""What this device is: a quick look with psutil and the board's own files, and a real kernel per quantiser.
+
+`facts` is cheap and needs no torch. `kernels` runs in a process of its own (`python -m edge_agent.probe`): the idle service
+must not import torch. What the probe cannot measure, the matching profile says.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from profiles.device import DeviceProfile, library, match
+
+from .config import AgentConfig
+
+BOARD = Path("/proc/device-tree/model")
+
+
+def facts() -> dict[str, Any]:
+    """Machine, board, cores, memory, temperature and GPUs, as far as the system tells."""
+    memory = psutil.virtual_memory()
+    found: dict[str, Any] = {
+        "machine": platform.machine(), "system": platform.system(), "python": platform.python_version(),
+        "board": BOARD.read_text(errors="replace").strip("\0 \n") if BOARD.exists() else "",
+        "cores": os.cpu_count() or 1, "memory_mb": round(memory.total / (1 << 20)),
+        "available_mb": round(memory.available / (1 << 20)), "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
+        "disk_free_mb": round(psutil.disk_usage(str(Path.home())).free / (1 << 20)), "gpus": gpus(),
+    }
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    if battery is not None:
+        found["battery"] = {"percent": battery.percent, "plugged": battery.power_plugged}
+    return found
+
+
+def gpus() -> list[str]:
+    """Names of NVIDIA GPUs, by NVML where it is installed, by jtop's board file or the driver's on Jetsons."""
+    try:
+        import pynvml  # type: ignore[import-untyped]
+
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        return [str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
+    except Exception as error:
+        # NVML is missing, too old, or there is no driver: all mean that we look elsewhere.
+        _ = error
+    tegra = Path("/etc/nv_tegra_release")
+    return [tegra.read_text(errors="replace").split(",")[0].strip("# ")] if tegra.exists() else []
+
+
+def profile(config: AgentConfig) -> DeviceProfile:
+    """The profile that the owner names, or the one that fits; the owner's budget and threads put in. Raises KeyError."""
+    import msgspec
+
+    seen = facts()
+    found = (match(seen["machine"], seen["board"], seen["memory_mb"], seen["cores"]) if config.profile == "auto"
+             else library()[config.profile])
+    link = {k: v for k, v in (("up_kbps", config.link.up_kbps), ("down_kbps", config.link.down_kbps)) if v}
+    return msgspec.structs.replace(
+        found, model_budget_mb=config.model_budget_mb or found.model_budget_mb, threads=config.threads or found.threads, **link)
+
+
+def kernels_in_child(timeout_s: float = 120.0) -> dict[str, float]:
+    """Milliseconds by bits, measured in a child process; empty where torch is missing or the child fails."""
+    try:
+        done = subprocess.run([sys.executable, "-m", "edge_agent.probe"], capture_output=True, timeout=timeout_s, check=True)
+        return {str(k): float(v) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+        return {}
+
+
+def kernels(hidden: int = 384, ffn: int = 1536, tokens: int = 256, repeats: int = 7) -> dict[str, float]:
+    """Median milliseconds of forward and input gradient through one frozen map (hidden → ffn), by bits of its weights."""
+    import torch
+
+    from .quantise import QuantLinear, use_bitsandbytes
+
+    torch.set_num_threads(1)
+    use_bitsandbytes()
+    layer = torch.nn.Linear(hidden, ffn)
+    for p in layer.parameters():
+        p.requires_grad_(False)
+    kinds: dict[str, tuple[torch.nn.Module, torch.dtype]] = {
+        "32": (layer, torch.float32), "8": (QuantLinear(layer, 8), torch.float32), "4": (QuantLinear(layer, 4), torch.float32),
+        "16": (torch.nn.Linear(hidden, ffn).to(torch.bfloat16).requires_grad_(False), torch.bfloat16)}
+    found: dict[str, float] = {}
+    for bits, (module, dtype) in kinds.items():
+        times = []
+        try:
+            for _ in range(repeats):
+                x = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+                start = time.perf_counter()
+                module(x).sum().backward()
+                times.append(1e3 * (time.perf_counter() - start))
+        except RuntimeError:
+            continue
+        found[bits] = round(sorted(times)[len(times) // 2], 3)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(kernels()))

@@ -1,0 +1,308 @@
+"""The agent's service: hears assignments, has them carried out, and keeps each update until its receipt comes.
+
+Imports neither NumPy, torch nor cryptography: idle it is an MQTT client and a few files. Nothing that arrives can end it.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from federated.bus import Bus
+from federated.errors import Refused, WireError
+from federated.files import write_atomic
+from federated.messages import (
+    Assignment,
+    DatasetOffer,
+    Done,
+    Grant,
+    Hello,
+    Leave,
+    Message,
+    Offer,
+    Receipt,
+    Report,
+    Sorry,
+    Welcome,
+    open_down,
+    seal,
+    unpack,
+)
+from federated.topics import Topics
+from federated.transfer import cut, numbers
+
+from . import consent
+from .config import AgentConfig
+from .engine import Engine, EngineFailed
+from .fetch import Fetcher
+from .identity import Identity
+from .order import Meta, Order, round_folder
+from .outbox import Counters, Outbox
+
+log = logging.getLogger(__name__)
+VERSION = "0.1.0"
+
+
+class Agent:
+    """One device. `run` returns when it is cancelled."""
+
+    def __init__(self, identity: Identity, config: AgentConfig, bus: Bus, engine: Engine, profile: dict[str, Any],
+                 bits_ms: dict[str, float]) -> None:
+        self.identity, self.config, self.bus, self.engine = identity, config, bus, engine
+        self.profile, self.bits_ms = profile, bits_ms
+        self.topics = Topics(identity.fleet)
+        self.outbox = Outbox(config.home)
+        self.counters = Counters.load(config.home / "counters.json")
+        self.fetcher = Fetcher(bus, self.topics, config.home / "blobs", self.say, config.link.answer_s)
+        self.fetcher.kbps = config.link.down_kbps
+        self.status: dict[str, Any] = {"state": "connecting", "device": identity.device, "fleet": identity.fleet}
+        self._assignment: tuple[Assignment, bytes] | None = None
+        self._handled: set[tuple[str, int]] = set()
+        self._work, self._mail = asyncio.Event(), asyncio.Event()
+        self._grants: dict[str, asyncio.Queue[Grant | Receipt]] = {}
+        self._counted = (0, 0)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self) -> None:
+        """Connect, and work until cancelled."""
+        self.bus.on_connect.append(self._connected)
+        await self.bus.subscribe(self.topics.device(self.identity.device, "down"), self._take)
+        await self.bus.subscribe(self.topics.device(self.identity.device, "job"), self._take)
+        await self.bus.start()
+        loops = [asyncio.create_task(t, name=n) for t, n in
+                 ((self._working(), "work"), (self._sending(), "outbox"), (self._keeping(), "status"))]
+        try:
+            await asyncio.gather(*loops)
+        finally:
+            for task in loops:
+                task.cancel()
+            await self.engine.stop()
+            await self.bus.stop()
+            self._write_status("stopped")
+
+    def _connected(self) -> None:
+        self._spawn(self.say(self._hello()), "hello")
+        self._mail.set()
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _hello(self) -> Hello:
+        offers = [DatasetOffer(n, d.task, 0) for n, d in self.config.datasets.items()]
+        return Hello(profile=self.profile, datasets=offers, public_key=self.identity.public_key, agent=VERSION,
+                     models=list(self.config.models), methods=list(self.config.allow.methods), jobs=list(self.config.allow.jobs),
+                     require=list(self.config.require), bits_ms=self.bits_ms,
+                     held=[f"{m.job}/{m.round}" for _, m in self.outbox.due()])
+
+    async def say(self, message: Message) -> None:
+        """Seal and publish one message."""
+        await self._publish("up", seal(message, self.identity.device, self.identity.link_key))
+
+    async def _publish(self, kind: str, payload: bytes) -> None:
+        link = self.config.link
+        if link.up_kbps or link.delay_ms:
+            await asyncio.sleep(link.delay_ms / 1e3 + (len(payload) * 8 / (link.up_kbps * 1e3) if link.up_kbps else 0.0))
+        await self.bus.publish(self.topics.device(self.identity.device, kind), payload)
+
+    def _take(self, topic: str, payload: bytes) -> None:
+        """A message of the coordinator; anything unreadable is logged and dropped."""
+        if not payload:
+            return
+        try:
+            message = open_down(unpack(payload), self.identity.link_key)
+        except WireError as error:
+            log.warning("a message on %s was dropped: %s", topic, error)
+            self.status["last_error"] = str(error)
+            return
+        if isinstance(message, Assignment):
+            self._assignment = (message, payload)
+            self._work.set()
+        elif isinstance(message, Done):
+            self._spawn(self._ended(message), "job-ended")
+        elif isinstance(message, Grant | Receipt):
+            queue = self._grants.get(message.digest)
+            if queue is not None:
+                queue.put_nowait(message)
+            elif isinstance(message, Receipt):
+                self._settle(message)
+        elif isinstance(message, Welcome):
+            self.status["state"] = "idle" if self.status["state"] == "connecting" else self.status["state"]
+            self.status.pop("last_error", None)
+        elif isinstance(message, Sorry):
+            log.error("the coordinator says: %s", message.reason)
+            self.status["last_error"] = message.reason
+
+    async def _ended(self, message: Done) -> None:
+        if self._assignment and self._assignment[0].job == message.job:
+            self._assignment = None
+            self.counters.jobs_done += message.state == "finished"
+            self.counters.done_at = time.time()
+            await self.engine.stop()
+            self.fetcher.forget(set())
+        self.outbox.forget(message.job)
+        self.status |= {"state": "idle", "job": message.job, "job_state": message.state}
+
+    async def _working(self) -> None:
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            if self._assignment is None:
+                continue
+            job, raw = self._assignment
+            folder = round_folder(self.outbox.jobs, job.job, job.round)
+            if (job.job, job.round) in self._handled or self.outbox.finished(folder):
+                continue
+            self._handled.add((job.job, job.round))
+            await self._one(job, raw, folder)
+
+    async def _one(self, job: Assignment, raw: bytes, folder: Path) -> None:
+        """Carry out one assignment; every way it can fail ends in a report."""
+        try:
+            dataset, model = consent.check(job, self.config)
+            self._within_budget(job)
+            self._phase(job, "downloading")
+            await self.say(Report(job.job, job.round, "downloading"))
+            blobs = {k: str(await self.fetcher.get(b)) for k, b in job.blobs.items()}
+            envelope = self.config.home / "assignment"
+            write_atomic(envelope, raw)
+            self._phase(job, "training")
+            await self.say(Report(job.job, job.round, "training"))
+            order = Order(
+                home=str(self.config.home), envelope=str(envelope), blobs=blobs, folder=str(folder), dataset=dataset, model=model,
+                threads=int(self.profile["threads"]), budget_mb=self._budget_mb(), chunk=min(self.config.link.packet_bytes, self.bus.packet),
+                require=self.config.require, slots=self.config.worker.slots)
+            await self.engine.run(order, lambda told: self.status.update(told))
+            self._phase(job, "sending")
+            self.fetcher.forget({b.digest for b in job.blobs.values()})
+            self._mail.set()
+            self._spawn(self._on_adapter(), "on-adapter")
+        except (Refused, EngineFailed, WireError, OSError) as error:
+            code = getattr(error, "code", "consent" if isinstance(error, Refused) else "job")
+            await self._failed(job, str(error), code)
+        except Exception as error:
+            log.exception("an assignment failed")
+            await self._failed(job, f"{type(error).__name__}: {error}", "crash")
+
+    async def _failed(self, job: Assignment, reason: str, code: str) -> None:
+        log.error("round %d of %s: %s", job.round, job.job, reason)
+        self.status |= {"state": "idle", "last_error": reason}
+        if self._assignment is None:
+            return
+        await self.say(Report(job.job, job.round, "refused" if code in ("consent", "data") else "failed", reason, code))
+
+    def _budget_mb(self) -> float:
+        budget = self.profile.get("model_budget_mb")
+        return float(budget) if budget else 0.6 * float(self.profile["memory_mb"])
+
+    def _within_budget(self, job: Assignment) -> None:
+        if job.recipe.memory_mb > self._budget_mb():
+            raise Refused(f"the arm needs {job.recipe.memory_mb:.0f} MB, this device allows {self._budget_mb():.0f} MB")
+        self._count()
+        if self.counters.today > self.config.allow.mb_per_day * 1e6:
+            raise Refused(f"{self.counters.today / 1e6:.0f} MB went over the link today, {self.config.allow.mb_per_day:.0f} are allowed")
+
+    def _phase(self, job: Assignment, state: str) -> None:
+        self.status |= {"state": state, "job": job.job, "round": job.round, "rounds": job.rounds, "arm": job.say,
+                        "bits": job.recipe.bits, "prune": job.recipe.prune}
+        self._write_status(state)
+
+    async def _sending(self) -> None:
+        """Offer every update in the outbox until the coordinator has it."""
+        while True:
+            for folder, meta in self.outbox.due():
+                try:
+                    await self._send(folder, meta)
+                except OSError as error:
+                    log.warning("update of round %d: %s", meta.round, error)
+            self._mail.clear()
+            if not self.outbox.due():
+                if self.status["state"] == "sending":
+                    self.status["state"] = "idle"
+                await self._mail.wait()
+
+    async def _send(self, folder: Path, meta: Meta) -> None:
+        """Offer, send what is granted, until a receipt; one deadline for each answer, then from the start."""
+        digest = meta.blob.digest
+        queue = self._grants[digest] = asyncio.Queue()
+        data = (folder / "update").read_bytes()
+        tries = 0
+        try:
+            while (folder / "update").exists():
+                await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature))
+                try:
+                    while True:
+                        answer = await asyncio.wait_for(queue.get(), self.config.link.answer_s * min(6, 1 + tries))
+                        if isinstance(answer, Receipt):
+                            self._settle(answer)
+                            return
+                        for number in numbers(answer.missing, meta.blob.chunks):
+                            await self._publish("chunk", cut(data, meta.blob, number))
+                except asyncio.TimeoutError:
+                    tries += 1
+                    if tries == 5:
+                        self.status["last_error"] = "the broker accepts but does not deliver: ACL or size limit?"
+                        log.error("no receipt after %d tries: %s", tries, self.status["last_error"])
+        finally:
+            self._grants.pop(digest, None)
+
+    def _settle(self, receipt: Receipt) -> None:
+        folder = round_folder(self.outbox.jobs, receipt.job, receipt.round)
+        if not receipt.accepted:
+            log.error("the coordinator refused the update of round %d: %s", receipt.round, receipt.reason)
+            self.status["last_error"] = receipt.reason
+        if folder.exists():
+            self.outbox.drop(folder)
+
+    async def _on_adapter(self) -> None:
+        if not self.config.on_adapter:
+            return
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self.config.on_adapter, env={**os.environ, "RANKFLEET_ADAPTER": str(self.config.home / "adapter" / "current")})
+            if await process.wait():
+                log.warning("on_adapter ended with code %d", process.returncode)
+        except OSError as error:
+            log.warning("on_adapter: %s", error)
+
+    async def leave(self) -> None:
+        """Tell the coordinator that this device goes."""
+        await self.say(Leave())
+
+    async def _keeping(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            if self._count():
+                self._write_status(self.status["state"])
+
+    def _count(self) -> bool:
+        """Bring the byte counters up to date; True where they moved."""
+        now = (self.bus.sent, self.bus.received)
+        moved = now != self._counted
+        day = time.strftime("%Y-%m-%d")
+        if self.counters.day != day:
+            self.counters.day, self.counters.today = day, 0
+        up, down = now[0] - self._counted[0], now[1] - self._counted[1]
+        self.counters.up, self.counters.down = self.counters.up + up, self.counters.down + down
+        self.counters.today += up + down
+        self._counted = now
+        if moved:
+            self.counters.save(self.config.home / "counters.json")
+        return moved
+
+    def _write_status(self, state: str) -> None:
+        self.status |= {"state": state, "connected": self.bus.connected.is_set(), "bytes_up": self.counters.up,
+                        "bytes_down": self.counters.down, "pid": os.getpid(), "at": time.time(), "jobs_done": self.counters.jobs_done,
+                        "job_done_at": self.counters.done_at, "resumed_down": self.fetcher.resumed,
+                        "problem": getattr(self.bus, "problem", "")}
+        try:
+            write_atomic(self.config.home / "status.json", msgspec.json.encode(self.status))
+        except OSError as error:
+            log.warning("status: %s", error)
+
+

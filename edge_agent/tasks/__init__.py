@@ -1,0 +1,37 @@
+"""What a job can learn: one file per task. A task loads rows, makes batches, names its head and its metric."""
+
+import importlib
+from typing import Any, Protocol
+
+from federated.errors import Refused
+from federated.heads import KINDS
+from federated.messages import Task
+
+
+class TaskEngine(Protocol):
+    """Between rows and the training loop; methods see only the batches, dictionaries of tensors."""
+
+    fields: list[str]
+
+    def encode(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows as examples that `collate` can join."""
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: a dictionary of tensors with the key `labels`."""
+
+    def forward(self, model: Any, head: dict[str, Any], batch: dict[str, Any]) -> Any:
+        """Scores of a batch."""
+
+    def losses(self, scores: Any, batch: dict[str, Any]) -> Any:
+        """Loss of every example, (batch,)."""
+
+    def correct(self, scores: Any, batch: dict[str, Any]) -> Any:
+        """1.0 where the metric counts an example as right, (batch,)."""
+
+
+def engine(task: Task, folder: str) -> TaskEngine:
+    """The engine of a task for a base model in `folder`. Raises Refused for an unknown kind."""
+    if task.kind not in KINDS:
+        raise Refused(f"task `{task.kind}` is not known to this agent", f"it knows {', '.join(KINDS)}")
+    made: TaskEngine = importlib.import_module(f"{__package__}.{task.kind}").Engine(task, folder)
+    return made

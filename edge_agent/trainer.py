@@ -1,0 +1,162 @@
+"""One round of local training: from an adapter view and the owner's rows to factor deltas.
+
+The loop knows the order of hooks and nothing about any method. Parameters are fp32 masters; bf16 exists only inside the model.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from federated.errors import Refused
+from federated.messages import Assignment
+from federated.method import StepContext
+from federated.stack import ClientSide, seed_of
+from federated.tensors import Tensors
+
+from .adapter import as_tensor
+from .model import Base
+from .tasks import TaskEngine
+
+WARMUP = 0.1
+MAX_NORM = 1.0
+Examples = list[dict[str, Any]]
+
+
+class Trainer:
+    """A base with an adapter in it, a task and one device's examples, for one assignment."""
+
+    def __init__(self, base: Base, task: TaskEngine, job: Assignment, client: ClientSide, train: Examples,
+                 progress: Callable[[int, float], None] = lambda step, loss: None) -> None:
+        self.base, self.task, self.job, self.client, self.examples, self.progress = base, task, job, client, train, progress
+        self.head: dict[str, Tensor] = {}
+        self.contexts: dict[str, StepContext] = {}
+
+    def run(self, start: Tensors, down: dict[str, Tensors]) -> Tensors:
+        """Train from `start` (compact, by name) and return the trained tensors, fp32."""
+        live = self._live(start)
+        anchor = {k: p.detach().clone() for k, p in live.items()}
+        self.contexts = {n: self._context(n, anchor, down.get(n, {})) for n in self.client.stack.methods}
+        users = self.client.stack.using("train")
+        if users:
+            name, method = users[0]
+            trained = method.train(dict(anchor), self.contexts[name])
+        else:
+            trained = self.fit(anchor)
+        return {k: t.detach().cpu().numpy().astype("float32", copy=True) for k, t in trained.items()}
+
+    def _live(self, start: Tensors) -> dict[str, Tensor]:
+        """The trainable tensors as autograd sees them: factors inside the model, heads beside it."""
+        stack, round = self.client.stack, self.client.round
+        self.head = {k: as_tensor(start[k]).requires_grad_(stack.trains(k, round)) for k in self.client.spec.dense}
+        for name, p in self.base.parameters().items():
+            p.data.copy_(as_tensor(start[name]))
+            p.requires_grad_(stack.trains(name, round))
+        return {**self.base.parameters(), **{k: t for k, t in self.head.items() if t.requires_grad}}
+
+    def _context(self, name: str, anchor: dict[str, Tensor], down: Tensors) -> StepContext:
+        seed = seed_of(self.job.job, self.job.round, self.client.device, name, "step")
+        return StepContext(
+            round=self.client.round, device=self.client.device, anchor=anchor, down={k: as_tensor(t) for k, t in down.items()},
+            state=self.client.state[name], up=self.client.up[name], generator=torch.Generator().manual_seed(seed % 2**63),
+            steps=self.job.recipe.steps, lr=self.job.recipe.lr, fit=self.fit, batches=self.batches, task_loss=self.task_loss)
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The round's batches: a seeded permutation of the examples, repeated as often as needed."""
+        generator = torch.Generator().manual_seed(seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63)
+        order: list[int] = []
+        for _ in range(self.job.recipe.steps):
+            while len(order) < self.job.recipe.batch:
+                order += torch.randperm(len(self.examples), generator=generator).tolist()
+            picked, order = order[: self.job.recipe.batch], order[self.job.recipe.batch :]
+            yield self.task.collate([self.examples[i] for i in picked])
+
+    def task_loss(self, params: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+        """Mean loss of the task; `params` are the live tensors, of which the head is handed on."""
+        head = {k: params.get(k, t) for k, t in self.head.items()}
+        return self.task.losses(self.task.forward(self.base.model, head, batch), batch).mean()
+
+    def fit(self, start: dict[str, Tensor], penalty: Callable[[dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
+        """The job's local steps from `start`. Hooks run unless `penalty` makes this a private fit. Raises Refused on NaN."""
+        params: dict[str, Tensor] = {**self.base.parameters(), **{k: t for k, t in self.head.items() if t.requires_grad}}
+        with torch.no_grad():
+            for k, p in params.items():
+                p.copy_(start[k])
+        recipe = self.job.recipe
+        optimiser = _optimiser(recipe.optimizer, list(params.values()), recipe.lr)
+        warm = max(1, math.ceil(WARMUP * recipe.steps))
+        for step, batch in enumerate(self.batches()):
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.lr * min(1.0, (step + 1) / warm)
+            loss = self._step(params, batch, penalty)
+            optimiser.step()
+            self.progress(step + 1, loss)
+        return {k: p.detach().clone() for k, p in params.items()}
+
+    def _step(self, params: dict[str, Tensor], batch: dict[str, Any], penalty: Callable[..., Tensor] | None) -> float:
+        """Loss and gradients of one batch, hooks in their order; gradients end in `.grad`, clipped."""
+        stack, contexts = self.client.stack, self.contexts
+        if penalty is None:
+            for n, m in stack.using("batch"):
+                batch = m.batch(batch, contexts[n])
+        users = stack.using("objective")
+        loss = users[0][1].objective(params, batch, contexts[users[0][0]]) if users else self.task_loss(params, batch)
+        if penalty is None:
+            for n, m in stack.using("loss"):
+                loss = m.loss(loss, params, batch, contexts[n])
+        else:
+            loss = loss + penalty(params)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise Refused(f"training loss is {value}", "lower the job's learning rate")
+        grads: dict[str, Tensor] = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+        if penalty is None:
+            for n, m in stack.using("grad"):
+                grads = m.grad(grads, params, contexts[n])
+        for k, p in params.items():
+            p.grad = grads[k]
+        torch.nn.utils.clip_grad_norm_(list(params.values()), MAX_NORM)
+        return value
+
+    @torch.inference_mode()
+    def measure(self, examples: Examples, head: dict[str, Tensor] | None = None, batch: int = 32) -> dict[str, float]:
+        """Sums over `examples` with the adapter as it stands: loss, its square, right answers, count, predictions' tokens."""
+        head = head if head is not None else self.head
+        total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
+        for at in range(0, len(examples), batch):
+            made = self.task.collate(examples[at : at + batch])
+            scores = self.task.forward(self.base.model, head, made)
+            losses = self.task.losses(scores, made).double()
+            total["loss"] += float(losses.sum())
+            total["square"] += float(losses.square().sum())
+            total["correct"] += float(self.task.correct(scores, made).sum())
+            total["count"] += len(losses)
+        return total
+
+
+def _optimiser(name: str, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr)
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, foreach=True)
+
+
+class Stopwatch:
+    """Seconds by name: `with watch("train"): …`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._name = ""
+        self._start = 0.0
+
+    def __call__(self, name: str) -> "Stopwatch":
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._start

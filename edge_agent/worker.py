@@ -1,0 +1,85 @@
+"""The training process: `python -m edge_agent.worker`. Reads orders as JSON lines, answers with JSON lines.
+
+It lives as long as the job, so that base and examples stay loaded; when standard input ends, it ends. A failure is an answer,
+with a code that the planner understands: `memory`, `data`, `job` or `crash`.
+"""
+
+import os
+import sys
+import threading
+import traceback
+from typing import IO, Any
+
+import msgspec
+
+from . import system
+from .order import Order
+
+
+def main() -> None:
+    """Serve orders until standard input ends."""
+    system.die_with_parent()
+    system.low_priority()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    orders = _reader(sys.stdin)
+    _silence()
+    from .rounds import Worker
+
+    worker = Worker()
+    say(answers, {"event": "ready", "rss_mb": system.peak_rss_mb()})
+    while (line := orders()) is not None:
+        try:
+            worker.run(msgspec.json.decode(line, type=Order), lambda told: say(answers, {"event": "progress", **told}))
+            say(answers, {"event": "done"})
+        except Exception as error:
+            say(answers, {"event": "failed", **_reason(error)})
+
+
+def _silence() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if hasattr(transformers.logging, "disable_progress_bar"):
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _reason(error: Exception) -> dict[str, str]:
+    from federated.errors import DoesNotFit, RankfleetError, Refused
+
+    if isinstance(error, DoesNotFit) or isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return {"code": "memory", "reason": str(error)}
+    if isinstance(error, Refused):
+        return {"code": "data", "reason": str(error)}
+    if isinstance(error, RankfleetError):
+        return {"code": "job", "reason": str(error)}
+    print(traceback.format_exc(), file=sys.stderr)
+    return {"code": "crash", "reason": f"{type(error).__name__}: {error}"}
+
+
+def say(answers: IO[str], what: dict[str, Any]) -> None:
+    """One line to the service."""
+    answers.write(msgspec.json.encode(what).decode() + "\n")
+
+
+def _reader(stream: IO[str]) -> Any:
+    """Lines through a thread, so that the end of the stream ends the process even in the middle of a step."""
+    import queue
+
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, name="orders", daemon=True).start()
+    return lines.get
+
+
+if __name__ == "__main__":
+    main()

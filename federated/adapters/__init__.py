@@ -1,0 +1,1 @@
+"""Which factors of the adapter are trained and sent."""

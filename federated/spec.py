@@ -1,0 +1,66 @@
+"""What the tensors of an adapter mean: shapes, layers, ranks and the channels that a device keeps.
+
+Canonical coordinates are those of the unpruned base. A device works on compact arrays: rows of `B` and
+columns of `A` that belong to pruned channels are absent. Index lists (`Masks`) connect the two.
+"""
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class Pair(msgspec.Struct, frozen=True, rename={"in_": "in"}):
+    """A low-rank pair on one linear module: `B` (kept_out, rank) and `A` (rank, kept_in), ΔW = scale·B·A."""
+
+    layer: int
+    out: int
+    in_: int
+    rank: int
+    scale: float
+    kept_out: int
+    kept_in: int
+    view: str
+    """Lineage of the factor coordinates; state made under another lineage is dropped."""
+    trained: bool = True
+    """False for a pair below the device's boundary: applied, frozen, never sent."""
+
+
+class Dense(msgspec.Struct, frozen=True):
+    """A plain trained tensor, such as a classifier head."""
+
+    shape: tuple[int, ...]
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """Everything a device's adapter consists of, by module or tensor name."""
+
+    pairs: dict[str, Pair]
+    dense: dict[str, Dense]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name → compact shape, of the trained tensors, in sorted order."""
+        found: dict[str, tuple[int, ...]] = {k: d.shape for k, d in self.dense.items()}
+        for module, pair in self.pairs.items():
+            if pair.trained:
+                found[f"{module}.A"] = (pair.rank, pair.kept_in)
+                found[f"{module}.B"] = (pair.kept_out, pair.rank)
+        return dict(sorted(found.items()))
+
+
+def module_of(name: str) -> str:
+    """`layer.3.query.A` → `layer.3.query`; a dense tensor's name stays."""
+    return name[:-2] if name.endswith((".A", ".B")) else name
+
+
+def coordinates(spec: Spec) -> dict[str, str]:
+    """Tensor name → id of the coordinates it lives in. Equal ids: state of earlier rounds still means the same."""
+    ids = {k: f"dense:{d.shape}" for k, d in spec.dense.items()}
+    for module, p in spec.pairs.items():
+        for side in "AB":
+            ids[f"{module}.{side}"] = f"{p.view}:{p.rank}:{p.kept_out}:{p.kept_in}"
+    return ids
+
+
+def parts(names: Mapping[str, object]) -> list[str]:
+    """Module names of all pairs in a mapping of `<module>.A/.B` names."""
+    return sorted({k[:-2] for k in names if k.endswith(".A")})

@@ -1,0 +1,127 @@
+"""One device's contribution, lifted to canonical coordinates, as `admit` and `reduce` see it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .spec import Spec, module_of
+from .tensors import Array, Tensors, norm
+
+Masks = dict[str, Array]
+"""`<module>.out` and `<module>.in` → indices of the kept rows and columns, in canonical coordinates."""
+
+
+class LowRank(NamedTuple):
+    """`B @ A`: B (out, k), A (k, in)."""
+
+    B: Array
+    A: Array
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one device sends up: factor deltas against the view (B₀, A₀) that it was given.
+
+    `delta` and `view` are compact; `factors` gives a module's s·(B₁A₁ - B₀A₀) in canonical coordinates.
+    `factor` multiplies the whole update: `scale` changes it and copies no array.
+    """
+
+    device: str
+    weight: float
+    delta: Tensors
+    spec: Spec
+    view: Tensors
+    masks: Masks = field(default_factory=dict)
+    extra: dict[str, Tensors] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+    age: int = 0
+    factor: float = 1.0
+    space: str = "product"
+    origin: str = ""
+    """Digest of the view: updates of one origin share (B₀, A₀)."""
+
+    def holds(self, module: str) -> bool:
+        """Did this device send anything for that pair?"""
+        return f"{module}.A" in self.delta or f"{module}.B" in self.delta
+
+    def deltas(self, module: str) -> tuple[Array, Array]:
+        """(dB, dA) of one pair, zeros where a factor did not travel."""
+        a0, b0 = self.view[f"{module}.A"], self.view[f"{module}.B"]
+        da, db = self.delta.get(f"{module}.A"), self.delta.get(f"{module}.B")
+        return (np.zeros_like(b0) if db is None else db), (np.zeros_like(a0) if da is None else da)
+
+    def factors(self, module: str) -> LowRank:
+        """s·(B₁A₁ - B₀A₀) = s·(dB·A₀ + (B₀+dB)·dA) as one canonical pair of rank 2r."""
+        pair = self.spec.pairs[module]
+        db, da = self.deltas(module)
+        a0, b0 = self.view[f"{module}.A"], self.view[f"{module}.B"]
+        left = np.concatenate([db, b0 + db], axis=1) * (pair.scale * self.factor)
+        right = np.concatenate([a0, da], axis=0)
+        return LowRank(self.rows(module, left, pair.out), self.columns(module, right, pair.in_))
+
+    def rows(self, module: str, compact: Array, size: int) -> Array:
+        """Scatter kept rows to their canonical places."""
+        kept = self.masks.get(f"{module}.out")
+        if kept is None:
+            return compact
+        full = np.zeros((size, compact.shape[1]), compact.dtype)
+        full[kept] = compact
+        return full
+
+    def columns(self, module: str, compact: Array, size: int) -> Array:
+        """Scatter kept columns to their canonical places."""
+        kept = self.masks.get(f"{module}.in")
+        if kept is None:
+            return compact
+        full = np.zeros((compact.shape[0], size), compact.dtype)
+        full[:, kept] = compact
+        return full
+
+    def modules(self) -> list[str]:
+        """Pairs that this update moves, sorted."""
+        return sorted({module_of(k) for k in self.delta if module_of(k) in self.spec.pairs})
+
+    def dense(self) -> Tensors:
+        """Deltas of tensors outside the pairs (heads), as sent."""
+        return {k: t for k, t in self.delta.items() if k in self.spec.dense}
+
+    @cached_property
+    def _norm(self) -> float:
+        if self.space == "factors":
+            return norm(self.delta)
+        square = norm(self.dense()) ** 2
+        for module in self.modules():
+            b, a = (t.astype(np.float64) for t in replace(self, factor=1.0).factors(module))
+            square += float(np.sum((b.T @ b) * (a @ a.T)))
+        return float(np.sqrt(max(square, 0.0)))
+
+    def norm(self) -> float:
+        """‖update‖: of all s·(B₁A₁ - B₀A₀) and heads in product space, of the raw deltas in factor space."""
+        return self._norm * abs(self.factor)
+
+    def dot(self, other: "Update") -> float:
+        """Inner product of two updates, from the factors."""
+        total = sum(float(np.vdot(t, other.delta[k])) for k, t in self.dense().items() if k in other.delta)
+        total *= self.factor * other.factor
+        for module in self.modules():
+            if not other.holds(module):
+                continue
+            if self.space == "factors":
+                for name in (f"{module}.A", f"{module}.B"):
+                    if name in self.delta and name in other.delta:
+                        total += self.factor * other.factor * float(np.vdot(self.delta[name], other.delta[name]))
+                continue
+            (b, a), (d, c) = self.factors(module), other.factors(module)
+            total += float(np.sum((b.T @ d).astype(np.float64) * (a @ c.T)))
+        return total
+
+    def scale(self, by: float) -> "Update":
+        """The same update, `by` times as large."""
+        return replace(self, factor=self.factor * by)
+
+    def extra_of(self, method: object) -> Tensors:
+        """What `method` put into `ctx.up` on the device; empty if it had nothing to say."""
+        return self.extra.get(type(method).__module__.rpartition(".")[2], {})
