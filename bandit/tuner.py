@@ -41,10 +41,10 @@ class Tuner:
 
     def join(self, device: str, profile: DeviceProfile, bits_ms: dict[str, float]) -> int:
         """Fix a device's bits: the fastest measured ones among those that fit. Raises NoArm."""
-        own = self.state["devices"].setdefault(device, {"speed": 1.0, "memory": 1.0, "prune": 0.0, "pruned_at": 0})
-        if "bits" not in own:
-            own["bits"] = self._bits(device, profile, bits_ms)
-        return int(own["bits"])
+        if device not in self.state["devices"]:
+            bits = self._bits(device, profile, bits_ms)
+            self.state["devices"][device] = {"speed": 1.0, "memory": 1.0, "prune": 0.0, "pruned_at": 0, "bits": bits}
+        return int(self.state["devices"][device]["bits"])
 
     def _bits(self, device: str, profile: DeviceProfile, bits_ms: dict[str, float], below: int = 99) -> int:
         fitting = [b for b in self.space.bits if b < below and self._smallest(device, b) <= profile.budget_mb]

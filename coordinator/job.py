@@ -65,7 +65,7 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     task: TaskSpec
     rounds: Annotated[int, Meta(ge=1, le=100_000)] = 10
-    stack: list[StackItem] = ["sparse"]
+    stack: tuple[StackItem, ...] = ("sparse",)
     space: Literal["", "factors", "product"] = ""
     adapter: AdapterSpec = AdapterSpec()
     arms: ArmSpace = ArmSpace()

@@ -84,7 +84,7 @@ class Planner:
         spec = self.plan.spec
         return Assignment(
             job=self.job, round=number, rounds=spec.rounds, version=version.number, purpose=purpose, model=spec.model,
-            model_digest=self.plan.card.digest, task=self.plan.task(), stack=msgspec.to_builtins(spec.stack), space=self.plan.stack.space,
+            model_digest=self.plan.card.digest, task=self.plan.task(), stack=list(msgspec.to_builtins(spec.stack)), space=self.plan.stack.space,
             recipe=recipe, blobs=blobs, seed=seed_of(spec.seed, self.job) % 2**31, say=f"{arm.text()}: {why}")
 
     def _view(self, version: Version, number: int, device: str, placement: Mapping[str, int], masks: Masks, server: ServerSide) -> Blob:

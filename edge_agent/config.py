@@ -45,7 +45,7 @@ class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The training process."""
 
     memory_mb: Annotated[float, Meta(gt=0)] | None = None
-    """Resident memory over what the runtime itself takes; None: four times the model budget, at least 500 MB."""
+    """Resident memory over what the runtime itself takes; None: 1,000 MB and four times the model budget."""
     idle_s: Annotated[float, Meta(gt=0)] = 300.0
     slots: Annotated[int, Meta(ge=1)] | None = None
     """Workers that may compute at once on this machine; None: one per core."""

@@ -23,14 +23,13 @@ class Shard:
         self.held: list[Row] = []
         self.unknown = self.duplicates = 0
         number = {label: i for i, label in enumerate(labels)}
-        seen: set[bytes] = set()
+        found: dict[bytes, Row] = {}
         for row in rows(dataset, name):
             item = {f: _column(row, dataset.columns.get(f, f), name, dataset.path) for f in fields}
             key = hashlib.sha256(json.dumps(item, sort_keys=True, default=str).encode()).digest()
-            if key in seen:
+            if key in found:
                 self.duplicates += 1
                 continue
-            seen.add(key)
             if labels:
                 said = str(item["label"])
                 said = dataset.labels.get(said, said)
@@ -38,6 +37,9 @@ class Shard:
                     self.unknown += 1
                     continue
                 item["label"] = number[said]
+            found[key] = item
+        # In the order of the hash: the first n are a fair sample, whatever the order of the file.
+        for key, item in sorted(found.items()):
             (self.held if int.from_bytes(key[:4], "big") % 10 == 0 else self.train).append(item)
         total = len(self.train) + len(self.held) + self.unknown
         if self.unknown > MAX_UNKNOWN * total:

@@ -49,7 +49,7 @@ class ProcessEngine:
             self._idle.cancel()
         try:
             process = await self._started()
-            limit = self._rss_mb + (self.memory_mb or max(500.0, 4 * order.budget_mb))
+            limit = self._rss_mb + (self.memory_mb or 1000.0 + 4 * order.budget_mb)
             assert process.stdin is not None
             process.stdin.write(msgspec.json.encode(order) + b"\n")
             await process.stdin.drain()

@@ -3,6 +3,7 @@
 The loop knows the order of hooks and nothing about any method. Parameters are fp32 masters; bf16 exists only inside the model.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -148,15 +149,12 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._name = ""
-        self._start = 0.0
 
-    def __call__(self, name: str) -> "Stopwatch":
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
