@@ -55,8 +55,13 @@ class ArmSpace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def arms(self, max_depth: int) -> list[Arm]:
         """All arms, in a fixed order."""
-        return [Arm(placement=p, prune=q, bits=b, batch=self.batch, steps=s) for p in self.rules(max_depth)
-                for q in sorted(set(self.prune)) for b in self.bits for s in self.steps]
+        return [
+            Arm(placement=p, prune=q, bits=b, batch=self.batch, steps=s)
+            for p in self.rules(max_depth)
+            for q in sorted(set(self.prune))
+            for b in self.bits
+            for s in self.steps
+        ]
 
 
 def targets(card: ModelCard, wanted: list[str]) -> list[Module]:
@@ -74,11 +79,11 @@ def expand(rule: str, card: ModelCard, modules: list[Module]) -> dict[str, int]:
         depth, rank = map(int, found.groups())
         return {m.name: _fit(m, rank) for m in modules if m.layer >= card.layers - depth}
     if found := _RISING.match(rule):
-        return _rising(*map(int, found.groups()), card, modules)
+        first, last, total = map(int, found.groups())
+        return _rising(first, last, total, card, modules)
     if found := _SCORED.match(rule):
         return _scored(found, card, modules)
-    raise ValueError(f"placement `{rule}` is not understood; write top(2, r=8), rising(3..5, total=48) or "
-                     "scored(query,value@5,3; r=4..16)")
+    raise ValueError(f"placement `{rule}` is not understood; write top(2, r=8), rising(3..5, total=48) or scored(query,value@5,3; r=4..16)")
 
 
 def _fit(module: Module, rank: int) -> int:
@@ -88,8 +93,9 @@ def _fit(module: Module, rank: int) -> int:
 def _rising(first: int, last: int, total: int, card: ModelCard, modules: list[Module]) -> dict[str, int]:
     count = last - first + 1
     if count < 1 or last >= card.layers or total < count:
-        raise ValueError(f"rising({first}..{last}, total={total}): the model has layers 0..{card.layers - 1}, "
-                         "and every layer needs at least rank 1")
+        raise ValueError(
+            f"rising({first}..{last}, total={total}): the model has layers 0..{card.layers - 1}, and every layer needs at least rank 1"
+        )
     # Arithmetic progression around the mean, with the step that keeps the lowest rank at or above half of it.
     mean = total / count
     step = mean / count if count > 1 else 0.0
@@ -105,8 +111,7 @@ def _scored(found: "re.Match[str]", card: ModelCard, modules: list[Module]) -> d
     if any(n >= card.layers for n in layers) or low > high or low < 1:
         raise ValueError(f"{found.group(0)}: the model has layers 0..{card.layers - 1}, and ranks rise from low to high")
     rank = {layer: max(low, high >> i) for i, layer in enumerate(layers)}
-    placed = {m.name: _fit(m, rank[m.layer]) for m in modules
-              if m.layer in rank and any(m.name.endswith("." + n) for n in names)}
+    placed = {m.name: _fit(m, rank[m.layer]) for m in modules if m.layer in rank and any(m.name.endswith("." + n) for n in names)}
     if not placed:
         raise ValueError(f"{found.group(0)} names no module that the job adapts")
     return placed

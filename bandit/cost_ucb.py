@@ -34,16 +34,16 @@ class CostUCB(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             if member.device in explorers:
                 best = max(fits, key=lambda a: (self._index(a, fits, member.kind, state, round), a.utility))
             tried = state.get(key(member.kind, best), [0.0, 0.0])[0]
-            why = (f"fits {member.kind} in {best.memory_mb:.0f} MB and the fleet's {deadline:.1f} s ({best.seconds:.1f} s expected)"
-                   + (f", best of {len(fits)} by index after {tried:.0f} trials" if member.device in explorers
-                      else ", highest expected gain"))
+            why = f"fits {member.kind} in {best.memory_mb:.0f} MB and the fleet's {deadline:.1f} s ({best.seconds:.1f} s expected)" + (
+                f", best of {len(fits)} by index after {tried:.0f} trials" if member.device in explorers else ", highest expected gain"
+            )
             chosen[member.device] = Choice(best.arm, why)
         return chosen
 
     def _index(self, arm: Priced, rivals: list[Priced], kind: str, state: State, round: int) -> float:
         n, total = state.get(key(kind, arm), [0.0, 0.0])
         prior = arm.utility / (max(a.utility for a in rivals) or 1.0)
-        return (total + 2 * prior) / (n + 2) + self.width * math.sqrt(2 * math.log(round + 2) / (n + 2))
+        return float((total + 2 * prior) / (n + 2)) + self.width * math.sqrt(2 * math.log(round + 2) / (n + 2))
 
     def observe(self, outcomes: Sequence[Outcome], state: State) -> None:
         """Reward: loss drop per second, relative to the best of the round, bounded to [0, 1]."""

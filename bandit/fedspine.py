@@ -32,8 +32,9 @@ class FedSpine(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def _one(self, m: Member, own: State, rng: random.Random) -> Choice:
         leaves: list[Leaf] = own["leaves"]
         n = sum(q["n"] for q in leaves)
-        scores = [math.inf if q["n"] < 1e-9 else q["r"] / q["n"] + self.width * math.sqrt(2 * math.log(max(n, math.e)) / q["n"])
-                  for q in leaves]
+        scores = [
+            math.inf if q["n"] < 1e-9 else q["r"] / q["n"] + self.width * math.sqrt(2 * math.log(max(n, math.e)) / q["n"]) for q in leaves
+        ]
         at = max(range(len(leaves)), key=lambda i: (scores[i], -i))
         q = leaves[at]
         point = (rng.uniform(q["p0"], q["p1"]), rng.uniform(q["k0"], q["k1"]))

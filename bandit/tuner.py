@@ -32,8 +32,20 @@ class NoArm(ValueError):
 class Tuner:
     """One per job. `state` is JSON: save it, and the same choices follow."""
 
-    def __init__(self, policy: Policy, card: ModelCard, modules: list[Module], space: ArmSpace, *, max_depth: int,
-                 length: int, head: int, keep: float, seed: int, state: State | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        card: ModelCard,
+        modules: list[Module],
+        space: ArmSpace,
+        *,
+        max_depth: int,
+        length: int,
+        head: int,
+        keep: float,
+        seed: int,
+        state: State | None = None,
+    ) -> None:
         self.policy, self.card, self.space, self.seed = policy, card, space, seed
         self.length, self.head, self.keep, self.max_depth = length, head, keep, max_depth
         self.state: State = state or {"devices": {}, "policy": {}}
@@ -56,8 +68,13 @@ class Tuner:
 
     def _smallest(self, device: str, bits: int) -> float:
         correction = self.state["devices"].get(device, {}).get("memory", 1.0)
-        return float(correction * min(memory_mb(self.card, p, max(self.space.prune), bits, self.space.batch, self.length, self.head)
-                                      for p in self.placements.values()))
+        return float(
+            correction
+            * min(
+                memory_mb(self.card, p, max(self.space.prune), bits, self.space.batch, self.length, self.head)
+                for p in self.placements.values()
+            )
+        )
 
     def feasible(self, device: str, profile: DeviceProfile, round: int) -> list[Priced]:
         """Arms that the device can hold now, priced. Raises NoArm."""
@@ -69,8 +86,19 @@ class Tuner:
             if arm.bits != own["bits"] or arm.prune < own["prune"] - 1e-9 or (grows and not may_prune and not own.get("tight")):
                 continue
             placement = self.placements[arm.placement]
-            cost = price(self.card, profile, placement, prune=arm.prune, bits=arm.bits, batch=arm.batch, steps=arm.steps,
-                         length=self.length, head=self.head, keep=self.keep, correction=own["speed"])
+            cost = price(
+                self.card,
+                profile,
+                placement,
+                prune=arm.prune,
+                bits=arm.bits,
+                batch=arm.batch,
+                steps=arm.steps,
+                length=self.length,
+                head=self.head,
+                keep=self.keep,
+                correction=own["speed"],
+            )
             if cost.memory_mb * own["memory"] <= profile.budget_mb:
                 rank, depth = rank_and_depth(placement, self.card)
                 found.append(Priced(arm, rank, depth, cost.seconds, cost.memory_mb * own["memory"], self._utility(arm)))
@@ -95,8 +123,10 @@ class Tuner:
 
     def choose(self, round: int, fleet: Sequence[tuple[str, DeviceProfile, float]]) -> dict[str, Choice]:
         """An arm for every device (name, profile, share of the data)."""
-        members = [Member(device, profile.name, share, self.feasible(device, profile, round),
-                          self._last(device)) for device, profile, share in sorted(fleet, key=lambda f: f[0])]
+        members = [
+            Member(device, profile.name, share, self.feasible(device, profile, round), self._last(device))
+            for device, profile, share in sorted(fleet, key=lambda f: f[0])
+        ]
         rng = random.Random(f"{self.seed}/{round}")
         chosen = self.policy.choose(members, self.state["policy"], round, rng) if members else {}
         for device, choice in chosen.items():
@@ -132,11 +162,24 @@ class Tuner:
             return now
 
     def _expected(self, o: Outcome, profile: DeviceProfile, speed: float) -> float:
-        return price(self.card, profile, self.placements[o.arm.placement], prune=o.arm.prune, bits=o.arm.bits, batch=o.arm.batch,
-                     steps=o.arm.steps, length=self.length, head=self.head, keep=self.keep, correction=speed).seconds
+        return price(
+            self.card,
+            profile,
+            self.placements[o.arm.placement],
+            prune=o.arm.prune,
+            bits=o.arm.bits,
+            batch=o.arm.batch,
+            steps=o.arm.steps,
+            length=self.length,
+            head=self.head,
+            keep=self.keep,
+            correction=speed,
+        ).seconds
 
     def explain(self, device: str) -> dict[str, Any]:
         """What the tuner believes of a device."""
         own = self.state["devices"].get(device, {})
-        return {**own, "numbers": adapter_parameters(self.card, self.placements[own["arm"]["placement"]], own["prune"])
-                if own.get("arm") else 0}
+        return {
+            **own,
+            "numbers": adapter_parameters(self.card, self.placements[own["arm"]["placement"]], own["prune"]) if own.get("arm") else 0,
+        }

@@ -22,8 +22,9 @@ class UCB1(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 pick = rng.choice(fresh)
                 chosen[m.device] = Choice(pick.arm, f"not tried yet, {len(fresh)} arms are left to try")
                 continue
-            bounds = [(seen[a.arm.text()][1] / seen[a.arm.text()][0]
-                       + math.sqrt(2 * math.log(total) / seen[a.arm.text()][0]), a) for a in m.arms]
+            bounds = [
+                (seen[a.arm.text()][1] / seen[a.arm.text()][0] + math.sqrt(2 * math.log(total) / seen[a.arm.text()][0]), a) for a in m.arms
+            ]
             bound, pick = max(bounds, key=lambda b: (b[0], b[1].arm))
             chosen[m.device] = Choice(pick.arm, f"upper confidence bound {bound:.2f} after {total:.0f} pulls")
         return chosen

@@ -13,10 +13,12 @@ async def serve(host: str, port: int) -> None:
     from amqtt.broker import Broker
 
     logging.disable(logging.CRITICAL)
-    broker = Broker({
-        "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}", "max_connections": 20000}},
-        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-    })
+    broker = Broker(
+        {
+            "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}", "max_connections": 20000}},
+            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+        }
+    )
     await broker.start()
     ended = asyncio.Event()
     with contextlib.suppress(NotImplementedError):

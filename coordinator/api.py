@@ -42,12 +42,20 @@ class Api:
         self.service = service
         self.app = web.Application(middlewares=[_errors], client_max_size=4 << 20)
         self.app[TOKEN] = secrets.token_urlsafe(24)
-        self.app.add_routes([
-            web.get("/health", self.health), web.get("/jobs", self.jobs), web.post("/jobs", self.submit),
-            web.post("/jobs/{job}/{verb}", self.verb), web.get("/jobs/{job}/rounds", self.rounds), web.get("/devices", self.devices),
-            web.post("/devices/{device}/invite", self.invite), web.get("/jobs/{job}/arms", self.arms),
-            web.get("/jobs/{job}/versions", self.versions), web.post("/jobs/{job}/versions/{number}/{verb}", self.version_verb),
-        ])
+        self.app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/jobs", self.jobs),
+                web.post("/jobs", self.submit),
+                web.post("/jobs/{job}/{verb}", self.verb),
+                web.get("/jobs/{job}/rounds", self.rounds),
+                web.get("/devices", self.devices),
+                web.post("/devices/{device}/invite", self.invite),
+                web.get("/jobs/{job}/arms", self.arms),
+                web.get("/jobs/{job}/versions", self.versions),
+                web.post("/jobs/{job}/versions/{number}/{verb}", self.version_verb),
+            ]
+        )
 
     async def start(self, home: Path, port: int) -> web.AppRunner:
         """Listen on loopback and write `api.json`."""
@@ -62,14 +70,32 @@ class Api:
     async def health(self, request: web.Request) -> web.Response:
         """Is the service up, and does it reach its broker?"""
         s = self.service
-        return _json({"ok": s.bus.connected.is_set(), "broker": s.broker_url, "problem": getattr(s.bus, "problem", ""),
-                      "dropped": s.dropped, "corrupt_chunks": s.uploads.corrupt, "job": s.runner.job if s.runner else ""})
+        return _json(
+            {
+                "ok": s.bus.connected.is_set(),
+                "broker": s.broker_url,
+                "problem": getattr(s.bus, "problem", ""),
+                "dropped": s.dropped,
+                "corrupt_chunks": s.uploads.corrupt,
+                "job": s.runner.job if s.runner else "",
+            }
+        )
 
     async def jobs(self, request: web.Request) -> web.Response:
         """All jobs."""
         rows = sorted(self.service.ledger.rows(store.jobs), key=lambda r: r["number"])
-        return _json([{"job": r["id"], "state": r["state"], "created": r["created"], "reason": r["reason"],
-                       "round": max((x["number"] for x in self.service.ledger.rows(store.rounds, job=r["id"])), default=None)} for r in rows])
+        return _json(
+            [
+                {
+                    "job": r["id"],
+                    "state": r["state"],
+                    "created": r["created"],
+                    "reason": r["reason"],
+                    "round": max((x["number"] for x in self.service.ledger.rows(store.rounds, job=r["id"])), default=None),
+                }
+                for r in rows
+            ]
+        )
 
     async def submit(self, request: web.Request) -> web.Response:
         """Validate a job whole; queue it unless `dry`. Answers with what each known device would get."""
@@ -81,8 +107,17 @@ class Api:
     def preview(self, plan: Plan) -> list[dict[str, Any]]:
         """Device → arm of the first round, or why there is none."""
         spec = plan.spec
-        tuner = Tuner(plan.policy, plan.card, plan.modules, spec.arms, max_depth=plan.max_depth, length=spec.task.max_length,
-                      head=plan.head_size, keep=plan.keep, seed=spec.seed)
+        tuner = Tuner(
+            plan.policy,
+            plan.card,
+            plan.modules,
+            spec.arms,
+            max_depth=plan.max_depth,
+            length=spec.task.max_length,
+            head=plan.head_size,
+            keep=plan.keep,
+            seed=spec.seed,
+        )
         rows, fleet = [], []
         for row in self.service.ledger.rows(store.devices):
             device, reason = row["id"], self.service.devices.why_not(row["id"], plan)
@@ -126,16 +161,36 @@ class Api:
         versions = {r["number"]: r for r in ledger.rows(store.versions, job=job)}
         for row in ledger.rows(store.rounds, job=job):
             version = versions.get(row["number"])
-            found.append({"round": row["number"], "state": row["state"], "opened": row["opened"], "closed": row["closed"],
-                          "expected_s": row["expected_s"], "info": store.read(row["info"]),
-                          "version": store.read(version["metrics"]) if version else {}, "devices": self._assigned(job, row["number"])})
+            found.append(
+                {
+                    "round": row["number"],
+                    "state": row["state"],
+                    "opened": row["opened"],
+                    "closed": row["closed"],
+                    "expected_s": row["expected_s"],
+                    "info": store.read(row["info"]),
+                    "version": store.read(version["metrics"]) if version else {},
+                    "devices": self._assigned(job, row["number"]),
+                }
+            )
         events = [{"at": e["at"], "device": e["device"], "text": e["text"]} for e in ledger.rows(store.events, job=job)]
         return _json({"rounds": found, "live": self.service.live, "events": events})
 
     def _assigned(self, job: str, number: int) -> list[dict[str, Any]]:
         rows = self.service.ledger.rows(store.assignments, job=job, round=number)
-        return [{"device": r["device"], "state": r["state"], "arm": store.read(r["arm"]), "why": r["why"], "seconds": r["seconds"],
-                 "reason": r["reason"], "resumed": r["resumed"], "telemetry": store.read(r["telemetry"])} for r in rows]
+        return [
+            {
+                "device": r["device"],
+                "state": r["state"],
+                "arm": store.read(r["arm"]),
+                "why": r["why"],
+                "seconds": r["seconds"],
+                "reason": r["reason"],
+                "resumed": r["resumed"],
+                "telemetry": store.read(r["telemetry"]),
+            }
+            for r in rows
+        ]
 
     async def devices(self, request: web.Request) -> web.Response:
         """The fleet."""
@@ -155,14 +210,28 @@ class Api:
         believed = {}
         if runner is not None and runner.job == job:
             believed = {d: runner.tuner.explain(d) for d in runner.tuner.state["devices"]}
-        return _json({"used": [{"round": r["round"], "device": r["device"], "arm": store.read(r["arm"]), "why": r["why"]} for r in rows],
-                      "tuner": believed})
+        return _json(
+            {
+                "used": [{"round": r["round"], "device": r["device"], "arm": store.read(r["arm"]), "why": r["why"]} for r in rows],
+                "tuner": believed,
+            }
+        )
 
     async def versions(self, request: web.Request) -> web.Response:
         """Versions with their held-out figures."""
         rows = self.service.ledger.rows(store.versions, job=request.match_info["job"])
-        return _json([{"version": r["number"], "state": r["state"], "digest": r["digest"], "created": r["created"],
-                       "metrics": store.read(r["metrics"])} for r in rows])
+        return _json(
+            [
+                {
+                    "version": r["number"],
+                    "state": r["state"],
+                    "digest": r["digest"],
+                    "created": r["created"],
+                    "metrics": store.read(r["metrics"]),
+                }
+                for r in rows
+            ]
+        )
 
     async def version_verb(self, request: web.Request) -> web.Response:
         """promote: this version is good. rollback: this version is good and every later one is not."""

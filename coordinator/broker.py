@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 def mosquitto() -> str | None:
     """The Mosquitto server, if it is installed; Debian puts it where users' PATH does not look."""
-    return shutil.which("mosquitto") or next((p for p in ("/usr/sbin/mosquitto", "/opt/homebrew/sbin/mosquitto",
-                                                          "/usr/local/sbin/mosquitto") if Path(p).exists()), None)
+    return shutil.which("mosquitto") or next(
+        (p for p in ("/usr/sbin/mosquitto", "/opt/homebrew/sbin/mosquitto", "/usr/local/sbin/mosquitto") if Path(p).exists()), None
+    )
 
 
 def free_port() -> int:
@@ -56,8 +57,11 @@ class BrokerChild:
         if self.kind == "amqtt":
             return [sys.executable, "-m", "coordinator.amqtt_broker", self.host, str(self.port)]
         conf = self.home / "mosquitto.conf"
-        write_atomic(conf, f"listener {self.port} {self.host}\nallow_anonymous true\npersistence false\n"
-                           "max_queued_messages 10000\nlog_type error\n".encode())
+        write_atomic(
+            conf,
+            f"listener {self.port} {self.host}\nallow_anonymous true\npersistence false\n"
+            "max_queued_messages 10000\nlog_type error\n".encode(),
+        )
         return [mosquitto() or "mosquitto", "-c", str(conf)]
 
     async def start(self) -> None:
@@ -70,8 +74,10 @@ class BrokerChild:
             if self.restarts > 3:
                 break
         await self.stop()
-        raise ConfigError(f"the {self.kind} broker does not listen on {self.host}:{self.port}",
-                          "is the port in use? set `broker.port` to another one, or 0")
+        raise ConfigError(
+            f"the {self.kind} broker does not listen on {self.host}:{self.port}",
+            "is the port in use? set `broker.port` to another one, or 0",
+        )
 
     async def listening(self) -> bool:
         """Does somebody answer on the port, while our child lives?"""
@@ -85,8 +91,9 @@ class BrokerChild:
 
     async def _keep(self) -> None:
         while True:
-            self.process = await asyncio.create_subprocess_exec(*self.command(), stdout=asyncio.subprocess.DEVNULL,
-                                                                stderr=asyncio.subprocess.DEVNULL)
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command(), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+            )
             code = await self.process.wait()
             self.restarts += 1
             log.warning("the %s broker ended with code %s and is started again", self.kind, code)

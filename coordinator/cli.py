@@ -32,8 +32,9 @@ def build() -> argparse.ArgumentParser:
         return made
 
     verb("serve", _serve, "run the service with its broker", "coordinator serve --config coordinator.yaml")
-    verb("submit", _submit, "validate a job, show what each device would get, and queue it", "coordinator submit job.yaml --dry-run",
-         "job").add_argument("--dry-run", action="store_true", help="validate and show only")
+    verb(
+        "submit", _submit, "validate a job, show what each device would get, and queue it", "coordinator submit job.yaml --dry-run", "job"
+    ).add_argument("--dry-run", action="store_true", help="validate and show only")
     verb("jobs", _jobs, "all jobs and their state", "coordinator jobs")
     for name, text in (("cancel", "stop a job for good"), ("pause", "open no further round"), ("resume", "go on")):
         verb(name, _change, text, f"coordinator {name} docs-1", "job")
@@ -41,9 +42,11 @@ def build() -> argparse.ArgumentParser:
     verb("devices", _devices, "the fleet", "coordinator devices --json")
     verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device")
     verb("arms", _arms, "arms that a job used; with `explain`, why", "coordinator arms docs-1 explain", "job").add_argument(
-        "explain", nargs="?", choices=["explain"], help="add the reason of each choice and what the tuner believes")
+        "explain", nargs="?", choices=["explain"], help="add the reason of each choice and what the tuner believes"
+    )
     verb("methods", _methods, "the catalogue of federated methods", "coordinator methods").add_argument(
-        "--all", action="store_true", help="also those for simulation only")
+        "--all", action="store_true", help="also those for simulation only"
+    )
     versions = verb("versions", _versions, "list, promote or roll back versions", "coordinator versions list docs-1")
     versions.add_argument("what", choices=["list", "promote", "rollback"])
     versions.add_argument("job")
@@ -141,18 +144,38 @@ def arm_text(arm: dict[str, Any]) -> str:
 
 def _rounds(args: argparse.Namespace) -> int:
     answer = _client(args).get(f"/jobs/{args.job}/rounds")
-    rows = [{"round": r["round"], "device": d["device"], "state": d["state"], "arm": arm_text(d["arm"]),
-             "loss": d["telemetry"].get("loss_after"), "seconds": d["seconds"], "held_out": r["version"].get("devices", {}).get(d["device"]),
-             "reason": d["reason"]} for r in answer["rounds"] for d in r["devices"]]
+    rows = [
+        {
+            "round": r["round"],
+            "device": d["device"],
+            "state": d["state"],
+            "arm": arm_text(d["arm"]),
+            "loss": d["telemetry"].get("loss_after"),
+            "seconds": d["seconds"],
+            "held_out": r["version"].get("devices", {}).get(d["device"]),
+            "reason": d["reason"],
+        }
+        for r in answer["rounds"]
+        for d in r["devices"]
+    ]
     cli.show(args, answer, cli.table(rows) + "".join(f"\n{e['device'] or 'job'}: {e['text']}" for e in answer["events"][-10:]))
     return 0
 
 
 def _devices(args: argparse.Namespace) -> int:
     rows = _client(args).get("/devices")
-    shown = [{"device": r["device"], "state": r["state"], "profile": r["profile"], "budget_mb": r["budget_mb"],
-              "now": r["live"].get("state", "idle"), "seen": f"{time.time() - r['seen']:.0f} s ago" if r["seen"] else "never",
-              "datasets": r["datasets"]} for r in rows]
+    shown = [
+        {
+            "device": r["device"],
+            "state": r["state"],
+            "profile": r["profile"],
+            "budget_mb": r["budget_mb"],
+            "now": r["live"].get("state", "idle"),
+            "seen": f"{time.time() - r['seen']:.0f} s ago" if r["seen"] else "never",
+            "datasets": r["datasets"],
+        }
+        for r in rows
+    ]
     cli.show(args, rows, cli.table(shown))
     return 0
 
@@ -165,8 +188,10 @@ def _invite(args: argparse.Namespace) -> int:
 
 def _arms(args: argparse.Namespace) -> int:
     answer = _client(args).get(f"/jobs/{args.job}/arms")
-    rows = [{"round": r["round"], "device": r["device"], "arm": arm_text(r["arm"]), **({"why": r["why"]} if args.explain else {})}
-            for r in answer["used"]]
+    rows = [
+        {"round": r["round"], "device": r["device"], "arm": arm_text(r["arm"]), **({"why": r["why"]} if args.explain else {})}
+        for r in answer["used"]
+    ]
     believed = "".join(f"\n{d}: {t}" for d, t in answer["tuner"].items()) if args.explain else ""
     cli.show(args, answer, cli.table(rows) + believed)
     return 0
@@ -178,9 +203,23 @@ def _methods(args: argparse.Namespace) -> int:
     from federated.catalogue import entries
 
     rows = [e for e in entries() if args.all or e.evidence != "simulation only"]
-    cli.show(args, [msgspec.to_builtins(e) for e in rows], cli.table(
-        [{"name": e.name, "family": e.family, "space": e.space, "evidence": e.evidence, "hooks": " ".join(e.hooks), "use when": e.use_when}
-         for e in rows]))
+    cli.show(
+        args,
+        [msgspec.to_builtins(e) for e in rows],
+        cli.table(
+            [
+                {
+                    "name": e.name,
+                    "family": e.family,
+                    "space": e.space,
+                    "evidence": e.evidence,
+                    "hooks": " ".join(e.hooks),
+                    "use when": e.use_when,
+                }
+                for e in rows
+            ]
+        ),
+    )
     return 0
 
 
@@ -193,9 +232,23 @@ def _versions(args: argparse.Namespace) -> int:
         cli.show(args, answer, f"{args.what}: version {args.number} of {args.job}")
         return 0
     rows = client.get(f"/jobs/{args.job}/versions")
-    cli.show(args, rows, cli.table([{"version": r["version"], "state": r["state"], "held_out_loss": r["metrics"].get("loss"),
-                                     "held_out_accuracy": r["metrics"].get("accuracy"), "examples": r["metrics"].get("count"),
-                                     "digest": r["digest"][:12]} for r in rows]))
+    cli.show(
+        args,
+        rows,
+        cli.table(
+            [
+                {
+                    "version": r["version"],
+                    "state": r["state"],
+                    "held_out_loss": r["metrics"].get("loss"),
+                    "held_out_accuracy": r["metrics"].get("accuracy"),
+                    "examples": r["metrics"].get("count"),
+                    "digest": r["digest"][:12],
+                }
+                for r in rows
+            ]
+        ),
+    )
     return 0
 
 

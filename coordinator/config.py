@@ -26,6 +26,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outstanding_mb: Annotated[float, Meta(gt=0)] = 64.0
     outstanding_chunks: Annotated[int, Meta(ge=1)] = 400
     update_mb: Annotated[float, Meta(gt=0)] = 512.0
+    nudge_s: Annotated[float, Meta(gt=0)] = 20.0
+    """A device that says nothing about its assignment for so long is sent it again, then after twice as long."""
     gather_ms: Annotated[float, Meta(ge=0)] = 50.0
     """How long wants for the same blob are gathered before its pieces are published."""
 

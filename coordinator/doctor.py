@@ -26,7 +26,8 @@ def examine(path: Path) -> list[Finding]:
         return [_finding("config", "error", str(error.args[0]), error.hint)]
     found = [_finding("config", "ok", str(path)), _disk(config.home), _broker(config)]
     found += [_model(n, Path(p)) for n, p in config.models.items()] or [
-        _finding("model", "error", "no base model is named, so no job can run", "add `models` to the coordinator's YAML")]
+        _finding("model", "error", "no base model is named, so no job can run", "add `models` to the coordinator's YAML")
+    ]
     return [*found, *_service(config.home)]
 
 
@@ -60,7 +61,13 @@ def _service(home: Path) -> list[Finding]:
         devices = client.get("/devices")
     except RankfleetError as error:
         return [_finding("service", "error", str(error.args[0]), error.hint)]
-    found = [_finding("service", "ok" if health["ok"] else "error", f"runs; broker {health['broker']}" + (f": {health['problem']}" if not health["ok"] else ""))]
+    found = [
+        _finding(
+            "service",
+            "ok" if health["ok"] else "error",
+            f"runs; broker {health['broker']}" + (f": {health['problem']}" if not health["ok"] else ""),
+        )
+    ]
     quiet = [d["device"] for d in devices if d["state"] == "invited"]
     if quiet:
         found.append(_finding("devices", "warning", f"invited, never heard of: {', '.join(quiet)}", "edge-agent enroll TOKEN, then run"))

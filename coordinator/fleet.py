@@ -40,8 +40,9 @@ class Devices:
             return f"its profile is not understood: {error}"
         if row["public_key"] and row["public_key"] != said.public_key:
             return "another key is enrolled under this name; `coordinator invite` makes a new claim"
-        self.ledger.change(store.devices, {"id": device}, state="enrolled", public_key=said.public_key, seen=now,
-                           hello=msgspec.json.encode(said).decode())
+        self.ledger.change(
+            store.devices, {"id": device}, state="enrolled", public_key=said.public_key, seen=now, hello=msgspec.json.encode(said).decode()
+        )
         self._hello[device] = said
         return ""
 
@@ -66,8 +67,9 @@ class Devices:
 
     def invite(self, device: str, link_key: bytes) -> None:
         """A new claim; an earlier one under the same name is void."""
-        self.ledger.put(store.devices, {"id": device}, link_key=link_key, public_key=b"", state="invited", hello="{}", seen=0.0,
-                        bytes_in=0, note="")
+        self.ledger.put(
+            store.devices, {"id": device}, link_key=link_key, public_key=b"", state="invited", hello="{}", seen=0.0, bytes_in=0, note=""
+        )
         self._keys.pop(device, None)
         self._hello.pop(device, None)
 
@@ -103,7 +105,16 @@ class Devices:
         rows = []
         for row in self.ledger.rows(store.devices):
             said = self.said(row["id"])
-            rows.append({"device": row["id"], "state": row["state"], "profile": said.profile.get("name", "") if said else "",
-                         "budget_mb": said.profile.get("model_budget_mb") if said else None, "seen": row["seen"],
-                         "datasets": [d.name for d in said.datasets] if said else [], "bytes_in": row["bytes_in"], "note": row["note"]})
+            rows.append(
+                {
+                    "device": row["id"],
+                    "state": row["state"],
+                    "profile": said.profile.get("name", "") if said else "",
+                    "budget_mb": said.profile.get("model_budget_mb") if said else None,
+                    "seen": row["seen"],
+                    "datasets": [d.name for d in said.datasets] if said else [],
+                    "bytes_in": row["bytes_in"],
+                    "note": row["note"],
+                }
+            )
         return rows

@@ -91,8 +91,10 @@ class Plan:
         self.stack = Stack(build_stack(list(spec.stack)), spec.space)
         self.modules: list[Module] = targets(card, list(spec.adapter.targets))
         if not self.modules:
-            raise ConfigError(f"no module of `{card.name}` ends with {', '.join(spec.adapter.targets)}",
-                              f"its modules are {', '.join(sorted({m.name.rpartition('.')[2] for m in card.modules}))}")
+            raise ConfigError(
+                f"no module of `{card.name}` ends with {', '.join(spec.adapter.targets)}",
+                f"its modules are {', '.join(sorted({m.name.rpartition('.')[2] for m in card.modules}))}",
+            )
         self.max_depth = min(card.layers, spec.adapter.max_depth or max(1, card.layers // 2))
         self.heads = head_shapes(spec.task.kind, len(spec.task.labels), card.hidden)
         self.head_size = sum(_product(s) for s in self.heads.values())
@@ -116,8 +118,10 @@ class Plan:
         if len(set(self.spec.task.labels)) != len(self.spec.task.labels):
             raise ConfigError("task.labels holds a label twice")
         if self.stack.space == "factors" and (max(arms.prune) > 0):
-            raise ConfigError("the stack needs factors that keep their coordinates, and `arms.prune` would cut them",
-                              "set `arms: {prune: [0]}` or use product space")
+            raise ConfigError(
+                "the stack needs factors that keep their coordinates, and `arms.prune` would cut them",
+                "set `arms: {prune: [0]}` or use product space",
+            )
 
     @property
     def head_names(self) -> dict[str, tuple[int, ...]]:

@@ -40,11 +40,15 @@ class Planner:
         pairs = {}
         for m in self.plan.modules:
             r = min(rank, m.out, m.in_)
-            pairs[m.name] = (views.fresh_factors(m.out, m.in_, r, seed, m.name) if self.plan.stack.space == "factors"
-                             else LowRank(np.zeros((m.out, r)), np.zeros((r, m.in_))))
+            pairs[m.name] = (
+                views.fresh_factors(m.out, m.in_, r, seed, m.name)
+                if self.plan.stack.space == "factors"
+                else LowRank(np.zeros((m.out, r)), np.zeros((r, m.in_)))
+            )
         rng = np.random.default_rng(seed_of(seed, "head"))
-        dense: Tensors = {k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32)
-                          for k, s in sorted(self.plan.heads.items())}
+        dense: Tensors = {
+            k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32) for k, s in sorted(self.plan.heads.items())
+        }
         return Version(0, pairs, dense, {}, {})
 
     def masks(self, ratio: float) -> Masks:
@@ -73,8 +77,18 @@ class Planner:
         need = memory_mb(self.plan.card, placement, arm.prune, arm.bits, arm.batch, self.plan.spec.task.max_length, self.plan.head_size)
         return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2))
 
-    def _assignment(self, version: Version, number: int, device: str, arm: Arm, placement: Mapping[str, int], recipe: Recipe,
-                    server: ServerSide, why: str, purpose: Any) -> Assignment:
+    def _assignment(
+        self,
+        version: Version,
+        number: int,
+        device: str,
+        arm: Arm,
+        placement: Mapping[str, int],
+        recipe: Recipe,
+        server: ServerSide,
+        why: str,
+        purpose: Any,
+    ) -> Assignment:
         masks = self.masks(arm.prune)
         blobs = {"view": self._view(version, number, device, placement, masks, server)}
         if frozen := self._below(version, placement, masks, complete=purpose == "install"):
@@ -83,9 +97,21 @@ class Planner:
             blobs["masks"] = self.blobs.put(encode({k: t.astype(np.int32) for k, t in masks.items()}))
         spec = self.plan.spec
         return Assignment(
-            job=self.job, round=number, rounds=spec.rounds, version=version.number, purpose=purpose, model=spec.model,
-            model_digest=self.plan.card.digest, task=self.plan.task(), stack=list(msgspec.to_builtins(spec.stack)), space=self.plan.stack.space,
-            recipe=recipe, blobs=blobs, seed=seed_of(spec.seed, self.job) % 2**31, say=f"{arm.text()}: {why}")
+            job=self.job,
+            round=number,
+            rounds=spec.rounds,
+            version=version.number,
+            purpose=purpose,
+            model=spec.model,
+            model_digest=self.plan.card.digest,
+            task=self.plan.task(),
+            stack=list(msgspec.to_builtins(spec.stack)),
+            space=self.plan.stack.space,
+            recipe=recipe,
+            blobs=blobs,
+            seed=seed_of(spec.seed, self.job) % 2**31,
+            say=f"{arm.text()}: {why}",
+        )
 
     def _view(self, version: Version, number: int, device: str, placement: Mapping[str, int], masks: Masks, server: ServerSide) -> Blob:
         tensors: Tensors = {}
@@ -97,8 +123,16 @@ class Planner:
             pair = self.view_of(version, m.name, rank)
             out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
             tensors |= {f"{m.name}.{side}": t for side, t in views.cut(pair, out, in_).items()}
-            pairs[m.name] = Pair(m.layer, m.out, m.in_, rank, self.plan.spec.adapter.scale, m.out if out is None else len(out),
-                                 m.in_ if in_ is None else len(in_), f"{self.job}/{rank}")
+            pairs[m.name] = Pair(
+                m.layer,
+                m.out,
+                m.in_,
+                rank,
+                self.plan.spec.adapter.scale,
+                m.out if out is None else len(out),
+                m.in_ if in_ is None else len(in_),
+                f"{self.job}/{rank}",
+            )
         tensors |= version.dense
         spec = Spec(pairs, {k: Dense(tuple(t.shape)) for k, t in sorted(version.dense.items())})
         offered, extra = server.offer(tensors, device, number)
@@ -138,8 +172,17 @@ class Planner:
             out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
             rank = pair.A.shape[0]
             tensors |= {f"{m.name}.{side}": t.astype(np.float16) for side, t in views.cut(pair, out, in_).items()}
-            pairs[m.name] = Pair(m.layer, m.out, m.in_, rank, self.plan.spec.adapter.scale, m.out if out is None else len(out),
-                                 m.in_ if in_ is None else len(in_), "frozen", trained=False)
+            pairs[m.name] = Pair(
+                m.layer,
+                m.out,
+                m.in_,
+                rank,
+                self.plan.spec.adapter.scale,
+                m.out if out is None else len(out),
+                m.in_ if in_ is None else len(in_),
+                "frozen",
+                trained=False,
+            )
         return self.blobs.put(encode(tensors, msgspec.to_builtins(Spec(pairs, {})))) if tensors else None
 
     def snapshot_number(self, version: int) -> int:

@@ -45,13 +45,24 @@ def outcome(row: RowMapping, kind: str, norm_share: float = 0.0) -> Outcome:
     """What came of an arm, for the tuner."""
     told = read(row["telemetry"])
     failed = "" if row["state"] in ("received", "counted") else str(told.get("code") or "crash")
-    return Outcome(row["device"], kind, msgspec.convert(read(row["arm"]), Arm), float(told.get("loss_before", 0.0)),
-                   float(told.get("loss_after", 0.0)), float(row["seconds"]), norm_share, failed)
+    return Outcome(
+        row["device"],
+        kind,
+        msgspec.convert(read(row["arm"]), Arm),
+        float(told.get("loss_before", 0.0)),
+        float(told.get("loss_after", 0.0)),
+        float(row["seconds"]),
+        norm_share,
+        failed,
+    )
 
 
 def summary(rows: Sequence[RowMapping]) -> dict[str, Any]:
     """One line per round for tables and plots."""
     told = {r["device"]: read(r["telemetry"]) for r in rows}
     losses = [t["loss_after"] for t in told.values() if "loss_after" in t]
-    return {"loss": sum(losses) / len(losses) if losses else None, "arrived": sum(r["state"] in ("received", "counted") for r in rows),
-            "invited": len(rows)}
+    return {
+        "loss": sum(losses) / len(losses) if losses else None,
+        "arrived": sum(r["state"] in ("received", "counted") for r in rows),
+        "invited": len(rows),
+    }

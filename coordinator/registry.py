@@ -1,8 +1,8 @@
 """Versions of a job's global adapter, as folders that appear whole or not at all.
 
-    <data_dir>/jobs/<job>/v000003/global   factors by module (fp64 as computed) and dense tensors
-                                  views    every (module, rank) view that was ever sent, as of this version
-                                  state    methods' and tuner's state after the round that made it
+<data_dir>/jobs/<job>/v000003/global   factors by module (fp64 as computed) and dense tensors
+                              views    every (module, rank) view that was ever sent, as of this version
+                              state    methods' and tuner's state after the round that made it
 """
 
 import shutil
@@ -18,8 +18,9 @@ from federated.wire import encode, freeze, open_frame, thaw
 class Version:
     """One version, in memory. `views` maps (module, rank) to what devices of that rank were sent."""
 
-    def __init__(self, number: int, pairs: dict[str, LowRank], dense: Tensors, views: dict[tuple[str, int], LowRank],
-                 state: dict[str, Any]) -> None:
+    def __init__(
+        self, number: int, pairs: dict[str, LowRank], dense: Tensors, views: dict[tuple[str, int], LowRank], state: dict[str, Any]
+    ) -> None:
         self.number, self.pairs, self.dense, self.views, self.state = number, pairs, dense, views, state
         self.digest = ""
 
@@ -42,8 +43,10 @@ class Registry:
         tensors: Tensors = {f"{m}.{side}": t for m, p in sorted(version.pairs.items()) for side, t in (("A", p.A), ("B", p.B))}
         data = encode({**tensors, **dict(sorted(version.dense.items()))}, {"version": version.number})
         write_atomic(part / "global", data)
-        write_atomic(part / "views", encode({f"{m}@{r}.{side}": t for (m, r), p in sorted(version.views.items())
-                                             for side, t in (("A", p.A), ("B", p.B))}))
+        write_atomic(
+            part / "views",
+            encode({f"{m}@{r}.{side}": t for (m, r), p in sorted(version.views.items()) for side, t in (("A", p.A), ("B", p.B))}),
+        )
         write_atomic(part / "state", freeze(version.state))
         version.digest = digest_of(data)
         shutil.rmtree(self.path(version.number), ignore_errors=True)

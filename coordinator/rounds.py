@@ -57,8 +57,19 @@ class Fleet(Protocol):
 class JobRunner:
     """Runs one job to its end. `changed` is set whenever something of this job arrived."""
 
-    def __init__(self, job: str, plan: Plan, *, ledger: store.Store, home: Path, model_folder: Path, blobs: Blobs, fleet: Fleet,
-                 clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        job: str,
+        plan: Plan,
+        *,
+        ledger: store.Store,
+        home: Path,
+        model_folder: Path,
+        blobs: Blobs,
+        fleet: Fleet,
+        nudge_s: float = 20.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = job, plan, ledger, home, blobs, fleet, clock
         self.registry = Registry(home / "jobs" / job)
         self.planner = Planner(job, plan, model_folder, self.registry, blobs)
@@ -66,11 +77,23 @@ class JobRunner:
         self.tuner = self._tuner({})
         self.changed = asyncio.Event()
         self.version: Version | None = None
+        self.nudge_s = nudge_s
+        self._nudges: dict[tuple[int, str], tuple[float, float]] = {}
 
     def _tuner(self, state: dict[str, Any]) -> Tuner:
         spec = self.plan.spec
-        return Tuner(self.plan.policy, self.plan.card, self.plan.modules, spec.arms, max_depth=self.plan.max_depth,
-                     length=spec.task.max_length, head=self.plan.head_size, keep=self.plan.keep, seed=spec.seed, state=state or None)
+        return Tuner(
+            self.plan.policy,
+            self.plan.card,
+            self.plan.modules,
+            spec.arms,
+            max_depth=self.plan.max_depth,
+            length=spec.task.max_length,
+            head=self.plan.head_size,
+            keep=self.plan.keep,
+            seed=spec.seed,
+            state=state or None,
+        )
 
     async def run(self) -> None:
         """Until the job is finished. Raises ConfigError where it cannot go on."""
@@ -108,8 +131,14 @@ class JobRunner:
     def _save(self, version: Version, metrics: dict[str, Any]) -> None:
         version.state = {"methods": self.server.state, "tuner": self.tuner.state}
         digest = self.registry.save(version)
-        self.ledger.put(store.versions, {"job": self.job, "number": version.number}, state="candidate", digest=digest,
-                        created=self.clock(), metrics=store.text(metrics))
+        self.ledger.put(
+            store.versions,
+            {"job": self.job, "number": version.number},
+            state="candidate",
+            digest=digest,
+            created=self.clock(),
+            metrics=store.text(metrics),
+        )
         self._load(version.number)
 
     async def _devices(self) -> dict[str, tuple[DeviceProfile, dict[str, float]]]:
@@ -145,8 +174,9 @@ class JobRunner:
 
     def _server_rank(self) -> int:
         """The largest feasible rank over the enrolled devices."""
-        ranks = [a.rank for d, (p, _) in self.fleet.eligible(self.plan).items() if d in self.tuner.state["devices"]
-                 for a in self._feasible(d, p)]
+        ranks = [
+            a.rank for d, (p, _) in self.fleet.eligible(self.plan).items() if d in self.tuner.state["devices"] for a in self._feasible(d, p)
+        ]
         return max(ranks, default=max(self.plan.spec.arms.ranks))
 
     def _feasible(self, device: str, profile: DeviceProfile) -> list[Any]:
@@ -167,14 +197,25 @@ class JobRunner:
         expected = self._expected(choices, {d: members[d][0] for d in chosen}, number)
         made = {d: self.planner.assign(self.version, number, d, choices[d], self.server) for d in chosen}
         self.registry.save(self.version)
-        write_atomic(self.registry.folder / f"open{number:06d}", freeze({"methods": self.server.state, "tuner": self.tuner.state,
-                                                                         "fleet": self.server.fleet}))
+        write_atomic(
+            self.registry.folder / f"open{number:06d}",
+            freeze({"methods": self.server.state, "tuner": self.tuner.state, "fleet": self.server.fleet}),
+        )
         with self.ledger.write() as tx:
             tx.execute(insert(store.rounds).values(job=self.job, number=number, state="open", opened=self.clock(), expected_s=expected))
             for device, assignment in made.items():
-                tx.execute(insert(store.assignments).values(
-                    job=self.job, round=number, device=device, state="assigned", body=body(assignment), why=choices[device].why,
-                    arm=store.text(msgspec.to_builtins(choices[device].arm)), sent_at=self.clock()))
+                tx.execute(
+                    insert(store.assignments).values(
+                        job=self.job,
+                        round=number,
+                        device=device,
+                        state="assigned",
+                        body=body(assignment),
+                        why=choices[device].why,
+                        arm=store.text(msgspec.to_builtins(choices[device].arm)),
+                        sent_at=self.clock(),
+                    )
+                )
         for device, assignment in made.items():
             self.fleet.publish(device, assignment)
 
@@ -224,19 +265,31 @@ class JobRunner:
                     break
                 if self._may_close(rows, row, number):
                     return
-                await self._change(1.0)
+                self._nudge(rows)
+                await self._change(min(1.0, self.nudge_s))
             await self._again(number, rows)
         raise ConfigError(f"round {number}: every device failed {ATTEMPTS} times; the last reason: {rows[-1]['reason']}")
 
+    def _nudge(self, rows: list[RowMapping]) -> None:
+        """Brokers lose messages: ask devices that have been silent, by sending their assignment again."""
+        now = self.clock()
+        for row in rows:
+            key = (row["round"], row["device"])
+            due, wait = self._nudges.get(key, (now + self.nudge_s, self.nudge_s))
+            if row["state"] == "assigned" and now >= due:
+                self.fleet.publish(row["device"], read_assignment(row["body"]))
+                due, wait = now + 2 * wait, min(2 * wait, 600.0)
+            self._nudges[key] = (due, wait)
+
     def _may_close(self, rows: list[RowMapping], row: RowMapping, number: int) -> bool:
         spec = self.plan.spec
-        arrived = sum(r["state"] == "received" for r in rows)
+        arrived = sum(1 for r in rows if r["state"] == "received")
         open_ = sum(r["state"] == "assigned" for r in rows)
         said = self.server.ready(arrived, len(rows), number)
         if said or not open_:
             return arrived >= 1
-        limit = 2 * row["expected_s"] + 30 if spec.deadline_s == "auto" else float(spec.deadline_s)
-        waited = self.clock() - row["opened"]
+        limit = 2 * float(row["expected_s"]) + 30 if spec.deadline_s == "auto" else float(spec.deadline_s)
+        waited = self.clock() - float(row["opened"])
         if not limit or waited < limit or arrived < min(spec.min_devices, len(rows)):
             return False
         return arrived >= spec.quorum * len(rows) or (arrived >= 1 and waited >= 3 * limit)
@@ -267,12 +320,18 @@ class JobRunner:
         self._judge(number, metrics)
         self._save(version, {})
         with self.ledger.write() as tx:
-            tx.execute(update(store.rounds).where(store.rounds.c.job == self.job, store.rounds.c.number == number)
-                       .values(state="closed", closed=self.clock(), info=store.text(quality.summary(rows))))
+            tx.execute(
+                update(store.rounds)
+                .where(store.rounds.c.job == self.job, store.rounds.c.number == number)
+                .values(state="closed", closed=self.clock(), info=store.text(quality.summary(rows)))
+            )
             for device, of in store.read(row["folding"]):
                 a = store.assignments
-                tx.execute(update(a).where(a.c.job == self.job, a.c.round == of, a.c.device == device, a.c.state != "refused")
-                           .values(state="counted", folded=number))
+                tx.execute(
+                    update(a)
+                    .where(a.c.job == self.job, a.c.round == of, a.c.device == device, a.c.state != "refused")
+                    .values(state="counted", folded=number)
+                )
             a = store.assignments
             tx.execute(update(a).where(a.c.job == self.job, a.c.round == number, a.c.state == "assigned").values(state="late"))
         self._tidy(version.number)
@@ -280,8 +339,11 @@ class JobRunner:
     def _foldable(self, number: int) -> list[RowMapping]:
         """This round's updates, and late ones whose base version is still known."""
         fold = self.plan.spec.late == "fold"
-        return [r for r in self.ledger.rows(store.assignments, job=self.job)
-                if r["state"] == "received" and (r["round"] == number or (fold and 0 < number - r["round"] <= KEEP))]
+        return [
+            r
+            for r in self.ledger.rows(store.assignments, job=self.job)
+            if r["state"] == "received" and (r["round"] == number or (fold and 0 < number - r["round"] <= KEEP))
+        ]
 
     def _make(self, number: int, folding: list[list[Any]]) -> Version:
         """The next version, from the ledger and files alone."""
@@ -318,7 +380,9 @@ class JobRunner:
     def _observe(self, number: int, updates: list[Update]) -> None:
         eligible = self.fleet.eligible(self.plan)
         known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
-        rows = [r for r in self.ledger.rows(store.assignments, job=self.job, round=number) if r["device"] in known and r["state"] != "assigned"]
+        rows = [
+            r for r in self.ledger.rows(store.assignments, job=self.job, round=number) if r["device"] in known and r["state"] != "assigned"
+        ]
         norms = {u.device: u.norm() for u in updates}
         total = sum(norms.values()) or 1.0
         self.tuner.observe([quality.outcome(r, known[r["device"]].name, norms.get(r["device"], 0.0) / total) for r in rows], known, bits)
@@ -339,8 +403,12 @@ class JobRunner:
         for path in self.registry.folder.glob("open??????"):
             if int(path.name[4:]) < number - KEEP:
                 path.unlink(missing_ok=True)
-        keep = {b.digest for r in self.ledger.rows(store.assignments, job=self.job) if r["round"] >= number - KEEP
-                for b in read_assignment(r["body"]).blobs.values()}
+        keep = {
+            b.digest
+            for r in self.ledger.rows(store.assignments, job=self.job)
+            if r["round"] >= number - KEEP
+            for b in read_assignment(r["body"]).blobs.values()
+        }
         self.blobs.forget(keep)
 
     async def _install(self) -> None:
@@ -359,21 +427,33 @@ class JobRunner:
             rows = self.ledger.rows(store.assignments, job=self.job, round=number)
             if all(r["state"] != "assigned" for r in rows):
                 break
-            await self._change(1.0)
+            self._nudge(rows)
+            await self._change(min(1.0, self.nudge_s))
         self._judge(self._now(), quality.of_version(self.ledger.rows(store.assignments, job=self.job, round=number)))
         self.ledger.change(store.rounds, {"job": self.job, "number": number}, state="closed", closed=self.clock())
 
     async def install(self, version_number: int, number: int) -> None:
         """Send `version_number` to every device that ever took part, as round `number`."""
         version = self.registry.load(version_number)
-        arms: dict[str, Arm] = {r["device"]: msgspec.convert(store.read(r["arm"]), Arm)
-                                for r in self.ledger.rows(store.assignments, job=self.job) if r["round"] < self.plan.spec.rounds}
+        arms: dict[str, Arm] = {
+            r["device"]: msgspec.convert(store.read(r["arm"]), Arm)
+            for r in self.ledger.rows(store.assignments, job=self.job)
+            if r["round"] < self.plan.spec.rounds
+        }
         made = {d: self.planner.install(version, d, arm, self.server) for d, arm in sorted(arms.items())}
         with self.ledger.write() as tx:
             tx.execute(insert(store.rounds).values(job=self.job, number=number, state="open", opened=self.clock()))
             for device, assignment in made.items():
-                tx.execute(insert(store.assignments).values(job=self.job, round=number, device=device, state="assigned", body=body(assignment),
-                                                            arm=store.text(msgspec.to_builtins(arms[device])), sent_at=self.clock()))
+                tx.execute(
+                    insert(store.assignments).values(
+                        job=self.job,
+                        round=number,
+                        device=device,
+                        state="assigned",
+                        body=body(assignment),
+                        arm=store.text(msgspec.to_builtins(arms[device])),
+                        sent_at=self.clock(),
+                    )
+                )
         for device, assignment in made.items():
             self.fleet.publish(device, assignment)
-

@@ -117,6 +117,12 @@ class Service:
             self.live[device] = {"state": "assigned", "round": message.round, "arm": message.say}
         self._spawn(self.bus.publish(topic, payload, retain=True), "assign")
 
+    def _remind(self, device: str) -> None:
+        """A device that comes back hears again what it should be doing."""
+        topic = self.topics.device(device, "job")
+        if topic in self._retained:
+            self._spawn(self.bus.publish(topic, self._retained[topic], retain=True), "remind")
+
     def eligible(self, plan: Plan) -> Any:
         """See `Devices.eligible`."""
         return self.devices.eligible(plan)
@@ -149,6 +155,7 @@ class Service:
         if isinstance(message, Hello):
             reason = self.devices.hello(device, message, time.time())
             self.send(device, Sorry(reason) if reason else Welcome(self.config.fleet))
+            self._remind(device)
             self._changed()
             return
         if (row := self.ledger.row(store.devices, id=device)) is None or row["state"] != "enrolled":
@@ -177,8 +184,16 @@ class Service:
         if row is None:
             self._refuse(device, offer, f"no assignment of round {offer.round} in job `{offer.job[:64]}` is known")
         elif row["state"] in ("received", "counted"):
-            self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, row["digest"] == offer.blob.digest,
-                                      "" if row["digest"] == offer.blob.digest else "another update of this round was taken"))
+            self.send(
+                device,
+                Receipt(
+                    offer.job,
+                    offer.round,
+                    offer.blob.digest,
+                    row["digest"] == offer.blob.digest,
+                    "" if row["digest"] == offer.blob.digest else "another update of this round was taken",
+                ),
+            )
         elif row["state"] == "refused":
             self._refuse(device, offer, row["reason"])
         else:
@@ -212,8 +227,15 @@ class Service:
         os.replace(path, target)
         if read_assignment(row["body"]).purpose == "install":
             target.unlink()
-        self.ledger.change(store.assignments, key, state="received", digest=offer.blob.digest, telemetry=store.text(told),
-                           seconds=max(0.001, now - row["sent_at"]), resumed=upload.resumed)
+        self.ledger.change(
+            store.assignments,
+            key,
+            state="received",
+            digest=offer.blob.digest,
+            telemetry=store.text(told),
+            seconds=max(0.001, now - row["sent_at"]),
+            resumed=upload.resumed,
+        )
         self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, True))
         self.live[device] = {"state": "done", "round": offer.round, "loss": told.get("loss_after"), "resumed": upload.resumed}
         self._changed()
@@ -225,8 +247,14 @@ class Service:
         key = {"job": report.job, "round": report.round, "device": device}
         row = self.ledger.row(store.assignments, **key)
         if row is not None and row["state"] == "assigned":
-            self.ledger.change(store.assignments, key, state="failed" if report.state == "failed" else "refused", reason=report.reason,
-                               telemetry=store.text({"code": report.code}), seconds=max(0.001, time.time() - row["sent_at"]))
+            self.ledger.change(
+                store.assignments,
+                key,
+                state="failed" if report.state == "failed" else "refused",
+                reason=report.reason,
+                telemetry=store.text({"code": report.code}),
+                seconds=max(0.001, time.time() - row["sent_at"]),
+            )
             self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
             self._changed()
 
@@ -252,8 +280,16 @@ class Service:
             plan = self.plan(read_job(text))
             if (row := self.ledger.row(store.jobs, id=job)) is not None and row["state"] == "queued":
                 self.ledger.change(store.jobs, {"id": job}, state="running")
-            self.runner = JobRunner(job, plan, ledger=self.ledger, home=self.config.home, fleet=self, blobs=self.blobs,
-                                    model_folder=Path(self.config.models[plan.spec.model]))
+            self.runner = JobRunner(
+                job,
+                plan,
+                ledger=self.ledger,
+                home=self.config.home,
+                fleet=self,
+                blobs=self.blobs,
+                nudge_s=self.config.limits.nudge_s,
+                model_folder=Path(self.config.models[plan.spec.model]),
+            )
             await self.runner.run()
         except asyncio.CancelledError:
             row = self.ledger.row(store.jobs, id=job)
@@ -280,8 +316,10 @@ class Service:
     def plan(self, spec: JobSpec) -> Plan:
         """The job with everything that follows from it. Raises ConfigError."""
         if spec.model not in self.config.models:
-            raise ConfigError(f"the coordinator has no base model `{spec.model}`; it has {', '.join(self.config.models) or 'none'}",
-                              f"add `models: {{{spec.model}: FOLDER}}` to the coordinator's YAML")
+            raise ConfigError(
+                f"the coordinator has no base model `{spec.model}`; it has {', '.join(self.config.models) or 'none'}",
+                f"add `models: {{{spec.model}: FOLDER}}` to the coordinator's YAML",
+            )
         if spec.model not in self._cards:
             try:
                 self._cards[spec.model] = read_card(Path(self.config.models[spec.model]))
@@ -325,5 +363,3 @@ class Service:
             if row is not None:
                 self.ledger.change(store.devices, {"id": device}, bytes_in=row["bytes_in"] + count, seen=time.time())
             self.bytes_in[device] = 0
-
-

@@ -31,8 +31,14 @@ class Upload:
 class Uploads:
     """All uploads of a fleet. `done` is called with each complete one and decides on the receipt."""
 
-    def __init__(self, folder: Path, limits: Limits, grant: Callable[[str, Grant], None], done: Callable[[Upload, Path], None],
-                 refuse: Callable[[str, Offer, str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits,
+        grant: Callable[[str, Grant], None],
+        done: Callable[[Upload, Path], None],
+        refuse: Callable[[str, Offer, str], None],
+    ) -> None:
         self.folder, self.limits, self._grant, self._done, self._refuse = folder, limits, grant, done, refuse
         self.live: dict[str, Upload] = {}
         self.waiting: list[str] = []
@@ -42,8 +48,9 @@ class Uploads:
         """A device wants to send: grant what is missing, queue it, or refuse it for good."""
         blob = offer.blob
         if blob.size > self.limits.update_mb * 1e6 or blob.chunk < 64 or blob.size < 1 or not _hex(blob.digest):
-            self._refuse(device, offer, f"an update of {blob.size:,} bytes in chunks of {blob.chunk}; at most "
-                                        f"{self.limits.update_mb:g} MB are taken")
+            self._refuse(
+                device, offer, f"an update of {blob.size:,} bytes in chunks of {blob.chunk}; at most {self.limits.update_mb:g} MB are taken"
+            )
             return
         upload = self.live.get(device)
         if upload is None or upload.offer.blob != blob:
@@ -125,5 +132,3 @@ def first(missing: Ranges, count: int) -> Ranges:
 
 def _hex(digest: str) -> bool:
     return len(digest) == 64 and all(c in "0123456789abcdef" for c in digest)
-
-

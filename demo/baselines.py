@@ -43,8 +43,10 @@ class Evaluator:
         self.base.place(spec, tensors)
         head = {k: as_tensor(t) for k, t in version.dense.items()}
         with torch.inference_mode():
-            parts = [self.task.forward(self.base.model, head, self.task.collate(self.examples[i : i + 64]))
-                     for i in range(0, len(self.examples), 64)]
+            parts = [
+                self.task.forward(self.base.model, head, self.task.collate(self.examples[i : i + 64]))
+                for i in range(0, len(self.examples), 64)
+            ]
         return torch.cat(parts)
 
     def accuracy(self, version: Version) -> float:
@@ -63,8 +65,7 @@ def whole(plan: Plan, version: Version) -> tuple[Spec, Tensors]:
     return Spec(pairs, {k: Dense(t.shape) for k, t in version.dense.items()}), tensors
 
 
-def local_accuracy(model: str, plan_bytes: tuple[Any, ModelCard], shard: str, arms: list[dict[str, Any]], test: Rows,
-                   seed: int) -> float:
+def local_accuracy(model: str, plan_bytes: tuple[Any, ModelCard], shard: str, arms: list[dict[str, Any]], test: Rows, seed: int) -> float:
     """A device alone: its own arms, steps and data, the same engine and aggregation with itself as only member."""
     torch.set_num_threads(1)
     plan = Plan(*plan_bytes)
@@ -72,8 +73,13 @@ def local_accuracy(model: str, plan_bytes: tuple[Any, ModelCard], shard: str, ar
     data = Shard(Dataset(shard), "docs", task.fields, list(plan.spec.task.labels))
     examples = task.encode(data.train)
     rank = max(_rank(a, plan) for a in arms)
-    version = Version(0, {m.name: aggregate.balanced(np.zeros((m.out, 1)), np.zeros(1), np.zeros((1, m.in_)), rank) for m in plan.modules},
-                      _head(plan), {}, {})
+    version = Version(
+        0,
+        {m.name: aggregate.balanced(np.zeros((m.out, 1)), np.zeros(1), np.zeros((1, m.in_)), rank) for m in plan.modules},
+        _head(plan),
+        {},
+        {},
+    )
     scores = channels.importance(Path(model), plan.card) if any(a["prune"] for a in arms) else {}
     base: tuple[tuple[int, float], Base] | None = None
     for number, told in enumerate(arms):
@@ -104,13 +110,37 @@ def _alone(plan: Plan, version: Version, arm: Arm, number: int, base: Base, task
         view = views.view(version.pairs[m.name], placement.get(m.name, version.pairs[m.name].A.shape[0]), None, seed, m.name, False)
         out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
         tensors |= {f"{m.name}.{s}": t.astype(np.float32) for s, t in views.cut(view, out, in_).items()}
-        pairs[m.name] = Pair(m.layer, m.out, m.in_, view.A.shape[0], plan.spec.adapter.scale, m.out if out is None else len(out),
-                             m.in_ if in_ is None else len(in_), "", trained)
+        pairs[m.name] = Pair(
+            m.layer,
+            m.out,
+            m.in_,
+            view.A.shape[0],
+            plan.spec.adapter.scale,
+            m.out if out is None else len(out),
+            m.in_ if in_ is None else len(in_),
+            "",
+            trained,
+        )
     spec = Spec(pairs, {k: Dense(t.shape) for k, t in version.dense.items()})
     base.place(spec, tensors)
-    client = ClientSide(Stack({}), "local", Round(number, plan.spec.rounds), "alone", spec, steps=arm.steps, lr=plan.spec.training.lr, down={})
-    job = Assignment("local", number, plan.spec.rounds, number, "train", "", "", plan.task(), [], "product",
-                     Recipe(arm.bits, arm.batch, arm.steps, plan.spec.training.lr), {}, seed)
+    client = ClientSide(
+        Stack({}), "local", Round(number, plan.spec.rounds), "alone", spec, steps=arm.steps, lr=plan.spec.training.lr, down={}
+    )
+    job = Assignment(
+        "local",
+        number,
+        plan.spec.rounds,
+        number,
+        "train",
+        "",
+        "",
+        plan.task(),
+        [],
+        "product",
+        Recipe(arm.bits, arm.batch, arm.steps, plan.spec.training.lr),
+        {},
+        seed,
+    )
     start = {k: tensors[k] for k in spec.shapes()}
     trained = Trainer(base, task, job, client, examples).run(client.begin(start), {})
     update = Update("alone", 1.0, {k: trained[k] - tensors[k] for k in trained}, spec, {k: tensors[k] for k in tensors}, masks)

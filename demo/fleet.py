@@ -64,9 +64,16 @@ class Fleet:
 
     def serve(self) -> Client:
         """Start the coordinator and wait until it answers."""
-        self.config = self.write(self.home / "coordinator.yaml", {
-            "data_dir": str(self.home / "coordinator"), "fleet": "demo", "broker": {"port": 0},
-            "models": {self.model_name: str(self.model)}, "limits": {"packet_bytes": self.spec.packet_bytes}})
+        self.config = self.write(
+            self.home / "coordinator.yaml",
+            {
+                "data_dir": str(self.home / "coordinator"),
+                "fleet": "demo",
+                "broker": {"port": 0},
+                "models": {self.model_name: str(self.model)},
+                "limits": {"packet_bytes": self.spec.packet_bytes},
+            },
+        )
         api = self.home / "coordinator" / "api.json"
         self.coordinator = self.start("coordinator", "coordinator", "serve", "--config", str(self.config))
         for _ in range(300):
@@ -85,11 +92,18 @@ class Fleet:
     def enrol(self, client: Client, data: dict[str, Path]) -> None:
         """Invite and enrol every device; each makes its own key."""
         for d in self.spec.devices:
-            config = self.write(self.home / d.name / "agent.yaml", {
-                "state_dir": str(self.home / d.name / "state"), "profile": d.profile, "threads": d.threads,
-                "model_budget_mb": d.model_budget_mb, "models": {self.model_name: str(self.model)},
-                "datasets": {"docs": {"path": str(data[d.name]), "columns": {"text": "text", "label": "label"}}},
-                "link": {"up_kbps": d.up_kbps, "packet_bytes": self.spec.packet_bytes, "answer_s": 3}})
+            config = self.write(
+                self.home / d.name / "agent.yaml",
+                {
+                    "state_dir": str(self.home / d.name / "state"),
+                    "profile": d.profile,
+                    "threads": d.threads,
+                    "model_budget_mb": d.model_budget_mb,
+                    "models": {self.model_name: str(self.model)},
+                    "datasets": {"docs": {"path": str(data[d.name]), "columns": {"text": "text", "label": "label"}}},
+                    "link": {"up_kbps": d.up_kbps, "packet_bytes": self.spec.packet_bytes, "answer_s": 3},
+                },
+            )
             token = client.post(f"/devices/{d.name}/invite")["token"]
             self.run("edge_agent", "enroll", token, "--config", str(config))
 

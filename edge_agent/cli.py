@@ -98,8 +98,11 @@ def _enroll(args: argparse.Namespace) -> int:
 
     config = _config(args)
     who = identity.enroll(args.token, config.home)
-    cli.show(args, {"device": who.device, "fleet": who.fleet, "broker": who.broker},
-             f"enrolled as `{who.device}` in fleet `{who.fleet}`; start it with: edge-agent run --config {args.config}")
+    cli.show(
+        args,
+        {"device": who.device, "fleet": who.fleet, "broker": who.broker},
+        f"enrolled as `{who.device}` in fleet `{who.fleet}`; start it with: edge-agent run --config {args.config}",
+    )
     return 0
 
 
@@ -176,8 +179,11 @@ def _leave(args: argparse.Namespace) -> int:
             told = False
     for path in list(config.home.iterdir()) if config.home.exists() else []:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    cli.show(args, {"removed": str(config.home), "coordinator_told": told},
-             f"nothing of ours is left in {config.home}" + ("" if told else "; the coordinator could not be told"))
+    cli.show(
+        args,
+        {"removed": str(config.home), "coordinator_told": told},
+        f"nothing of ours is left in {config.home}" + ("" if told else "; the coordinator could not be told"),
+    )
     return 0
 
 

@@ -43,16 +43,20 @@ class Shard:
             (self.held if int.from_bytes(key[:4], "big") % 10 == 0 else self.train).append(item)
         total = len(self.train) + len(self.held) + self.unknown
         if self.unknown > MAX_UNKNOWN * total:
-            raise Refused(f"dataset `{name}`: {self.unknown} of {total} examples have a label that the job does not know",
-                          f"map them under `datasets.{name}.labels`; the job's labels are {', '.join(labels[:12])}")
+            raise Refused(
+                f"dataset `{name}`: {self.unknown} of {total} examples have a label that the job does not know",
+                f"map them under `datasets.{name}.labels`; the job's labels are {', '.join(labels[:12])}",
+            )
         if not self.train:
             raise Refused(f"dataset `{name}`: no example to train on in {dataset.path}")
 
 
 def _column(row: Row, column: str, name: str, path: str) -> Any:
     if column not in row:
-        raise Refused(f"dataset `{name}`: {path} has no column `{column}`; it has {', '.join(map(str, list(row)[:12]))}",
-                      f"map it under `datasets.{name}.columns`")
+        raise Refused(
+            f"dataset `{name}`: {path} has no column `{column}`; it has {', '.join(map(str, list(row)[:12]))}",
+            f"map it under `datasets.{name}.columns`",
+        )
     return row[column]
 
 

@@ -30,9 +30,11 @@ def examine(path: Path) -> list[Finding]:
     found = [_finding("config", "ok", str(path))]
     found += [_state(config.home), _enrolled(config.home), _profile(config), _torch(), _gpu()]
     found += [_dataset(n, d.path) for n, d in config.datasets.items()] or [
-        _finding("data", "error", "no dataset is mapped, so no job can run here", "add `datasets` to the agent's YAML")]
+        _finding("data", "error", "no dataset is mapped, so no job can run here", "add `datasets` to the agent's YAML")
+    ]
     found += [_model(n, p) for n, p in config.models.items()] or [
-        _finding("model", "error", "no base model is named, so no job can run here", "add `models` to the agent's YAML")]
+        _finding("model", "error", "no base model is named, so no job can run here", "add `models` to the agent's YAML")
+    ]
     return [*found, _broker(config.home)]
 
 
@@ -87,7 +89,9 @@ def _dataset(name: str, path: str) -> Finding:
 def _model(name: str, path: str) -> Finding:
     folder = Path(path)
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
-        return _finding("model", "error", f"`{name}`: {path} lacks config.json or *.safetensors", "copy the model there; pickled weights are not loaded")
+        return _finding(
+            "model", "error", f"`{name}`: {path} lacks config.json or *.safetensors", "copy the model there; pickled weights are not loaded"
+        )
     return _finding("model", "ok", f"`{name}`: {path}")
 
 

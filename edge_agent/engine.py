@@ -71,8 +71,8 @@ class ProcessEngine:
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "edge_agent.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-                limit=1 << 20)
+                sys.executable, "-m", "edge_agent.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20
+            )
             first = await asyncio.wait_for(self._line(self._process), START_S)
             self._rss_mb = float(first.get("rss_mb", 0.0))
         return self._process
@@ -95,9 +95,12 @@ class ProcessEngine:
             code = await process.wait()
             self._process = None
             killed = code in (-9, 137)
-            raise EngineFailed("memory" if killed else "crash",
-                               "the worker was killed (signal 9), most likely for memory" if killed
-                               else f"the worker ended with code {code}; its messages are in the agent's log")
+            raise EngineFailed(
+                "memory" if killed else "crash",
+                "the worker was killed (signal 9), most likely for memory"
+                if killed
+                else f"the worker ended with code {code}; its messages are in the agent's log",
+            )
         told: dict[str, Any] = msgspec.json.decode(line)
         return told
 

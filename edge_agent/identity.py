@@ -17,6 +17,7 @@ from federated.files import write_atomic
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+
 class Identity(msgspec.Struct, frozen=True):
     """The enrolled device, as `identity.json` keeps it."""
 
@@ -37,8 +38,9 @@ def enroll(token: str, home: Path) -> Identity:
         known = load(home)
         raise ConfigError(f"this device is enrolled as `{known.device}` in fleet `{known.fleet}`", "edge-agent leave")
     private = Ed25519PrivateKey.generate()
-    identity = Identity(claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator,
-                        private.public_key().public_bytes_raw())
+    identity = Identity(
+        claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator, private.public_key().public_bytes_raw()
+    )
     try:
         home.mkdir(parents=True, exist_ok=True)
         os.chmod(home, 0o700)

@@ -25,14 +25,15 @@ class Base:
         if not list(folder.glob("*.safetensors")):
             raise Refused(f"{folder} holds no safetensors; pickled weights are never loaded")
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        self.model: Any = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True,
-                                                    dtype=torch.float32, attn_implementation="sdpa")
+        self.model: Any = AutoModel.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
+        )
         frozen(self.model)
         self.bits = bits
         self.adapted: dict[str, Adapted] = {}
         modules = dict(self.model.named_modules())
         for name in names:
-            path = _resolve(name, modules)
+            path = _resolve(name, modules) or _same_weight(folder, name, modules)
             linear = modules[path]
             if not isinstance(linear, nn.Linear):
                 raise Refused(f"module `{name}` is a {type(linear).__name__}, only linear maps are adapted here")
@@ -64,13 +65,26 @@ class Base:
 
 
 def _resolve(name: str, modules: dict[str, nn.Module]) -> str:
-    """The model's path for a checkpoint name; prefixes such as `bert.` or `model.` come and go."""
+    """The model's path for a checkpoint name; prefixes such as `bert.` or `model.` come and go. Empty where none fits."""
     if name in modules:
         return name
     found = [k for k in modules if k and (name.endswith("." + k) or k.endswith("." + name))]
-    if not found:
-        raise Refused(f"the model has no module `{name}`", "job and device must hold the same base model")
-    return max(found, key=len)
+    return max(found, key=len, default="")
+
+
+def _same_weight(folder: Path, name: str, modules: dict[str, nn.Module]) -> str:
+    """The path of the linear map that holds a checkpoint tensor: names change on loading in some architectures, weights do not."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if f"{name}.weight" not in tensors.keys():  # noqa: SIM118 - not a mapping
+                continue
+            weight = tensors.get_tensor(f"{name}.weight").float()
+            for path, module in modules.items():
+                if isinstance(module, nn.Linear) and module.weight.shape == weight.shape and torch.equal(module.weight, weight):
+                    return path
+    raise Refused(f"the model has no module `{name}`", "job and device must hold the same base model")
 
 
 def _cut(linear: nn.Linear, out: Any, in_: Any) -> nn.Linear:

@@ -26,11 +26,16 @@ def facts() -> dict[str, Any]:
     """Machine, board, cores, memory, temperature and GPUs, as far as the system tells."""
     memory = psutil.virtual_memory()
     found: dict[str, Any] = {
-        "machine": platform.machine(), "system": platform.system(), "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
         "board": BOARD.read_text(errors="replace").strip("\0 \n") if BOARD.exists() else "",
-        "cores": os.cpu_count() or 1, "memory_mb": round(memory.total / (1 << 20)),
-        "available_mb": round(memory.available / (1 << 20)), "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
-        "disk_free_mb": round(psutil.disk_usage(str(Path.home())).free / (1 << 20)), "gpus": gpus(),
+        "cores": os.cpu_count() or 1,
+        "memory_mb": round(memory.total / (1 << 20)),
+        "available_mb": round(memory.available / (1 << 20)),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
+        "disk_free_mb": round(psutil.disk_usage(str(Path.home())).free / (1 << 20)),
+        "gpus": gpus(),
     }
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     if battery is not None:
@@ -58,11 +63,13 @@ def profile(config: AgentConfig) -> DeviceProfile:
     import msgspec
 
     seen = facts()
-    found = (match(seen["machine"], seen["board"], seen["memory_mb"], seen["cores"]) if config.profile == "auto"
-             else library()[config.profile])
+    found = (
+        match(seen["machine"], seen["board"], seen["memory_mb"], seen["cores"]) if config.profile == "auto" else library()[config.profile]
+    )
     link = {k: v for k, v in (("up_kbps", config.link.up_kbps), ("down_kbps", config.link.down_kbps)) if v}
     return msgspec.structs.replace(
-        found, model_budget_mb=config.model_budget_mb or found.model_budget_mb, threads=config.threads or found.threads, **link)
+        found, model_budget_mb=config.model_budget_mb or found.model_budget_mb, threads=config.threads or found.threads, **link
+    )
 
 
 def kernels_in_child(timeout_s: float = 120.0) -> dict[str, float]:
@@ -86,8 +93,11 @@ def kernels(hidden: int = 384, ffn: int = 1536, tokens: int = 256, repeats: int 
     for p in layer.parameters():
         p.requires_grad_(False)
     kinds: dict[str, tuple[torch.nn.Module, torch.dtype]] = {
-        "32": (layer, torch.float32), "8": (QuantLinear(layer, 8), torch.float32), "4": (QuantLinear(layer, 4), torch.float32),
-        "16": (torch.nn.Linear(hidden, ffn).to(torch.bfloat16).requires_grad_(False), torch.bfloat16)}
+        "32": (layer, torch.float32),
+        "8": (QuantLinear(layer, 8), torch.float32),
+        "4": (QuantLinear(layer, 4), torch.float32),
+        "16": (torch.nn.Linear(hidden, ffn).to(torch.bfloat16).requires_grad_(False), torch.bfloat16),
+    }
     found: dict[str, float] = {}
     for bits, (module, dtype) in kinds.items():
         times = []

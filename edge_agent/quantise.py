@@ -16,8 +16,8 @@ BLOCK = 64
 def nf4_levels() -> Tensor:
     """The 16 levels in [-1, 1], ascending, fp32."""
     normal = torch.distributions.Normal(0.0, 1.0)
-    high = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
-    low = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
+    high: Tensor = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])  # type: ignore[no-untyped-call]
+    low: Tensor = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])  # type: ignore[no-untyped-call]
     levels = torch.cat([low, torch.zeros(1, dtype=torch.float64), high]).sort().values
     return (levels / levels.abs().max()).float()
 
@@ -69,8 +69,9 @@ def use_bitsandbytes() -> bool:
 
 
 def _with_kernel(packed: Tensor, absmax: Tensor, out: int, in_: int) -> Tensor:
-    state = _kernel.QuantState(absmax, shape=torch.Size((out, in_)), code=_LEVELS.to(packed.device), blocksize=BLOCK,
-                               quant_type="nf4", dtype=torch.float32)
+    state = _kernel.QuantState(
+        absmax, shape=torch.Size((out, in_)), code=_LEVELS.to(packed.device), blocksize=BLOCK, quant_type="nf4", dtype=torch.float32
+    )
     result: Tensor = _kernel.dequantize_4bit(packed.view(-1, 1), state)
     return result
 
@@ -120,7 +121,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out)."""
-        result: Tensor = _Frozen.apply(x, self)
+        result: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
         return result
 
 

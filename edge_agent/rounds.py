@@ -79,9 +79,17 @@ class Worker:
             task, train, held, shard = self._examples(order, job)
         stack = Stack(build_stack(job.stack), job.space)
         state = last_state(Path(order.folder))
-        client = ClientSide(Stack(_required(stack, order, job).methods, job.space), job.job, Round(job.round, job.rounds), device, view.spec,
-                            steps=job.recipe.steps, lr=job.recipe.lr, down=view.down,
-                            state=thaw(state.read_bytes()) if state else None)
+        client = ClientSide(
+            Stack(_required(stack, order, job).methods, job.space),
+            job.job,
+            Round(job.round, job.rounds),
+            device,
+            view.spec,
+            steps=job.recipe.steps,
+            lr=job.recipe.lr,
+            down=view.down,
+            state=thaw(state.read_bytes()) if state else None,
+        )
         base.place(view.spec, view.tensors)
         trainer = Trainer(base, task, job, client, train, lambda s, v: progress({"step": s, "steps": job.recipe.steps, "loss": v}))
         head = {k: as_tensor(view.tensors[k]) for k in view.spec.dense}
@@ -94,8 +102,19 @@ class Worker:
             return
         self._train(order, job, view, client, trainer, head, told, watch, device, shard)
 
-    def _train(self, order: Order, job: Assignment, view: View, client: ClientSide, trainer: Trainer, head: dict[str, Any],
-               told: dict[str, Any], watch: Stopwatch, device: str, shard: Shard) -> None:
+    def _train(
+        self,
+        order: Order,
+        job: Assignment,
+        view: View,
+        client: ClientSide,
+        trainer: Trainer,
+        head: dict[str, Any],
+        told: dict[str, Any],
+        watch: Stopwatch,
+        device: str,
+        shard: Shard,
+    ) -> None:
         kept: Tensors = client.kept
         anchor = {**view.trained(), **{k: t for k, t in kept.items() if k in view.tensors}}
         start = client.begin(anchor)
@@ -110,10 +129,17 @@ class Worker:
         client.keep({k: trained[k] for k in trained if not client.stack.travels(k, client.round)})
         sent = client.send(delta)
         count = max(1.0, before["count"])
-        told |= {"loss_before": before["loss"] / count, "loss_after": after["loss"] / count, "steps": job.recipe.steps,
-                 "examples": len(trainer.examples), "skipped": shard.unknown, "seconds": watch.seconds,
-                 "peak_mb": system.peak_rss_mb(), "bits": job.recipe.bits,
-                 "norm": float(np.sqrt(sum(float(np.vdot(t, t)) for t in delta.values())))}
+        told |= {
+            "loss_before": before["loss"] / count,
+            "loss_after": after["loss"] / count,
+            "steps": job.recipe.steps,
+            "examples": len(trainer.examples),
+            "skipped": shard.unknown,
+            "seconds": watch.seconds,
+            "peak_mb": system.peak_rss_mb(),
+            "bits": job.recipe.bits,
+            "norm": float(np.sqrt(sum(float(np.vdot(t, t)) for t in delta.values()))),
+        }
         tensors = {f"d/{k}": t for k, t in sent.items()}
         tensors |= {f"x/{n}/{k}": t for n, up in client.up.items() for k, t in up.items()}
         served = client.serve({**anchor, **trained})
@@ -124,14 +150,24 @@ class Worker:
         """Refuse before anything is allocated. Raises Refused."""
         card = self._card(Path(order.model))
         if card.digest != job.model_digest:
-            raise Refused(f"model `{job.model}` in {order.model} has digest {card.digest[:12]}, the job wants {job.model_digest[:12]}",
-                          "put the same files on every device")
+            raise Refused(
+                f"model `{job.model}` in {order.model} has digest {card.digest[:12]}, the job wants {job.model_digest[:12]}",
+                "put the same files on every device",
+            )
         placement = {k: p.rank for k, p in spec.pairs.items() if p.trained}
-        need = memory_mb(card, placement, job.recipe.prune, job.recipe.bits, job.recipe.batch, job.task.max_length,
-                         sum(int(np.prod(d.shape)) for d in spec.dense.values()))
+        need = memory_mb(
+            card,
+            placement,
+            job.recipe.prune,
+            job.recipe.bits,
+            job.recipe.batch,
+            job.task.max_length,
+            sum(int(np.prod(d.shape)) for d in spec.dense.values()),
+        )
         if need > order.budget_mb:
-            raise DoesNotFit(f"the arm needs {need:.0f} MB, this device allows {order.budget_mb:.0f} MB",
-                             "lower rank or depth, prune, or use fewer bits")
+            raise DoesNotFit(
+                f"the arm needs {need:.0f} MB, this device allows {order.budget_mb:.0f} MB", "lower rank or depth, prune, or use fewer bits"
+            )
 
     def _card(self, folder: Path) -> ModelCard:
         if str(folder) not in self._cards:
@@ -142,9 +178,14 @@ class Worker:
         return self._cards[str(folder)]
 
     def _prepared(self, order: Order, job: Assignment, view: View) -> Base:
-        names = sorted({m.name for m in self._card(Path(order.model)).modules}
-                       & ({k.removesuffix(".out").removesuffix(".in") for k in view.masks} | set(view.spec.pairs))
-                       ) if job.recipe.bits >= 16 else [m.name for m in self._card(Path(order.model)).modules]
+        names = (
+            sorted(
+                {m.name for m in self._card(Path(order.model)).modules}
+                & ({k.removesuffix(".out").removesuffix(".in") for k in view.masks} | set(view.spec.pairs))
+            )
+            if job.recipe.bits >= 16
+            else [m.name for m in self._card(Path(order.model)).modules]
+        )
         masks = Path(order.blobs["masks"]).name if "masks" in order.blobs else ""
         key = f"{job.model_digest} {job.recipe.bits} {masks} {names}"
         if self._base is None or self._base[0] != key:
@@ -197,5 +238,3 @@ def _commit(order: Order, job: Assignment, device: str, update: bytes, client: C
 def _commit_report(order: Order, job: Assignment, device: str, told: dict[str, Any], client: ClientSide) -> None:
     """An installation has no update, only what was measured."""
     _commit(order, job, device, encode({}, told), client, told)
-
-

@@ -14,7 +14,7 @@ import msgspec
 
 from federated.bus import Bus
 from federated.errors import Refused, WireError
-from federated.files import write_atomic
+from federated.files import digest_of, write_atomic
 from federated.messages import (
     Assignment,
     DatasetOffer,
@@ -50,8 +50,9 @@ VERSION = "0.1.0"
 class Agent:
     """One device. `run` returns when it is cancelled."""
 
-    def __init__(self, identity: Identity, config: AgentConfig, bus: Bus, engine: Engine, profile: dict[str, Any],
-                 bits_ms: dict[str, float]) -> None:
+    def __init__(
+        self, identity: Identity, config: AgentConfig, bus: Bus, engine: Engine, profile: dict[str, Any], bits_ms: dict[str, float]
+    ) -> None:
         self.identity, self.config, self.bus, self.engine = identity, config, bus, engine
         self.profile, self.bits_ms = profile, bits_ms
         self.topics = Topics(identity.fleet)
@@ -60,8 +61,9 @@ class Agent:
         self.fetcher = Fetcher(bus, self.topics, config.home / "blobs", self.say, config.link.answer_s)
         self.fetcher.kbps = config.link.down_kbps
         self.status: dict[str, Any] = {"state": "connecting", "device": identity.device, "fleet": identity.fleet}
-        self._assignment: tuple[Assignment, bytes] | None = None
-        self._handled: set[tuple[str, int]] = set()
+        self._assignment: tuple[Assignment, bytes, str] | None = None
+        self._handled: dict[str, Report | None] = {}
+        self._welcome = asyncio.Event()
         self._work, self._mail = asyncio.Event(), asyncio.Event()
         self._grants: dict[str, asyncio.Queue[Grant | Receipt]] = {}
         self._counted = (0, 0)
@@ -73,8 +75,9 @@ class Agent:
         await self.bus.subscribe(self.topics.device(self.identity.device, "down"), self._take)
         await self.bus.subscribe(self.topics.device(self.identity.device, "job"), self._take)
         await self.bus.start()
-        loops = [asyncio.create_task(t, name=n) for t, n in
-                 ((self._working(), "work"), (self._sending(), "outbox"), (self._keeping(), "status"))]
+        loops = [
+            asyncio.create_task(t, name=n) for t, n in ((self._working(), "work"), (self._sending(), "outbox"), (self._keeping(), "status"))
+        ]
         try:
             await asyncio.gather(*loops)
         finally:
@@ -85,8 +88,19 @@ class Agent:
             self._write_status("stopped")
 
     def _connected(self) -> None:
-        self._spawn(self.say(self._hello()), "hello")
+        self._welcome.clear()
+        self._spawn(self._greet(), "hello")
         self._mail.set()
+
+    async def _greet(self) -> None:
+        """Say hello until somebody answers."""
+        wait = self.config.link.answer_s
+        while self.bus.connected.is_set() and not self._welcome.is_set():
+            await self.say(self._hello())
+            try:
+                await asyncio.wait_for(self._welcome.wait(), wait)
+            except asyncio.TimeoutError:
+                wait = min(2 * wait, 300.0)
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -95,10 +109,18 @@ class Agent:
 
     def _hello(self) -> Hello:
         offers = [DatasetOffer(n, d.task, 0) for n, d in self.config.datasets.items()]
-        return Hello(profile=self.profile, datasets=offers, public_key=self.identity.public_key, agent=VERSION,
-                     models=list(self.config.models), methods=list(self.config.allow.methods), jobs=list(self.config.allow.jobs),
-                     require=list(self.config.require), bits_ms=self.bits_ms,
-                     held=[f"{m.job}/{m.round}" for _, m in self.outbox.due()])
+        return Hello(
+            profile=self.profile,
+            datasets=offers,
+            public_key=self.identity.public_key,
+            agent=VERSION,
+            models=list(self.config.models),
+            methods=list(self.config.allow.methods),
+            jobs=list(self.config.allow.jobs),
+            require=list(self.config.require),
+            bits_ms=self.bits_ms,
+            held=[f"{m.job}/{m.round}" for _, m in self.outbox.due()],
+        )
 
     async def say(self, message: Message) -> None:
         """Seal and publish one message."""
@@ -115,14 +137,14 @@ class Agent:
         if not payload:
             return
         try:
-            message = open_down(unpack(payload), self.identity.link_key)
+            envelope = unpack(payload)
+            message = open_down(envelope, self.identity.link_key)
         except WireError as error:
             log.warning("a message on %s was dropped: %s", topic, error)
             self.status["last_error"] = str(error)
             return
         if isinstance(message, Assignment):
-            self._assignment = (message, payload)
-            self._work.set()
+            self._assigned(message, payload, digest_of(envelope.body))
         elif isinstance(message, Done):
             self._spawn(self._ended(message), "job-ended")
         elif isinstance(message, Grant | Receipt):
@@ -132,11 +154,22 @@ class Agent:
             elif isinstance(message, Receipt):
                 self._settle(message)
         elif isinstance(message, Welcome):
+            self._welcome.set()
             self.status["state"] = "idle" if self.status["state"] == "connecting" else self.status["state"]
             self.status.pop("last_error", None)
         elif isinstance(message, Sorry):
+            self._welcome.set()
             log.error("the coordinator says: %s", message.reason)
             self.status["last_error"] = message.reason
+
+    def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
+        """New work; or a question about work that we know, which is answered with where it stands."""
+        self._assignment = (job, raw, key)
+        if key not in self._handled:
+            self._work.set()
+            return
+        self._spawn(self.say(self._handled[key] or Report(job.job, job.round, "training")), "report")
+        self._mail.set()
 
     async def _ended(self, message: Done) -> None:
         if self._assignment and self._assignment[0].job == message.job:
@@ -154,15 +187,16 @@ class Agent:
             self._work.clear()
             if self._assignment is None:
                 continue
-            job, raw = self._assignment
+            job, raw, key = self._assignment
             folder = round_folder(self.outbox.jobs, job.job, job.round)
-            if (job.job, job.round) in self._handled or self.outbox.finished(folder):
+            if key in self._handled:
                 continue
-            self._handled.add((job.job, job.round))
-            await self._one(job, raw, folder)
+            self._handled[key] = None
+            if not self.outbox.finished(folder):
+                self._handled[key] = await self._one(job, raw, folder)
 
-    async def _one(self, job: Assignment, raw: bytes, folder: Path) -> None:
-        """Carry out one assignment; every way it can fail ends in a report."""
+    async def _one(self, job: Assignment, raw: bytes, folder: Path) -> Report | None:
+        """Carry out one assignment; every way it can fail ends in a report, which is returned."""
         try:
             dataset, model = consent.check(job, self.config)
             self._within_budget(job)
@@ -174,27 +208,38 @@ class Agent:
             self._phase(job, "training")
             await self.say(Report(job.job, job.round, "training"))
             order = Order(
-                home=str(self.config.home), envelope=str(envelope), blobs=blobs, folder=str(folder), dataset=dataset, model=model,
-                threads=int(self.profile["threads"]), budget_mb=self._budget_mb(), chunk=min(self.config.link.packet_bytes, self.bus.packet),
-                require=self.config.require, slots=self.config.worker.slots)
+                home=str(self.config.home),
+                envelope=str(envelope),
+                blobs=blobs,
+                folder=str(folder),
+                dataset=dataset,
+                model=model,
+                threads=int(self.profile["threads"]),
+                budget_mb=self._budget_mb(),
+                chunk=min(self.config.link.packet_bytes, self.bus.packet),
+                require=self.config.require,
+                slots=self.config.worker.slots,
+            )
             await self.engine.run(order, lambda told: self.status.update(told))
             self._phase(job, "sending")
             self.fetcher.forget({b.digest for b in job.blobs.values()})
             self._mail.set()
             self._spawn(self._on_adapter(), "on-adapter")
+            return None
         except (Refused, EngineFailed, WireError, OSError) as error:
             code = getattr(error, "code", "consent" if isinstance(error, Refused) else "job")
-            await self._failed(job, str(error), code)
+            return await self._failed(job, str(error), code)
         except Exception as error:
             log.exception("an assignment failed")
-            await self._failed(job, f"{type(error).__name__}: {error}", "crash")
+            return await self._failed(job, f"{type(error).__name__}: {error}", "crash")
 
-    async def _failed(self, job: Assignment, reason: str, code: str) -> None:
+    async def _failed(self, job: Assignment, reason: str, code: str) -> Report:
         log.error("round %d of %s: %s", job.round, job.job, reason)
         self.status |= {"state": "idle", "last_error": reason}
-        if self._assignment is None:
-            return
-        await self.say(Report(job.job, job.round, "refused" if code in ("consent", "data") else "failed", reason, code))
+        report = Report(job.job, job.round, "refused" if code in ("consent", "data") else "failed", reason, code)
+        if self._assignment is not None:
+            await self.say(report)
+        return report
 
     def _budget_mb(self) -> float:
         budget = self.profile.get("model_budget_mb")
@@ -208,8 +253,15 @@ class Agent:
             raise Refused(f"{self.counters.today / 1e6:.0f} MB went over the link today, {self.config.allow.mb_per_day:.0f} are allowed")
 
     def _phase(self, job: Assignment, state: str) -> None:
-        self.status |= {"state": state, "job": job.job, "round": job.round, "rounds": job.rounds, "arm": job.say,
-                        "bits": job.recipe.bits, "prune": job.recipe.prune}
+        self.status |= {
+            "state": state,
+            "job": job.job,
+            "round": job.round,
+            "rounds": job.rounds,
+            "arm": job.say,
+            "bits": job.recipe.bits,
+            "prune": job.recipe.prune,
+        }
         self._write_status(state)
 
     async def _sending(self) -> None:
@@ -264,7 +316,8 @@ class Agent:
             return
         try:
             process = await asyncio.create_subprocess_exec(
-                *self.config.on_adapter, env={**os.environ, "RANKFLEET_ADAPTER": str(self.config.home / "adapter" / "current")})
+                *self.config.on_adapter, env={**os.environ, "RANKFLEET_ADAPTER": str(self.config.home / "adapter" / "current")}
+            )
             if await process.wait():
                 log.warning("on_adapter ended with code %d", process.returncode)
         except OSError as error:
@@ -296,13 +349,19 @@ class Agent:
         return moved
 
     def _write_status(self, state: str) -> None:
-        self.status |= {"state": state, "connected": self.bus.connected.is_set(), "bytes_up": self.counters.up,
-                        "bytes_down": self.counters.down, "pid": os.getpid(), "at": time.time(), "jobs_done": self.counters.jobs_done,
-                        "job_done_at": self.counters.done_at, "resumed_down": self.fetcher.resumed,
-                        "problem": getattr(self.bus, "problem", "")}
+        self.status |= {
+            "state": state,
+            "connected": self.bus.connected.is_set(),
+            "bytes_up": self.counters.up,
+            "bytes_down": self.counters.down,
+            "pid": os.getpid(),
+            "at": time.time(),
+            "jobs_done": self.counters.jobs_done,
+            "job_done_at": self.counters.done_at,
+            "resumed_down": self.fetcher.resumed,
+            "problem": getattr(self.bus, "problem", ""),
+        }
         try:
             write_atomic(self.config.home / "status.json", msgspec.json.encode(self.status))
         except OSError as error:
             log.warning("status: %s", error)
-
-

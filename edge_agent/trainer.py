@@ -30,8 +30,15 @@ Examples = list[dict[str, Any]]
 class Trainer:
     """A base with an adapter in it, a task and one device's examples, for one assignment."""
 
-    def __init__(self, base: Base, task: TaskEngine, job: Assignment, client: ClientSide, train: Examples,
-                 progress: Callable[[int, float], None] = lambda step, loss: None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        task: TaskEngine,
+        job: Assignment,
+        client: ClientSide,
+        train: Examples,
+        progress: Callable[[int, float], None] = lambda step, loss: None,
+    ) -> None:
         self.base, self.task, self.job, self.client, self.examples, self.progress = base, task, job, client, train, progress
         self.head: dict[str, Tensor] = {}
         self.contexts: dict[str, StepContext] = {}
@@ -61,9 +68,19 @@ class Trainer:
     def _context(self, name: str, anchor: dict[str, Tensor], down: Tensors) -> StepContext:
         seed = seed_of(self.job.job, self.job.round, self.client.device, name, "step")
         return StepContext(
-            round=self.client.round, device=self.client.device, anchor=anchor, down={k: as_tensor(t) for k, t in down.items()},
-            state=self.client.state[name], up=self.client.up[name], generator=torch.Generator().manual_seed(seed % 2**63),
-            steps=self.job.recipe.steps, lr=self.job.recipe.lr, fit=self.fit, batches=self.batches, task_loss=self.task_loss)
+            round=self.client.round,
+            device=self.client.device,
+            anchor=anchor,
+            down={k: as_tensor(t) for k, t in down.items()},
+            state=self.client.state[name],
+            up=self.client.up[name],
+            generator=torch.Generator().manual_seed(seed % 2**63),
+            steps=self.job.recipe.steps,
+            lr=self.job.recipe.lr,
+            fit=self.fit,
+            batches=self.batches,
+            task_loss=self.task_loss,
+        )
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The round's batches: a seeded permutation of the examples, repeated as often as needed."""
@@ -78,7 +95,8 @@ class Trainer:
     def task_loss(self, params: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """Mean loss of the task; `params` are the live tensors, of which the head is handed on."""
         head = {k: params.get(k, t) for k, t in self.head.items()}
-        return self.task.losses(self.task.forward(self.base.model, head, batch), batch).mean()
+        loss: Tensor = self.task.losses(self.task.forward(self.base.model, head, batch), batch).mean()
+        return loss
 
     def fit(self, start: dict[str, Tensor], penalty: Callable[[dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
         """The job's local steps from `start`. Hooks run unless `penalty` makes this a private fit. Raises Refused on NaN."""

@@ -51,7 +51,7 @@ def _silence() -> None:
 def _reason(error: Exception) -> dict[str, str]:
     from federated.errors import DoesNotFit, RankfleetError, Refused
 
-    if isinstance(error, DoesNotFit) or isinstance(error, MemoryError) or "not enough memory" in str(error):
+    if isinstance(error, DoesNotFit | MemoryError) or "not enough memory" in str(error):
         return {"code": "memory", "reason": str(error)}
     if isinstance(error, Refused):
         return {"code": "data", "reason": str(error)}

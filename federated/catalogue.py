@@ -55,8 +55,7 @@ def method_class(name: str) -> type[Method]:
         hint = f"did you mean `{near[0]}`?" if near else "`coordinator methods` lists them all"
         raise UnknownMethod(f"no method named `{name[:80]}`", hint)
     module = importlib.import_module(modules()[name])
-    classes = [v for v in vars(module).values()
-               if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__]
+    classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__]
     if len(classes) != 1:
         raise RuntimeError(f"{module.__name__} defines {len(classes)} methods; one file is one method")
     return classes[0]
@@ -80,8 +79,10 @@ def build_stack(items: list[StackItem]) -> dict[str, Method]:
     found: dict[str, Method] = {}
     for item in items:
         if isinstance(item, dict) and len(item) != 1:
-            raise ConfigError(f"a stack entry names one method, this one names {len(item)}: {sorted(item)}",
-                              "write each method as an entry of its own, with a dash before it")
+            raise ConfigError(
+                f"a stack entry names one method, this one names {len(item)}: {sorted(item)}",
+                "write each method as an entry of its own, with a dash before it",
+            )
         name, settings = (item, None) if isinstance(item, str) else next(iter(item.items()))
         if name in found:
             raise ConfigError(f"the stack names `{name}` twice", "keep one of them")
@@ -104,9 +105,13 @@ def _entry(name: str, path: str) -> Entry:
         return Entry(name, path.partition(".")[0], doc, kind.space, kind.evidence, kind.use_when, hooks)
     tree = ast.parse(file.read_text(encoding="utf-8"))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
-    said = {n.target.id: ast.literal_eval(n.value) for n in body if isinstance(n, ast.AnnAssign)
-            and isinstance(n.target, ast.Name) and n.value and ast.unparse(n.annotation).startswith("ClassVar")}
+    said = {
+        n.target.id: ast.literal_eval(n.value)
+        for n in body
+        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value and ast.unparse(n.annotation).startswith("ClassVar")
+    }
     hooks = tuple(n.name for n in body if isinstance(n, ast.FunctionDef) and n.name in HOOKS)
     doc = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Entry(name, file.parent.name, doc, said.get("space", "any"), said.get("evidence", "toy-checked"),
-                 said.get("use_when", ""), hooks)
+    return Entry(
+        name, file.parent.name, doc, said.get("space", "any"), said.get("evidence", "toy-checked"), said.get("use_when", ""), hooks
+    )

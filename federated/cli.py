@@ -19,7 +19,8 @@ def parser(name: str, text: str) -> argparse.ArgumentParser:
 def command(group: Any, name: str, run: Command, text: str, example: str) -> argparse.ArgumentParser:
     """One verb: its help shows an example, and everything that prints takes `--json`."""
     made: argparse.ArgumentParser = group.add_parser(
-        name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
+        name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--json", action="store_true", help="print JSON")
     made.set_defaults(run=run)
     return made
@@ -80,5 +81,7 @@ def check_bandit() -> None:
 
     found = importlib.util.find_spec("bandit.arms")
     if found is None:
-        raise RankfleetError("`bandit` in this environment is the linter of that name, not ours",
-                             "pip uninstall bandit, then reinstall rankfleet; ruff's S rules do the same work")
+        raise RankfleetError(
+            "`bandit` in this environment is the linter of that name, not ours",
+            "pip uninstall bandit, then reinstall rankfleet; ruff's S rules do the same work",
+        )

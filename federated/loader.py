@@ -33,9 +33,8 @@ class _Composer(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise ConfigError(f"line {event.start_mark.line + 1}: aliases (`*{event.anchor}`) are not allowed",
-                              "write the value out")
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise ConfigError(f"line {event.start_mark.line + 1}: aliases (`*{event.anchor}`) are not allowed", "write the value out")
         return super().compose_node(parent, index)
 
 
@@ -75,8 +74,9 @@ def _data(node: Any, path: Path_, lines: dict[Path_, int], name: str) -> Any:
             raise ConfigError(f"{name}, line {key_node.start_mark.line + 1}: a key must be a word or a number")
         if key in out:
             raise ConfigError(f"{name}, line {key_node.start_mark.line + 1}: `{key}` is set twice", "keep one of them")
-        out[key] = _data(value, (*path, str(key)), lines, name)
-        lines[(*path, str(key))] = key_node.start_mark.line + 1
+        here = (*path, str(key))
+        out[key] = _data(value, here, lines, name)
+        lines[here] = key_node.start_mark.line + 1
     return out
 
 
@@ -91,8 +91,14 @@ def _scalar(node: Any, where: str) -> Any:
     if _INT.match(text):
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     if _FLOAT.match(text):
-        number = float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".Inf", "inf").replace(".NaN", "nan")
-                       .replace(".INF", "inf").replace(".NAN", "nan"))
+        number = float(
+            text.replace(".inf", "inf")
+            .replace(".nan", "nan")
+            .replace(".Inf", "inf")
+            .replace(".NaN", "nan")
+            .replace(".INF", "inf")
+            .replace(".NAN", "nan")
+        )
         if not math.isfinite(number):
             raise ConfigError(f"{where}: `{text}` is not a finite number")
         return number

@@ -199,8 +199,8 @@ class Envelope(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
 
 _encoder = msgspec.msgpack.Encoder()
 _envelopes = msgspec.msgpack.Decoder(Envelope)
-_up = msgspec.msgpack.Decoder(Up)
-_down = msgspec.msgpack.Decoder(Down)
+_up: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Up)
+_down: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Down)
 
 
 def _mac(key: bytes, sender: str, number: int, body: bytes) -> bytes:
@@ -224,8 +224,9 @@ def unpack(data: bytes) -> Envelope:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise WireError(f"not a message: {error}") from None
     if envelope.version != PROTOCOL:
-        raise WrongVersion(f"`{envelope.sender[:64]}` speaks protocol {envelope.version}, this side speaks {PROTOCOL}",
-                           "upgrade the older side")
+        raise WrongVersion(
+            f"`{envelope.sender[:64]}` speaks protocol {envelope.version}, this side speaks {PROTOCOL}", "upgrade the older side"
+        )
     return envelope
 
 
@@ -237,20 +238,24 @@ def body(message: Message) -> bytes:
 def check(envelope: Envelope, key: bytes) -> None:
     """Raises WireError unless the envelope was sealed under `key`."""
     if not hmac.compare_digest(_mac(key, envelope.sender, envelope.number, envelope.body), envelope.mac):
-        raise WireError(f"a message that names `{envelope.sender[:64]}` as sender is not sealed with its key",
-                        "enrol the device again, or find out who else publishes on its topic")
+        raise WireError(
+            f"a message that names `{envelope.sender[:64]}` as sender is not sealed with its key",
+            "enrol the device again, or find out who else publishes on its topic",
+        )
 
 
 def open_up(envelope: Envelope, key: bytes) -> Up:
     """A device's message, checked. Raises WireError."""
     check(envelope, key)
-    return _read(_up, envelope.body)
+    message: Up = _read(_up, envelope.body)
+    return message
 
 
 def open_down(envelope: Envelope, key: bytes) -> Down:
     """The coordinator's message, checked. Raises WireError."""
     check(envelope, key)
-    return _read(_down, envelope.body)
+    message: Down = _read(_down, envelope.body)
+    return message
 
 
 def read_assignment(data: bytes) -> Assignment:

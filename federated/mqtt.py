@@ -43,15 +43,20 @@ def parse_url(url: str) -> BrokerURL:
         raise ConfigError(f"broker address {url!r}: {error}", "mqtt://host:1883") from None
     if parts.scheme not in PORTS or not parts.hostname:
         raise ConfigError(f"broker address {url!r} is not understood", "mqtt://host:1883, mqtts://, ws:// or wss://")
-    return BrokerURL(parts.scheme, parts.hostname, port or PORTS[parts.scheme], unquote(parts.username or ""),
-                     unquote(parts.password or ""), parts.path or "/mqtt")
+    return BrokerURL(
+        parts.scheme,
+        parts.hostname,
+        port or PORTS[parts.scheme],
+        unquote(parts.username or ""),
+        unquote(parts.password or ""),
+        parts.path or "/mqtt",
+    )
 
 
 class MqttBus:
     """A client of an MQTT broker. `keepalive_s` also bounds how late a dead link is noticed."""
 
-    def __init__(self, url: str, client_id: str, *, keepalive_s: int = 60, tls: ssl.SSLContext | None = None,
-                 packet: int = PACKET) -> None:
+    def __init__(self, url: str, client_id: str, *, keepalive_s: int = 60, tls: ssl.SSLContext | None = None, packet: int = PACKET) -> None:
         self.url, self.client_id, self.keepalive_s, self.tls, self.packet = parse_url(url), client_id, keepalive_s, tls, packet
         self.connected = asyncio.Event()
         self.on_connect: list[Callable[[], None]] = []
@@ -70,8 +75,12 @@ class MqttBus:
         self._open()
 
     def _open(self) -> None:
-        client = paho.Client(CallbackAPIVersion.VERSION2, self.client_id, protocol=self._protocol,
-                             transport="websockets" if self.url.scheme.startswith("ws") else "tcp")
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            self.client_id,
+            protocol=self._protocol,
+            transport="websockets" if self.url.scheme.startswith("ws") else "tcp",
+        )
         if self.url.user:
             client.username_pw_set(self.url.user, self.url.password)
         if self.url.scheme in ("mqtts", "wss"):

@@ -34,17 +34,25 @@ def load(base, folder=pathlib.Path(__file__).parent):
 '''
 
 
-def write_adapter(folder: Path, pairs: Mapping[str, LowRank], dense: Tensors, *, scale: float, base: str,
-                  task: dict[str, Any]) -> None:
+def write_adapter(folder: Path, pairs: Mapping[str, LowRank], dense: Tensors, *, scale: float, base: str, task: dict[str, Any]) -> None:
     """Write `adapter_config.json`, `adapter_model.safetensors`, `head.safetensors`, `task.json` and `load.py`."""
     used = {m: p for m, p in sorted(pairs.items()) if np.any(p.B)} or dict(sorted(pairs.items())[:1])
     ranks = {m: int(p.A.shape[0]) for m, p in used.items()}
     top = max(ranks.values())
     config = {
-        "peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base, "inference_mode": True,
-        "r": top, "lora_alpha": scale * top, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": sorted(used), "rank_pattern": {m: r for m, r in ranks.items() if r != top},
-        "alpha_pattern": {m: scale * r for m, r in ranks.items() if r != top}, "init_lora_weights": True,
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": top,
+        "lora_alpha": scale * top,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(used),
+        "rank_pattern": {m: r for m, r in ranks.items() if r != top},
+        "alpha_pattern": {m: scale * r for m, r in ranks.items() if r != top},
+        "init_lora_weights": True,
     }
     weights = {}
     for module, pair in used.items():

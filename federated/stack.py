@@ -34,8 +34,10 @@ class Stack:
     def _space(self) -> str:
         wanted = {m.space: n for n, m in reversed(self.methods.items()) if m.space != "any"}
         if len(wanted) > 1:
-            raise Conflict(f"`{wanted['factors']}` needs factors that keep their coordinates, `{wanted['product']}` needs "
-                           "them renewed every round", "keep one of the two")
+            raise Conflict(
+                f"`{wanted['factors']}` needs factors that keep their coordinates, `{wanted['product']}` needs them renewed every round",
+                "keep one of the two",
+            )
         return next(iter(wanted), "product")
 
     def _check(self) -> None:
@@ -44,13 +46,16 @@ class Stack:
             if len(users) > 1:
                 raise Conflict(f"`{users[0]}` and `{users[1]}` both define `{hook}`", "keep one of the two")
         if self._using["train"] and self._using["objective"]:
-            raise Conflict(f"`{self._using['train'][0][0]}` replaces the loop in which `{self._using['objective'][0][0]}` "
-                           "would set the loss", "keep one of the two")
+            raise Conflict(
+                f"`{self._using['train'][0][0]}` replaces the loop in which `{self._using['objective'][0][0]}` would set the loss",
+                "keep one of the two",
+            )
         released = ""
         for name, method in self.methods.items():
             if released and overrides(method, "send") and not method.releases:
-                raise Conflict(f"`{name}` changes what leaves the device after `{released}` has made it private",
-                               f"put `{name}` before `{released}`")
+                raise Conflict(
+                    f"`{name}` changes what leaves the device after `{released}` has made it private", f"put `{name}` before `{released}`"
+                )
             released = name if method.releases else released
 
     def using(self, hook: str) -> list[tuple[str, Method]]:
@@ -134,15 +139,24 @@ class ServerSide:
 class ClientSide:
     """The device's side of a stack, for one round: contexts, and the hooks that run in NumPy."""
 
-    def __init__(self, stack: Stack, job: str, round: Round, device: str, spec: Spec, *, steps: int, lr: float,
-                 down: Mapping[str, Tensors], state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        job: str,
+        round: Round,
+        device: str,
+        spec: Spec,
+        *,
+        steps: int,
+        lr: float,
+        down: Mapping[str, Tensors],
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.stack, self.round, self.device, self.spec = stack, round, device, spec
         kept = _still_valid(state or {}, spec)
         self.state: dict[str, dict[str, Any]] = {n: kept.get(n, {}) for n in stack.methods}
         self.up: dict[str, Tensors] = {n: {} for n in stack.methods}
-        self._make = lambda n, anchor: ClientContext(
-            round, device, spec, anchor, self.state[n], np.random.default_rng(seed_of(job, round.number, device, n)),
-            dict(down.get(n, {})), self.up[n], steps, lr)
+        self._job, self._down, self._steps, self._lr = job, down, steps, lr
         self._contexts: dict[str, ClientContext] = {}
         self.kept: Tensors = dict(kept.get("\0kept", {}))
 
@@ -150,13 +164,28 @@ class ClientSide:
         """Remember tensors that are trained here and never leave; the next round starts from them."""
         self.kept = {**self.kept, **tensors}
 
+    def _made(self, name: str, anchor: Tensors) -> ClientContext:
+        rng = np.random.default_rng(seed_of(self._job, self.round.number, self.device, name))
+        return ClientContext(
+            self.round,
+            self.device,
+            self.spec,
+            anchor,
+            self.state[name],
+            rng,
+            dict(self._down.get(name, {})),
+            self.up[name],
+            self._steps,
+            self._lr,
+        )
+
     def context(self, name: str) -> ClientContext:
         """The context of one method; `begin` must have run."""
         return self._contexts[name]
 
     def begin(self, anchor: Tensors) -> Tensors:
         """The starting point, from the adapter as received (with what this device keeps for itself)."""
-        self._contexts = {n: self._make(n, anchor) for n in self.stack.methods}
+        self._contexts = {n: self._made(n, anchor) for n in self.stack.methods}
         start = anchor
         for n, m in self.stack.using("begin"):
             start = m.begin(start, self._contexts[n])
@@ -177,8 +206,7 @@ class ClientSide:
 
     def saved(self) -> dict[str, Any]:
         """State to keep, with the coordinates that it lives in."""
-        return {**{n: s for n, s in self.state.items() if s}, "\0kept": self.kept,
-                "\0coordinates": coordinates(self.spec)}
+        return {**{n: s for n, s in self.state.items() if s}, "\0kept": self.kept, "\0coordinates": coordinates(self.spec)}
 
 
 def _still_valid(state: dict[str, Any], spec: Spec) -> dict[str, Any]:

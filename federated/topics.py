@@ -1,10 +1,10 @@
 """Every MQTT topic, in one place.
 
-    rf/<fleet>/dev/<device>/up       device → coordinator: sealed messages
-    rf/<fleet>/dev/<device>/chunk    device → coordinator: pieces of an update
-    rf/<fleet>/dev/<device>/down     coordinator → device: sealed messages
-    rf/<fleet>/dev/<device>/job      coordinator → device: the current assignment, retained (the only retained topic)
-    rf/<fleet>/blob/<digest>         coordinator → whoever wants it: pieces of views and masks
+rf/<fleet>/dev/<device>/up       device → coordinator: sealed messages
+rf/<fleet>/dev/<device>/chunk    device → coordinator: pieces of an update
+rf/<fleet>/dev/<device>/down     coordinator → device: sealed messages
+rf/<fleet>/dev/<device>/job      coordinator → device: the current assignment, retained (the only retained topic)
+rf/<fleet>/blob/<digest>         coordinator → whoever wants it: pieces of views and masks
 """
 
 import re
@@ -19,8 +19,9 @@ DEVICE_TOPICS = ("up", "chunk", "down", "job")
 def checked(name: str, what: str = "device") -> str:
     """`name`, if it can stand in a topic and in a file name. Raises ConfigError."""
     if not NAME.match(name):
-        raise ConfigError(f"{what} name {name[:80]!r} is not allowed",
-                          "use 1 to 64 letters, digits, `-`, `_` and `.`, starting with a letter or digit")
+        raise ConfigError(
+            f"{what} name {name[:80]!r} is not allowed", "use 1 to 64 letters, digits, `-`, `_` and `.`, starting with a letter or digit"
+        )
     return name
 
 

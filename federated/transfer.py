@@ -93,8 +93,9 @@ class Assembly:
         last = number == self.blob.chunks - 1
         want = self.blob.size - number * self.blob.chunk if last else self.blob.chunk
         if number >= self.blob.chunks or len(data) != want:
-            raise WireError(f"chunk {number} with {len(data):,} bytes does not fit a blob of {self.blob.chunks} chunks "
-                            f"of {self.blob.chunk:,} bytes")
+            raise WireError(
+                f"chunk {number} with {len(data):,} bytes does not fit a blob of {self.blob.chunks} chunks of {self.blob.chunk:,} bytes"
+            )
         if number in self.have:
             self.repeated += 1
             return False

@@ -131,4 +131,5 @@ def save(path: Path, tensors: Mapping[str, Array], meta: Any = None) -> None:
 
 def open_frame(path: Path, *, finite: bool = False) -> tuple[Tensors, Any]:
     """Arrays of a frame on disk, memory-mapped: reading one module touches only its pages."""
-    return decode(memoryview(np.memmap(path, dtype=np.uint8, mode="r")), finite=finite)
+    data: Any = np.memmap(path, dtype=np.uint8, mode="r")
+    return decode(memoryview(data), finite=finite)

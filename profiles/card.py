@@ -66,11 +66,18 @@ def read_card(folder: Path) -> ModelCard:
     inside = sum(m.out * m.in_ for m in modules)
     total = sum(_count(s) for s in shapes.values())
     return ModelCard(
-        name=folder.name, digest=model_digest(folder), family=config.get("model_type", "?"),
-        layers=1 + max(m.layer for m in modules), hidden=hidden, ffn=ffn,
-        heads=config.get("num_attention_heads") or config.get("n_head") or 1, vocab=config.get("vocab_size", 0),
-        embedding=total - inside, modules=modules,
-        causal=any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or []))
+        name=folder.name,
+        digest=model_digest(folder),
+        family=config.get("model_type", "?"),
+        layers=1 + max(m.layer for m in modules),
+        hidden=hidden,
+        ffn=ffn,
+        heads=config.get("num_attention_heads") or config.get("n_head") or 1,
+        vocab=config.get("vocab_size", 0),
+        embedding=total - inside,
+        modules=modules,
+        causal=any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or []),
+    )
 
 
 def _modules(shapes: dict[str, list[int]], hidden: int, ffn: int, family: str) -> Iterator[Module]:
@@ -109,8 +116,9 @@ def header(file: Path) -> dict[str, list[int]]:
 def model_digest(folder: Path) -> str:
     """SHA-256 over weights, configuration and tokenizer: what must be equal on every device."""
     whole = hashlib.sha256()
-    names = sorted(p.name for p in folder.iterdir()
-                   if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.json", "vocab.txt"))
+    names = sorted(
+        p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.json", "vocab.txt")
+    )
     for name in names:
         whole.update(name.encode() + b"\0")
         with (folder / name).open("rb") as f:

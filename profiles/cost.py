@@ -60,17 +60,18 @@ def boundary(card: ModelCard, placement: Mapping[str, int]) -> int:
 
 
 def activation_floats(card: ModelCard, placement: Mapping[str, int], prune: float) -> float:
-    """Floats kept per token for the backward pass, over all layers above the boundary."""
-    low = boundary(card, placement)
-    f = kept(card.ffn, prune)
-    ups = max(1, len(card.channels(0)[0]))
-    per_layer = 6 * card.hidden + 4 * f if ups > 1 else 8 * card.hidden + 2 * f
-    ranks = sum(placement.values())
-    return (card.layers - low) * (per_layer + 2 * card.hidden * (ups > 1) + card.heads + 4) + ranks
+    """Floats kept per token for the backward pass, over all layers above the boundary (core.md 5.4, fused attention).
+
+    Encoder: 7h + f with adapters on attention alone, 8h + 2f with adapters on the FFN too. Gated decoder: 7h + 3f, 8h + 4f.
+    """
+    gated = len(card.channels(0)[0]) > 1
+    wide = any(m.role in ("up", "down") for m in card.modules if m.name in placement)
+    f = kept(card.ffn, prune) * ((4 if wide else 3) if gated else (2 if wide else 1))
+    per_layer = (8 if wide else 7) * card.hidden + f + card.heads + 4
+    return (card.layers - boundary(card, placement)) * per_layer + sum(placement.values())
 
 
-def memory_mb(card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, batch: int, length: int,
-              head: int = 0) -> float:
+def memory_mb(card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, batch: int, length: int, head: int = 0) -> float:
     """Peak of weights, adapter with gradient and Adam moments, and activations, in MB (without the runtime itself)."""
     weights = card.layers * layer_parameters(card, prune) * BYTES_PER_WEIGHT[bits]
     weights += card.embedding * (4.0 if bits == 32 else 2.0)
@@ -100,8 +101,20 @@ def upload_bytes(numbers: int, keep: float, value_bits: int = 8) -> float:
     return numbers * (entropy + keep * value_bits) / 8 * 1.05 + 400
 
 
-def price(card: ModelCard, profile: DeviceProfile, placement: Mapping[str, int], *, prune: float, bits: int, batch: int,
-          steps: int, length: int, head: int = 0, keep: float = 0.25, correction: float = 1.0) -> Price:
+def price(
+    card: ModelCard,
+    profile: DeviceProfile,
+    placement: Mapping[str, int],
+    *,
+    prune: float,
+    bits: int,
+    batch: int,
+    steps: int,
+    length: int,
+    head: int = 0,
+    keep: float = 0.25,
+    correction: float = 1.0,
+) -> Price:
     """Everything at once. `correction` is the device's measured over predicted time so far."""
     flops = step_flops(card, placement, prune, batch, length)
     rate = profile.gflops.get(str(bits)) or min(profile.gflops.values())
@@ -112,5 +125,10 @@ def price(card: ModelCard, profile: DeviceProfile, placement: Mapping[str, int],
     numbers = adapter_parameters(card, placement, prune) + head
     up, down = upload_bytes(numbers, keep), numbers * 2.0 + 400
     link = up * 8 / (profile.up_kbps * 1e3) + down * 8 / (profile.down_kbps * 1e3)
-    return Price(memory_mb(card, placement, prune, bits, batch, length, head),
-                 correction * (profile.overhead_s + steps * step_s) + link, steps * flops, up, down)
+    return Price(
+        memory_mb(card, placement, prune, bits, batch, length, head),
+        correction * (profile.overhead_s + steps * step_s) + link,
+        steps * flops,
+        up,
+        down,
+    )

@@ -75,8 +75,11 @@ def match(machine: str, board: str, memory_mb: float, cores: int) -> DeviceProfi
         if rule == Match():
             continue
         low, high = rule.memory_gb or (0.0, float("inf"))
-        if ((not rule.machine or rule.machine == machine) and (not rule.board or re.search(rule.board, board))
-                and low <= memory_mb / 1024 <= high):
+        if (
+            (not rule.machine or rule.machine == machine)
+            and (not rule.board or re.search(rule.board, board))
+            and low <= memory_mb / 1024 <= high
+        ):
             return profile
     return generic(machine, memory_mb, cores)
 
@@ -84,6 +87,16 @@ def match(machine: str, board: str, memory_mb: float, cores: int) -> DeviceProfi
 def generic(machine: str, memory_mb: float, cores: int) -> DeviceProfile:
     """A cautious profile for an unknown device; the tuner corrects it from the first round on."""
     return DeviceProfile(
-        name="generic", title=f"unknown {machine or 'machine'} with {cores} cores", cores=cores, threads=max(1, cores // 2),
-        memory_mb=memory_mb, gflops={"32": 6.0 * cores, "16": 4.0 * cores, "8": 4.0 * cores, "4": 3.0 * cores},
-        memory_gbps=8.0, up_kbps=2000, down_kbps=8000, idle_w=5, busy_w=15, source={"gflops": "memory"})
+        name="generic",
+        title=f"unknown {machine or 'machine'} with {cores} cores",
+        cores=cores,
+        threads=max(1, cores // 2),
+        memory_mb=memory_mb,
+        gflops={"32": 6.0 * cores, "16": 4.0 * cores, "8": 4.0 * cores, "4": 3.0 * cores},
+        memory_gbps=8.0,
+        up_kbps=2000,
+        down_kbps=8000,
+        idle_w=5,
+        busy_w=15,
+        source={"gflops": "memory"},
+    )

@@ -31,8 +31,7 @@ class Engine:
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Stacked images."""
-        return {"pixel_values": torch.stack([e["pixels"] for e in examples]),
-                "labels": torch.tensor([e["label"] for e in examples])}
+        return {"pixel_values": torch.stack([e["pixels"] for e in examples]), "labels": torch.tensor([e["label"] for e in examples])}
 
     def forward(self, model: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         """Scores (batch, labels)."""
@@ -45,4 +44,5 @@ class Engine:
 
     def correct(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Is the highest score the label's?"""
-        return (scores.argmax(-1) == batch["labels"]).float()
+        right: torch.Tensor = (scores.argmax(-1) == batch["labels"]).float()
+        return right

@@ -52,4 +52,5 @@ class Engine:
 
     def correct(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Is the highest score the label's?"""
-        return (scores.argmax(-1) == batch["labels"]).float()
+        right: torch.Tensor = (scores.argmax(-1) == batch["labels"]).float()
+        return right

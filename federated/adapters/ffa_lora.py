@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..method import Method, Round
 
 
-class FfaLora(Method):
+class FfaLora(Method, frozen=True):
     """`trains`: everything but A."""
 
     space: ClassVar[str] = "factors"  # type: ignore[assignment]

@@ -10,11 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from ..method import Method, ServerContext
-from ..tensors import Tensors
+from ..tensors import Array, Tensors
 from ..update import Update
 
 
-class FedIT(Method):
+class FedIT(Method, frozen=True):
     """`reduce`: Σ p_k ΔA_k and Σ p_k ΔB_k, padded to the largest rank that arrived."""
 
     space: ClassVar[str] = "factors"  # type: ignore[assignment]
@@ -26,13 +26,13 @@ class FedIT(Method):
         total = sum(u.weight for u in updates)
         out: Tensors = {}
         for u in updates:
-            for name, delta in u.delta.items():
+            for name in u.delta:
                 part = canonical(u, name) * (u.weight * u.factor / total)
                 out[name] = padded_sum(out[name], part, name) if name in out else part
         return {k: t.astype(np.float32) for k, t in out.items()}
 
 
-def canonical(update: Update, name: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def canonical(update: Update, name: str) -> Array:
     """One tensor of an update in canonical coordinates, fp64."""
     array = update.delta[name].astype(np.float64)
     pair = update.spec.pairs.get(name[:-2])
@@ -41,11 +41,10 @@ def canonical(update: Update, name: str) -> "np.ndarray[tuple[int, ...], np.dtyp
     return update.rows(name[:-2], array, pair.out) if name.endswith(".B") else update.columns(name[:-2], array, pair.in_)
 
 
-def padded_sum(a: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", b: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]",
-               name: str) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def padded_sum(a: Array, b: Array, name: str) -> Array:
     """`a + b` of two factors whose ranks may differ: the shorter one is extended with zeros."""
     axis = 1 if name.endswith(".B") else 0
     small, large = (a, b) if a.shape[axis] <= b.shape[axis] else (b, a)
-    out = large.copy()
+    out: Array = large.copy()
     out[(slice(None), slice(small.shape[1])) if axis else slice(small.shape[0])] += small
     return out

@@ -16,7 +16,7 @@ from ..tensors import Tensors, floats, stochastic_round
 from ..update import Update
 
 
-class Qsgd(Method):
+class Qsgd(Method, frozen=True):
     """Float tensors leave as i8 levels, their scales through `ctx.up`; other dtypes pass untouched."""
 
     evidence: ClassVar[str] = "toy-checked"

@@ -26,7 +26,7 @@ def class_of(name: str) -> str:
     return name[-1] if name.endswith((".A", ".B")) else "D"
 
 
-class Sparse(Method):
+class Sparse(Method, frozen=True):
     """`send` gives one u8 array per class: mask of names, scale, coded bitmap, coded values."""
 
     evidence: ClassVar[str] = "toy-checked"
@@ -60,7 +60,9 @@ class Sparse(Method):
             names = [k for k in shapes if class_of(k) == group]
             data = coded.tobytes()
             width = (len(names) + 7) // 8
-            flags = np.unpackbits(np.frombuffer(data[:width], np.uint8), count=len(names)) if len(data) >= width else []
+            if len(data) < width:
+                raise WireError(f"class {group} of a sparse update has {len(data)} bytes")
+            flags: Array = np.unpackbits(np.frombuffer(data[:width], np.uint8), count=len(names))
             held = [k for k, flag in zip(names, flags, strict=False) if flag]
             sizes = [int(np.prod(shapes[k])) for k in held]
             flat, at = decode(data[width:], sum(sizes)), 0

@@ -13,7 +13,7 @@ from ..method import Method, ServerContext
 from ..update import Update
 
 
-class NormBound(Method):
+class NormBound(Method, frozen=True):
     """`admit`: scale long updates down."""
 
     needs_all: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from msgspec import Meta
 from ..method import Method, StepContext, Torch
 
 
-class FedProx(Method):
+class FedProx(Method, frozen=True):
     """`grad`: + μ(w - anchor)."""
 
     evidence: ClassVar[str] = "toy-checked"

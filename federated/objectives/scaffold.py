@@ -15,7 +15,7 @@ from ..tensors import Tensors, fill
 from ..update import Update
 
 
-class Scaffold(Method):
+class Scaffold(Method, frozen=True):
     """c_i stays on the device, c at the coordinator; c and the change of c_i travel."""
 
     space: ClassVar[str] = "factors"  # type: ignore[assignment]
@@ -42,7 +42,7 @@ class Scaffold(Method):
         for k, g in grad.items():
             raw = g.detach().cpu().numpy()
             total[k] = total[k] + raw if k in total else raw.copy()
-            correction = ctx.down[k] if k in ctx.down else 0.0
+            correction: Torch = ctx.down.get(k, 0.0)
             if k in own and own[k].shape == raw.shape:
                 correction = correction - g.new_tensor(own[k])
             out[k] = g + correction
@@ -66,4 +66,3 @@ class Scaffold(Method):
                 part = (change / max(ctx.fleet, len(updates))).astype(np.float32)
                 c[k] = c[k] + part if k in c and c[k].shape == part.shape else part
         return updates
-

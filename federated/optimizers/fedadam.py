@@ -13,7 +13,7 @@ from ..method import Method, ServerContext
 from ..tensors import Tensors, fill
 
 
-class FedAdam(Method):
+class FedAdam(Method, frozen=True):
     """`step`: Adam on the aggregate."""
 
     space: ClassVar[str] = "factors"  # type: ignore[assignment]

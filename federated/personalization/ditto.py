@@ -12,7 +12,7 @@ from ..method import ClientContext, Method, StepContext, Torch
 from ..tensors import Tensors
 
 
-class Ditto(Method):
+class Ditto(Method, frozen=True):
     """`train` twice, `serve` the personal one."""
 
     evidence: ClassVar[str] = "toy-checked"

@@ -13,7 +13,7 @@ from ..method import Method, ServerContext
 from ..update import Update
 
 
-class FedBuff(Method):
+class FedBuff(Method, frozen=True):
     """`ready` at `size` arrivals; `admit` discounts by age."""
 
     evidence: ClassVar[str] = "toy-checked"

@@ -15,7 +15,7 @@ from ..tensors import Tensors
 from ..update import Update
 
 
-class PowerOfChoice(Method):
+class PowerOfChoice(Method, frozen=True):
     """`select` the `cohort` devices with the highest reported loss."""
 
     evidence: ClassVar[str] = "toy-checked"
