@@ -39,9 +39,11 @@ PY
     plan=$(pip install --dry-run --quiet --report - "torch==$VERSION" 2>/dev/null) || {
         echo "Neither the CPU index nor the configured one has torch $VERSION."
         echo "Fetch torch-$VERSION+cpu-*-$(uname -m).whl and install it with: $python -m pip install FILE"; exit 1; }
-    case $plan in *nvidia-cu*|*cuda-toolkit*|*cuda-bindings*)
+    if printf %s "$plan" | "$python" -c 'import json, sys
+names = [i["metadata"]["name"].lower() for i in json.load(sys.stdin)["install"]]
+sys.exit(not any(n.startswith(("nvidia-", "cuda-", "triton")) for n in names))'; then
         echo "The configured index would install a CUDA build (gigabytes) on a machine without an NVIDIA driver."
-        echo "Fetch torch-$VERSION+cpu-*-$(uname -m).whl and install it with: $python -m pip install FILE"; exit 1 ;;
-    esac
+        echo "Fetch torch-$VERSION+cpu-*-$(uname -m).whl and install it with: $python -m pip install FILE"; exit 1
+    fi
     pip install -q "torch==$VERSION" ;;
 esac
