@@ -43,9 +43,8 @@ def parse(text: str, name: str = "text") -> tuple[Any, dict[Path_, int]]:
     if len(text) > LIMIT:
         raise ConfigError(f"{name}: {len(text):,} bytes, at most {LIMIT:,} are read")
     lines: dict[Path_, int] = {}
-    composer = _Composer(text)
     try:
-        node = composer.get_single_node()
+        node = _Composer(text).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise ConfigError(f"{name}, line {mark.line + 1 if mark else '?'}: {error.problem}") from None
@@ -55,8 +54,6 @@ def parse(text: str, name: str = "text") -> tuple[Any, dict[Path_, int]]:
         raise ConfigError(f"{name}, {error.args[0]}", error.hint) from None
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
-    finally:
-        composer.dispose()  # type: ignore[no-untyped-call]
     return (None if node is None else _data(node, (), lines, name)), lines
 
 
@@ -88,6 +85,8 @@ def _scalar(node: Any, where: str) -> Any:
         return None
     if text in _BOOL:
         return _BOOL[text]
+    if len(text) > 300 and (_INT.match(text) or _FLOAT.match(text)):
+        raise ConfigError(f"{where}: a number of {len(text)} digits")
     if _INT.match(text):
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
     if _FLOAT.match(text):

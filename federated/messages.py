@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from .errors import WireError, WrongVersion
+from .errors import TooLarge, WireError, WrongVersion
 
 PROTOCOL = 1
 MAX_MESSAGE = 1 << 20
@@ -218,7 +218,7 @@ def seal(message: Message, sender: str, key: bytes, signature: bytes = b"", numb
 def unpack(data: bytes) -> Envelope:
     """The envelope, unchecked but for version and size. Raises WireError."""
     if len(data) > MAX_MESSAGE:
-        raise WireError(f"a message of {len(data):,} bytes, at most {MAX_MESSAGE:,} are read")
+        raise TooLarge(f"a message of {len(data):,} bytes, at most {MAX_MESSAGE:,} are read")
     try:
         envelope = _envelopes.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
