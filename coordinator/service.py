@@ -59,7 +59,7 @@ class Service:
         self.devices = Devices(self.ledger)
         self.topics = Topics(checked(config.fleet, "fleet"))
         self.blobs = Blobs(bus, self.topics, home / "blobs", config.limits.packet_bytes, config.limits.gather_ms)
-        self.uploads = Uploads(home / "spool", config.limits, lambda d, g: self.send(d, g), self._arrived, self._refuse)
+        self.uploads = Uploads(home / "spool", config.limits, lambda d, g: self.send(d, g), self._arrived, self._put_aside)
         self.runner: JobRunner | None = None
         self.live: dict[str, dict[str, Any]] = {}
         self.bytes_in: dict[str, int] = {}
@@ -199,6 +199,14 @@ class Service:
         else:
             self.uploads.offer(device, offer)
 
+    def _put_aside(self, device: str, offer: Offer, reason: str) -> None:
+        """An update that will never be taken: its assignment is closed with the reason."""
+        key = {"job": offer.job, "round": offer.round, "device": device}
+        self.ledger.change(store.assignments, key, state="refused", reason=reason)
+        self.ledger.tell(offer.job, device, f"its update of round {offer.round} was refused: {reason}")
+        self._refuse(device, offer, reason)
+        self._changed()
+
     def _refuse(self, device: str, offer: Offer, reason: str) -> None:
         self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, False, reason))
 
@@ -215,10 +223,7 @@ class Service:
             told = incoming.check(path.read_bytes())
         except WireError as error:
             path.unlink(missing_ok=True)
-            self.ledger.change(store.assignments, key, state="refused", reason=str(error))
-            self.ledger.tell(offer.job, device, f"its update of round {offer.round} was refused: {error}")
-            self._refuse(device, offer, str(error))
-            self._changed()
+            self._put_aside(device, offer, str(error))
             return
         row = self.ledger.row(store.assignments, **key)
         assert row is not None

@@ -1,0 +1,81 @@
+"""The set, not the member: every method in the catalogue, killed on both sides in mid-run, and beside awkward neighbours."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coordinator import store
+from federated.catalogue import build_stack, modules
+from federated.errors import Conflict
+from federated.stack import Stack
+
+from .world import World, job
+
+NEIGHBOURS: list[list[Any]] = [
+    ["ffa_lora"], [{"sparse": {"keep": 0.3}}], ["qsgd"], [{"sparse": {"keep": 0.3}}, "qsgd"], ["fedprox"], ["scaffold"], ["fedadam"],
+    [{"fedbuff": {"size": 2}}], ["norm_bound"], [{"power_of_choice": {"cohort": 2}}], ["ditto"], ["fedit"],
+]
+
+
+def stack_of(*items: Any) -> list[Any] | None:
+    """The stack, or None where its members exclude each other, which the stack's own tests cover."""
+    names = [i if isinstance(i, str) else next(iter(i)) for i in items]
+    if len(set(names)) < len(names):
+        return None
+    try:
+        Stack(build_stack(list(items)))
+    except Conflict:
+        return None
+    return list(items)
+
+
+def text(stack: list[Any], **changes: Any) -> str:
+    arms = {"ranks": [2], "bits": [32], "steps": [2], "batch": 4}
+    return job(stack=stack, arms=arms, training={"lr": 0.01, "evaluate": 4, "probe": 2}, **changes)
+
+
+async def killed(world: World, name: str) -> None:
+    """Both sides go in the middle of every round, and come back from disk."""
+    for number in range(3):
+        await world.until(lambda n=number: any(  # type: ignore[misc]
+            r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(store.assignments, job=name, round=n)))
+        for d in world.names:
+            await world.kill_agent(d)
+        await world.kill_coordinator()
+        await world.start_coordinator()
+        for d in world.names:
+            await world.start_agent(d)
+    await world.until(lambda: world.job_state(name) in ("finished", "failed"))
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+async def test_kill_both_sides_gives_the_same_bits(tmp_path: Path, tiny: Path, name: str) -> None:
+    # Who arrives first must not decide what is compared, so buffers wait for everybody.
+    stack = [{name: {"fedbuff": {"size": 3}, "power_of_choice": {"cohort": 2}}.get(name, {})}]
+    async with World(tmp_path / "a", tiny) as world:
+        clean = world.digest(await world.run(text(stack)))
+    async with World(tmp_path / "b", tiny) as world:
+        job_name = world.coordinator.submit(text(stack))
+        await killed(world, job_name)
+        row = world.coordinator.ledger.row(store.jobs, id=job_name)
+        assert row is not None
+        assert row["state"] == "finished", row["reason"]
+        assert world.digest(job_name) == clean
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+async def test_beside_awkward_neighbours(tmp_path: Path, tiny: Path, name: str) -> None:
+    async with World(tmp_path, tiny) as world:
+        for neighbour in NEIGHBOURS:
+            for items in ([name, *neighbour], [*neighbour, name]):
+                stack = stack_of(*items)
+                if stack is None:
+                    continue
+                done = await world.run(text(stack, rounds=2))
+                refused = [r["reason"] for r in world.coordinator.ledger.rows(store.assignments, job=done) if r["state"] in ("refused", "failed")]
+                assert not refused, (stack, refused)
+                versions = world.coordinator.ledger.rows(store.versions, job=done)
+                assert versions[0]["digest"] != versions[-1]["digest"], f"{stack} moved nothing"
+                await asyncio.sleep(0)
