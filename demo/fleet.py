@@ -59,8 +59,8 @@ class Fleet:
 
     def start(self, name: str, *words: str) -> subprocess.Popen[bytes]:
         """A service in the background, logging into the home folder."""
-        log = (self.home / f"{name}.log").open("ab")
-        return subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, start_new_session=True)
+        with (self.home / f"{name}.log").open("ab") as log:
+            return subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, start_new_session=True)
 
     def serve(self) -> Client:
         """Start the coordinator and wait until it answers."""

@@ -1,6 +1,6 @@
 """Frozen linear maps in few bits: INT8 with one scale per row, NF4 in blocks of 64.
 
-NF4 levels are quantiles of the normal distribution (Dettmers et al., 2023, section 3; construction in core.md 8.6). Packing
+NF4 levels are quantiles of the normal distribution (Dettmers et al., 2023, section 3). Packing
 is that of bitsandbytes, high nibble first, so its kernel reads our bytes where it runs; pure torch otherwise. The backward
 pass dequantises again instead of keeping a full-precision copy.
 """
@@ -13,16 +13,14 @@ from torch import Tensor, nn
 BLOCK = 64
 
 
-def nf4_levels() -> Tensor:
-    """The 16 levels in [-1, 1], ascending, fp32."""
-    normal = torch.distributions.Normal(0.0, 1.0)
-    high: Tensor = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])  # type: ignore[no-untyped-call]
-    low: Tensor = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])  # type: ignore[no-untyped-call]
-    levels = torch.cat([low, torch.zeros(1, dtype=torch.float64), high]).sort().values
-    return (levels / levels.abs().max()).float()
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""The published levels (Dettmers et al., 2023, appendix E); their last bits differ from fresh quantiles, so they are written out."""
 
-
-_LEVELS = nf4_levels()
+_LEVELS = torch.tensor(NF4)
 _PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], dim=1)
 """Byte → its two levels."""
 

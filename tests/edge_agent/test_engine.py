@@ -1,0 +1,194 @@
+"""The device's engine: quantisers, pruning, adapters, the training loop, data, outbox."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coordinator import channels
+from edge_agent import quantise
+from edge_agent.adapter import Adapted
+from edge_agent.config import Dataset
+from edge_agent.data import Shard
+from edge_agent.model import Base
+from edge_agent.order import Meta, commit, last_state, round_folder
+from edge_agent.outbox import Counters, Outbox
+from edge_agent.quantise import NF4, QuantLinear, pack_nf4, unpack_nf4
+from federated.errors import Refused
+from federated.messages import Blob
+from federated.spec import Pair, Spec
+from federated.transfer import blob_of
+from profiles.card import read_card
+
+
+def test_nf4_levels_are_normal_quantiles() -> None:
+    normal = torch.distributions.Normal(0.0, 1.0)
+    high = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
+    low = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([low, torch.zeros(1), high]).sort().values
+    assert NF4 == pytest.approx((levels / levels.abs().max()).tolist(), abs=2e-7)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.12)])
+def test_quantised_weights_are_near(bits: int, error: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 50)
+    layer.weight.data.normal_()
+    quant = QuantLinear(layer, bits)
+    assert (quant.dense() - layer.weight).norm() / layer.weight.norm() < error
+    assert quant.packed.numel() * quant.packed.element_size() <= layer.weight.numel() * bits / 8 + 64
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_forward_and_backward_equal_the_dequantised_map(bits: int) -> None:
+    torch.manual_seed(0)
+    quant = QuantLinear(nn.Linear(64, 24), bits)
+    x = torch.randn(5, 64, requires_grad=True)
+    quant(x).square().sum().backward()
+    y = x.detach().clone().requires_grad_()
+    nn.functional.linear(y, quant.dense(), quant.bias).square().sum().backward()
+    assert torch.allclose(x.grad, y.grad, atol=1e-5)
+    assert not list(quant.parameters())
+
+
+def test_bitsandbytes_reads_our_packing() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    weight = torch.randn(32, 128)
+    packed, absmax = pack_nf4(weight)
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    ours = unpack_nf4(packed, absmax, 32, 128)
+    assert torch.equal(theirs.flatten(), packed)
+    assert torch.equal(functional.dequantize_4bit(theirs, state), ours)
+    try:
+        assert quantise.use_bitsandbytes()
+        assert torch.equal(unpack_nf4(packed, absmax, 32, 128), ours)
+    finally:
+        quantise._kernel = None
+
+
+def test_pruned_model_equals_the_masked_one(tiny: Path) -> None:
+    card = read_card(tiny)
+    masks = channels.masks(card, channels.importance(tiny, card), 0.4)
+    names = [m.name for m in card.modules]
+    small, whole = Base(tiny, names, 32, masks), Base(tiny, names, 32, {})
+    for m in card.modules:
+        kept = masks.get(f"{m.name}.out")
+        if kept is not None:
+            linear = whole.adapted[m.name].base
+            gone = np.setdiff1d(np.arange(m.out), kept)
+            linear.weight.data[gone] = 0
+            linear.bias.data[gone] = 0
+    ids = torch.tensor([[2, 5, 9, 11, 3]])
+    mask = torch.ones_like(ids)
+    a, b = (base.model.double()(input_ids=ids, attention_mask=mask).last_hidden_state for base in (small, whole))
+    assert torch.allclose(a, b, atol=1e-10)
+    assert sum(p.numel() for p in small.model.parameters()) < sum(p.numel() for p in whole.model.parameters())
+
+
+def test_masks_are_nested_over_ratios(tiny: Path) -> None:
+    card = read_card(tiny)
+    scores = channels.importance(tiny, card)
+    kept = [set(channels.masks(card, scores, r)["encoder.layer.0.intermediate.dense.out"].tolist()) for r in (0.2, 0.4, 0.6)]
+    assert kept[2] < kept[1] < kept[0]
+    assert channels.masks(card, scores, 0.0) == {}
+
+
+def test_layers_below_the_boundary_keep_nothing_for_autograd(tiny: Path) -> None:
+    card = read_card(tiny)
+    base = Base(tiny, [m.name for m in card.modules], 32, {})
+    pairs, tensors = {}, {}
+    for m in card.modules:
+        if m.layer == 1:
+            pairs[m.name] = Pair(1, m.out, m.in_, 2, 2.0, m.out, m.in_, "v")
+            tensors |= {f"{m.name}.A": np.ones((2, m.in_)), f"{m.name}.B": np.zeros((m.out, 2))}
+    base.place(Spec(pairs, {}), tensors)
+    kept = []
+    ids = torch.tensor([[2, 5, 3]])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        base.model.encoder.layer[0].register_forward_hook(lambda *a: kept.clear() if not kept else pytest.fail("layer 0 kept something"))
+        base.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert kept
+    assert len(base.parameters()) == 12
+
+
+def test_the_carry_adds_and_is_frozen() -> None:
+    torch.manual_seed(0)
+    layer = Adapted(nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    plain = layer(x)
+    layer.place(torch.randn(2, 4), torch.randn(3, 2), 0.5, trained=True)
+    layer.carry = (torch.randn(3, 1), torch.randn(1, 4))
+    expected = plain + 0.5 * x @ layer.A.T @ layer.B.T + x @ layer.carry[1].T @ layer.carry[0].T
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+    layer.clear()
+    layer.carry = None
+    assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_files_of_every_kind(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"data{ending}"
+    if ending == ".jsonl":
+        path.write_text("\n".join(json.dumps({"body": f"t{i}", "class": "A" if i % 2 else "b"}) for i in range(40)) + "\n\n")
+    elif ending == ".csv":
+        path.write_text("body,class\n" + "\n".join(f"t{i},{'A' if i % 2 else 'b'}" for i in range(40)))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as parquet
+
+        parquet.write_table(pyarrow.table({"body": [f"t{i}" for i in range(40)], "class": ["A" if i % 2 else "b" for i in range(40)]}), path)
+    shard = Shard(Dataset(str(path), columns={"text": "body", "label": "class"}, labels={"A": "a"}), "x", ["text", "label"], ["a", "b"])
+    assert len(shard.train) + len(shard.held) == 40
+    assert {r["label"] for r in shard.train} == {0, 1}
+    assert shard.held
+
+
+def test_the_held_out_tenth_stays_aside_as_data_grow(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    lines = [json.dumps({"text": f"t{i}", "label": "a"}) for i in range(300)]
+    held = []
+    for count in (100, 300):
+        path.write_text("\n".join(lines[:count] + lines[:5]))
+        shard = Shard(Dataset(str(path)), "x", ["text", "label"], ["a"])
+        assert shard.duplicates == 5
+        held.append({r["text"] for r in shard.held})
+    assert held[0] < held[1]
+    assert 10 < len(held[1]) < 60
+
+
+@pytest.mark.parametrize(("name", "message"), [("data.txt", "none of .jsonl"), ("none.jsonl", "does not exist")])
+def test_unreadable_files(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "data.txt").write_text("x")
+    with pytest.raises(Refused, match=message):
+        Shard(Dataset(str(tmp_path / name)), "x", ["text", "label"], ["a"])
+
+
+def test_update_and_state_are_committed_together(tmp_path: Path) -> None:
+    folder = round_folder(tmp_path / "jobs", "j", 2)
+    blob = blob_of(b"update", 1000)
+    commit(folder, b"update", b"state", Meta("j", 2, blob, b"s"))
+    outbox = Outbox(tmp_path)
+    assert [m.round for _, m in outbox.due()] == [2]
+    assert last_state(round_folder(tmp_path / "jobs", "j", 3)) == folder / "state"
+    assert last_state(folder) is None
+    outbox.drop(folder)
+    assert outbox.due() == []
+    assert (folder / "state").exists()
+
+
+def test_a_damaged_update_is_thrown_away_and_trained_again(tmp_path: Path) -> None:
+    folder = round_folder(tmp_path / "jobs", "j", 0)
+    commit(folder, b"update", b"state", Meta("j", 0, Blob("00" * 32, 6, 100), b"s"))
+    assert Outbox(tmp_path).due() == []
+    assert not folder.exists()
+
+
+def test_counters_survive_and_forgive(tmp_path: Path) -> None:
+    Counters(up=5).save(tmp_path / "c")
+    assert Counters.load(tmp_path / "c").up == 5
+    (tmp_path / "c").write_text("{")
+    assert Counters.load(tmp_path / "c").up == 0

@@ -1,0 +1,84 @@
+"""The rooms: who may import whom, what may not be imported at start, and what a file may not hold."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY = {
+    "federated": set(), "profiles": set(), "bandit": {"profiles"}, "coordinator": {"bandit", "profiles", "federated"},
+    "edge_agent": {"federated", "profiles"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name.partition(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(MAY))
+def test_import_arrows(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        ours = imports(path) & (set(MAY) | {"demo", "benchmarks", "tests"})
+        assert ours <= MAY[room] | {room}, f"{path.relative_to(ROOT)} imports {sorted(ours - MAY[room] - {room})}"
+
+
+def test_packaging_holds_no_python() -> None:
+    assert not list((ROOT / "packaging").rglob("*.py"))
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for room in MAY:
+        for path in (ROOT / room).rglob("*.py"):
+            assert not imports(path) & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}, path
+            assert "trust_remote_code=True" not in path.read_text(encoding="utf-8"), path
+
+
+def test_posix_only_modules_stay_in_one_file() -> None:
+    for room in MAY:
+        for path in (ROOT / room).rglob("*.py"):
+            if not path.name.startswith("platform_"):
+                assert not imports(path) & {"fcntl", "resource", "pwd", "grp", "msvcrt"}, path
+
+
+def loaded_after(code: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}\nprint(' '.join(sys.modules))"], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("code", [
+    "from edge_agent.cli import build; build()", "from coordinator.cli import build; build()",
+    "import edge_agent.service, edge_agent.engine, edge_agent.identity, edge_agent.probe, federated.mqtt",
+    "import coordinator.client, federated.catalogue; federated.catalogue.entries()",
+])
+def test_programs_start_without_heavy_imports(code: str) -> None:
+    heavy = {"numpy", "torch", "transformers", "peft", "sqlalchemy", "aiohttp", "safetensors"}
+    allowed = {"numpy"} if "catalogue" in code else set()
+    assert not loaded_after(code) & (heavy - allowed)
+
+
+def test_idle_agent_does_without_cryptography() -> None:
+    assert "cryptography" not in loaded_after("import edge_agent.service, edge_agent.engine, edge_agent.identity, federated.mqtt")
+
+
+@pytest.mark.parametrize("program", ["edge_agent", "coordinator"])
+def test_every_verb_has_an_example_and_json(program: str) -> None:
+    import importlib
+
+    parse = importlib.import_module(f"{program}.cli").build()
+    verbs = parse._subparsers._group_actions[0].choices
+    assert set(verbs) == ({"run", "enroll", "status", "doctor", "probe", "leave"} if program == "edge_agent" else {
+        "serve", "submit", "jobs", "cancel", "pause", "resume", "rounds", "devices", "invite", "arms", "methods", "versions", "export", "doctor"})
+    for name, verb in verbs.items():
+        text = verb.format_help()
+        assert "example:" in text, name
+        assert "--json" in text, name
+        assert name in verb.epilog
