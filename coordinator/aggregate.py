@@ -17,6 +17,8 @@ from federated.tensors import Array, Tensors
 from federated.update import LowRank, Update
 
 FLOOR = 0.2
+BLOCK = 64
+"""Updates that are read at once while a class is summed; bounds the memory of a module."""
 DENSE = 256 * 256
 """Up to this many entries a dense fp64 accumulator and a full SVD are cheapest."""
 
@@ -112,26 +114,34 @@ def _terms(module: str, updates: Sequence[Update], weights: Sequence[float], out
             classes.setdefault(key, []).append((u, w))
 
     def make() -> Sequence[Term]:
-        terms = []
-        for members in classes.values():
-            first = members[0][0]
-            s = first.spec.pairs[module].scale
-            sum_b: Array = np.zeros(first.view[f"{module}.B"].shape)
-            sum_a: Array = np.zeros(first.view[f"{module}.A"].shape)
-            for u, w in members:
-                db, da = u.deltas(module)
-                sum_b, sum_a = sum_b + w * u.factor * db, sum_a + w * u.factor * da
-                terms.append(_place(u, module, w * u.factor * s * db.astype(np.float64), da, rows, columns))
-            terms.append(_place(first, module, s * sum_b, first.view[f"{module}.A"], rows, columns))
-            terms.append(_place(first, module, s * first.view[f"{module}.B"].astype(np.float64), sum_a, rows, columns))
-        return terms
+        return [
+            _place(members[at][0], module, *_class_sum(module, members[at : at + BLOCK]), rows, columns)
+            for members in classes.values()
+            for at in range(0, len(members), BLOCK)
+        ]
 
     return make
 
 
+def _class_sum(module: str, members: Sequence[tuple[Update, float]]) -> tuple[Array, Array]:
+    """s·[Σ w dB | B₀ | w₁dB₁ …] and [A₀; Σ w dA; dA₁ …]: the sum over devices that share (B₀, A₀), compact, fp64."""
+    first = members[0][0]
+    a0, b0 = (first.view[f"{module}.{side}"].astype(np.float64) for side in "AB")
+    deltas = [u.deltas(module) for u, _ in members]
+    weights = np.array([w * u.factor for u, w in members])
+    db = np.concatenate([d for d, _ in deltas], axis=1, dtype=np.float64)
+    da = np.concatenate([d for _, d in deltas], axis=0, dtype=np.float64)
+    rank, count = a0.shape[0], len(members)
+    db *= np.repeat(weights, rank)
+    sum_b = db.reshape(len(db), count, rank).sum(axis=1)
+    sum_a = np.tensordot(weights, da.reshape(count, rank, -1), axes=1)
+    left = np.concatenate([sum_b, b0, db], axis=1)
+    left *= first.spec.pairs[module].scale
+    return left, np.concatenate([a0, sum_a, da], axis=0)
+
+
 def _place(u: Update, module: str, b: Array, a: Array, rows: Array, columns: Array) -> Term:
-    b = u.rows(module, b, len(rows)) * rows[:, None]
-    return Term(b, u.columns(module, a.astype(np.float64), len(columns)) * columns)
+    return Term(u.rows(module, b, len(rows)) * rows[:, None], u.columns(module, a, len(columns)) * columns)
 
 
 def factor_mean(updates: Sequence[Update]) -> Tensors:
@@ -161,13 +171,14 @@ def merge(old: LowRank, change: Operator, rank: int) -> LowRank:
     Full SVD where the matrix is small; QR of the stack where that is thin; else two passes of subspace iteration started at
     the old row space and the mean row change, which hold nearly all of the result.
     """
-    whole = Operator(change.out, change.in_, lambda: [Term(old.B.astype(np.float64), old.A.astype(np.float64)), *change.terms()])
+    terms = [Term(old.B.astype(np.float64), old.A.astype(np.float64)), *change.terms()]
+    whole = Operator(change.out, change.in_, lambda: terms)
     if change.out * change.in_ <= DENSE:
         u, s, vt = np.linalg.svd(whole.dense(), full_matrices=False)
+    elif sum(t.A.shape[0] for t in terms) <= min(change.out, change.in_) // 4:
+        u, s, vt = _by_qr(whole.stacked())
     else:
-        stack = whole.stacked()
-        thin = stack.A.shape[0] <= min(change.out, change.in_) // 4
-        u, s, vt = _by_qr(stack) if thin else _by_subspace(whole, stack, rank)
+        u, s, vt = _by_subspace(whole, rank)
     return balanced(u, s, vt, rank)
 
 
@@ -187,16 +198,16 @@ def _by_qr(stack: LowRank) -> tuple[Array, Array, Array]:
     return qb @ u, s, vt @ qa.T
 
 
-def _by_subspace(whole: Operator, stack: LowRank, rank: int) -> tuple[Array, Array, Array]:
-    """Two passes of block power iteration with a seeded sketch of all row spaces as oversampling."""
+def _by_subspace(whole: Operator, rank: int) -> tuple[Array, Array, Array]:
+    """Two passes of block power iteration, started at the old row space and a seeded sketch of all the others."""
+    terms = whole.terms()
     width = min(2 * rank + 16, whole.out, whole.in_)
-    sketch = np.random.default_rng(0).standard_normal((width - min(rank, width), stack.A.shape[0]))
-    norms = np.linalg.norm(stack.B, axis=0)
-    start = np.concatenate([stack.A[: min(rank, width)], (sketch * norms) @ stack.A])
-    q, _ = np.linalg.qr(start.T)
+    own = min(rank, width)
+    rng = np.random.default_rng(0)
+    sketch = sum((rng.standard_normal((width - own, len(t.A))) * np.linalg.norm(t.B, axis=0)) @ t.A for t in terms)
+    q, _ = np.linalg.qr(np.concatenate([terms[0].A[:own], sketch]).T)
     for _ in range(2):
         left, _ = np.linalg.qr(whole.right(q))
         q, _ = np.linalg.qr(whole.left(left))
-    core = whole.right(q)
-    u, s, vt = np.linalg.svd(core, full_matrices=False)
+    u, s, vt = np.linalg.svd(whole.right(q), full_matrices=False)
     return u, s, vt @ q.T

@@ -1,0 +1,1 @@
+"""What README's figures come from: one file each, prints a table and writes `benchmarks/out/NAME.json`."""

@@ -1,0 +1,74 @@
+"""Aggregation of a MiniLM adapter (rank 8, all linear maps, 332k numbers): operator, dense accumulator, QR of the whole stack.
+
+The peers' ways are the second and third: FlexLoRA forms the dense product, FLoRA stacks. Milliseconds per update.
+"""
+
+import numpy as np
+
+from coordinator import aggregate
+from coordinator.aggregate import Operator, Term
+from federated.spec import Pair, Spec
+from federated.tensors import Array
+from federated.update import LowRank, Update
+
+from .table import interleaved, report
+
+SHAPES = [(384, 384)] * 4 + [(1536, 384), (384, 1536)]
+LAYERS, RANK = 6, 8
+
+
+def updates(count: int) -> list[Update]:
+    """Devices of one class: they share the view."""
+    rng = np.random.default_rng(0)
+    names = {f"l{i}.{n}": s for i in range(LAYERS) for n, s in enumerate(SHAPES)}
+    spec = Spec({k: Pair(0, o, i, RANK, 2.0, o, i, "v") for k, (o, i) in names.items()}, {})
+
+    def arrays() -> dict[str, Array]:
+        return {f"{k}.{s}": rng.standard_normal((o, RANK) if s == "B" else (RANK, i), np.float32) for k, (o, i) in names.items() for s in "AB"}
+
+    view = arrays()
+    return [Update(f"d{n:03}", 1.0, arrays(), spec, view, origin="v") for n in range(count)]
+
+
+def by_operator(found: list[Update], old: dict[str, LowRank]) -> None:
+    """What we do."""
+    for module, op in aggregate.product(found).items():
+        assert isinstance(op, Operator)
+        aggregate.merge(old[module], op, RANK)
+
+
+def by_dense(found: list[Update], old: dict[str, LowRank]) -> None:
+    """Dense fp32 products, summed, then a full SVD per module."""
+    for module, pair in old.items():
+        total = (pair.B @ pair.A).astype(np.float32)
+        for u in found:
+            b0, a0, db, da = (u.view[f"{module}.B"], u.view[f"{module}.A"], u.delta[f"{module}.B"], u.delta[f"{module}.A"])
+            total += 2.0 / len(found) * ((b0 + db) @ (a0 + da) - b0 @ a0)
+        np.linalg.svd(total, full_matrices=False)
+
+
+def by_stack(found: list[Update], old: dict[str, LowRank]) -> None:
+    """QR of all stacked factors, 2r columns a device, and a small SVD."""
+    for module, pair in old.items():
+        terms = [Term(pair.B, pair.A)] + [Term(*u.factors(module)) for u in found]
+        qb, rb = np.linalg.qr(np.concatenate([t.B for t in terms], axis=1))
+        qa, ra = np.linalg.qr(np.concatenate([t.A for t in terms], axis=0).T)
+        np.linalg.svd(rb @ ra.T)
+
+
+def main() -> None:
+    """10 and 50 devices."""
+    rows = []
+    for count in (10, 50):
+        found = updates(count)
+        rng = np.random.default_rng(1)
+        old = {m: LowRank(rng.standard_normal((p.out, RANK)), rng.standard_normal((RANK, p.in_))) for m, p in found[0].spec.pairs.items()}
+        work = {"operator": by_operator, "dense": by_dense, "stack": by_stack}
+        times = interleaved({k: (lambda f=f: f(found, old)) for k, f in work.items()}, repeats=3)
+        rows.append({"devices": count, **{f"{k}_ms_per_update": round(1e3 * t / count, 2) for k, t in times.items()},
+                     "dense_over_ours": round(times["dense"] / times["operator"], 1), "stack_over_ours": round(times["stack"] / times["operator"], 1)})
+    report("aggregate", rows, numbers=332_000)
+
+
+if __name__ == "__main__":
+    main()
