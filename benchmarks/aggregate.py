@@ -3,6 +3,8 @@
 The peers' ways are the second and third: FlexLoRA forms the dense product, FLoRA stacks. Milliseconds per update.
 """
 
+from functools import partial
+
 import numpy as np
 
 from coordinator import aggregate
@@ -24,7 +26,9 @@ def updates(count: int) -> list[Update]:
     spec = Spec({k: Pair(0, o, i, RANK, 2.0, o, i, "v") for k, (o, i) in names.items()}, {})
 
     def arrays() -> dict[str, Array]:
-        return {f"{k}.{s}": rng.standard_normal((o, RANK) if s == "B" else (RANK, i), np.float32) for k, (o, i) in names.items() for s in "AB"}
+        return {
+            f"{k}.{s}": rng.standard_normal((o, RANK) if s == "B" else (RANK, i), np.float32) for k, (o, i) in names.items() for s in "AB"
+        }
 
     view = arrays()
     return [Update(f"d{n:03}", 1.0, arrays(), spec, view, origin="v") for n in range(count)]
@@ -51,8 +55,8 @@ def by_stack(found: list[Update], old: dict[str, LowRank]) -> None:
     """QR of all stacked factors, 2r columns a device, and a small SVD."""
     for module, pair in old.items():
         terms = [Term(pair.B, pair.A)] + [Term(*u.factors(module)) for u in found]
-        qb, rb = np.linalg.qr(np.concatenate([t.B for t in terms], axis=1))
-        qa, ra = np.linalg.qr(np.concatenate([t.A for t in terms], axis=0).T)
+        _, rb = np.linalg.qr(np.concatenate([t.B for t in terms], axis=1))
+        _, ra = np.linalg.qr(np.concatenate([t.A for t in terms], axis=0).T)
         np.linalg.svd(rb @ ra.T)
 
 
@@ -64,9 +68,15 @@ def main() -> None:
         rng = np.random.default_rng(1)
         old = {m: LowRank(rng.standard_normal((p.out, RANK)), rng.standard_normal((RANK, p.in_))) for m, p in found[0].spec.pairs.items()}
         work = {"operator": by_operator, "dense": by_dense, "stack": by_stack}
-        times = interleaved({k: (lambda f=f: f(found, old)) for k, f in work.items()}, repeats=3)
-        rows.append({"devices": count, **{f"{k}_ms_per_update": round(1e3 * t / count, 2) for k, t in times.items()},
-                     "dense_over_ours": round(times["dense"] / times["operator"], 1), "stack_over_ours": round(times["stack"] / times["operator"], 1)})
+        times = interleaved({k: partial(f, found, old) for k, f in work.items()}, repeats=3)
+        rows.append(
+            {
+                "devices": count,
+                **{f"{k}_ms_per_update": round(1e3 * t / count, 2) for k, t in times.items()},
+                "dense_over_ours": round(times["dense"] / times["operator"], 1),
+                "stack_over_ours": round(times["stack"] / times["operator"], 1),
+            }
+        )
     report("aggregate", rows, numbers=332_000)
 
 

@@ -19,9 +19,16 @@ def main() -> None:
         p = counts / counts.sum()
         index = 0.0 if share >= 1 else -share * np.log2(share) - (1 - share) * np.log2(1 - share)
         times = interleaved({"encode": lambda k=keep: encode(values, k), "decode": lambda b=body: decode(b, values.size)})
-        rows.append({"keep": keep, "bits_per_number": round(8 * len(body) / values.size, 3),
-                     "bound": round(float(index + share * -(p * np.log2(p)).sum()), 3), "against_fp16": round(16 * values.size / (8 * len(body)), 1),
-                     "encode_ms": round(1e3 * times["encode"], 2), "decode_ms": round(1e3 * times["decode"], 2)})
+        rows.append(
+            {
+                "keep": keep,
+                "bits_per_number": round(8 * len(body) / values.size, 3),
+                "bound": round(float(index + share * -(p * np.log2(p)).sum()), 3),
+                "against_fp16": round(16 * values.size / (8 * len(body)), 1),
+                "encode_ms": round(1e3 * times["encode"], 2),
+                "decode_ms": round(1e3 * times["decode"], 2),
+            }
+        )
     report("codec", rows, numbers=values.size)
 
 

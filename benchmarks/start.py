@@ -5,18 +5,26 @@ import sys
 
 from .table import interleaved, report
 
-IDLE = ("import edge_agent.service, edge_agent.engine, edge_agent.identity, edge_agent.probe, federated.mqtt, ssl, psutil; "
-        "print(psutil.Process().memory_info().rss / 2**20)")
+IDLE = (
+    "import edge_agent.service, edge_agent.engine, edge_agent.identity, edge_agent.probe, federated.mqtt, ssl, psutil; "
+    "print(psutil.Process().memory_info().rss / 2**20)"
+)
 
 
 def main() -> None:
     """Both programs, beside a bare interpreter."""
+
     def run(*words: str) -> str:
         return subprocess.run([sys.executable, *words], capture_output=True, check=True, text=True).stdout
 
-    times = interleaved({"python": lambda: run("-c", ""), "edge-agent": lambda: run("-m", "edge_agent", "--help"),
-                         "coordinator": lambda: run("-m", "coordinator", "--help"),
-                         "coordinator methods": lambda: run("-m", "coordinator", "methods")})
+    times = interleaved(
+        {
+            "python": lambda: run("-c", ""),
+            "edge-agent": lambda: run("-m", "edge_agent", "--help"),
+            "coordinator": lambda: run("-m", "coordinator", "--help"),
+            "coordinator methods": lambda: run("-m", "coordinator", "methods"),
+        }
+    )
     rows = [{"program": k, "seconds": round(t, 3)} for k, t in times.items()]
     report("start", rows, idle_imports_mb=round(float(run("-c", IDLE)), 1))
 

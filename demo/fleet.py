@@ -105,7 +105,7 @@ class Fleet:
                 },
             )
             token = client.post(f"/devices/{d.name}/invite")["token"]
-            self.run("edge_agent", "enroll", token, "--config", str(config))
+            self.run("edge_agent", "enroll", token, "--no-probe", "--config", str(config))
 
     def agent(self, name: str) -> None:
         """Start one agent."""

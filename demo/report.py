@@ -24,28 +24,25 @@ def text(r: dict[str, Any]) -> str:
     ):
         lines.append(f"    {name:42} {100 * r[key]:6.1f}%")
     lines.append(f"    {'same prediction in plain peft':42} {100 * r['accuracy_peft_agreement']:6.2f}%")
-    sent = r["bytes_up_total"]
-    lines += [
-        "",
-        f"  uploaded, everything included {sent / 1e3:10,.0f} kB in {r['uploads']} updates",
-        f"    dense fp16 LoRA, rank {r['largest_rank']}, all layers  {r['bytes_up_dense_lora'] / 1e3:10,.0f} kB: {r['bytes_up_dense_lora'] / sent:.1f} times as much",
-        f"    dense fp16, the same arms      {r['bytes_up_dense_same_arms'] / 1e3:10,.0f} kB: {r['bytes_up_dense_same_arms'] / sent:.1f} times as much",
-        "",
-        "  arms (the last three rounds), and why the last one",
-    ]
+    lines += [*_cost(r), "", "  arms (the last three rounds), and why the last one"]
     for name, d in r["devices"].items():
-        lines.append(
-            f"    {name:13} {', '.join(d['arms'][-3:])}\n    {'':13} {len(set(d['arms']))} different ones in {len(d['arms'])} rounds; {d['why']}"
-        )
+        lines.append(f"    {name:13} {', '.join(d['arms'][-3:])}")
+        lines.append(f"    {'':13} {len(set(d['arms']))} different ones in {len(d['arms'])} rounds; {d['why']}")
     if r["killed"]:
         k = r["killed"]
-        lines += [
-            "",
-            f"  killed: {k['broker']} and the agent of {k['agent']}, with {k['chunks_there']} of {k['chunks']} chunks delivered; "
-            f"{r['chunks_resumed']} were resumed, none was counted twice",
-        ]
+        lines += ["", f"  killed: {k['broker']} and the agent of {k['agent']}, with {k['chunks_there']} of {k['chunks']} chunks delivered;"]
+        lines.append(f"    {r['chunks_resumed']} were resumed, none was counted twice")
     lines += ["", f"  idle agent {r['agent_idle_rss_mb']} MB; whole demo {r['wall_s']:.0f} s"]
     return "\n".join(lines)
+
+
+def _cost(r: dict[str, Any]) -> list[str]:
+    """What went over the link, and what dense uploads would have cost."""
+    sent = r["bytes_up_total"]
+    lines = ["", f"  uploaded, everything included {sent / 1e3:10,.0f} kB in {r['uploads']} updates"]
+    for name, key in ((f"rank {r['largest_rank']}, all layers", "bytes_up_dense_lora"), ("the same arms", "bytes_up_dense_same_arms")):
+        lines.append(f"    dense fp16, {name:18} {r[key] / 1e3:10,.0f} kB: {r[key] / sent:.1f} times as much")
+    return lines
 
 
 def plot(path: Path, report: dict[str, Any], rounds: list[dict[str, Any]]) -> None:
@@ -71,15 +68,22 @@ def plot(path: Path, report: dict[str, Any], rounds: list[dict[str, Any]]) -> No
         left.axvline(len(curve) // 2, color="C1", alpha=0.3, linewidth=6, label="broker and one agent killed")
     left.set(xlabel="version of the global adapter", ylabel="accuracy", title="One model, four devices", ylim=(0, None))
     left.legend(fontsize=8, loc="lower right")
-    for n, (name, d) in enumerate(report["devices"].items()):
-        x = [i + 0.08 * (n - 1.5) for i in range(1, len(d["rank"]) + 1)]
-        right.plot(x, d["rank"], marker="o", color=f"C{n}", linewidth=1, label=f"{name}: {d['bits']} bits")
-        for i, depth in enumerate(d["depth"]):
-            right.annotate(
-                str(depth), (x[i], d["rank"][i]), textcoords="offset points", xytext=(0, 5), fontsize=7, ha="center", color=f"C{n}"
-            )
-    right.set(xlabel="round", ylabel="LoRA rank (number: depth)", title="What each device was given")
-    right.margins(y=0.12)
-    right.legend(fontsize=8)
+    _arms(right, report)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _arms(axes: Any, report: dict[str, Any]) -> None:
+    """One row per device, one cell per round: rank, depth and pruning; the colour is what the arm trains."""
+    names = list(report["devices"])
+    cells = [[r * d for r, d in zip(report["devices"][n]["rank"], report["devices"][n]["depth"], strict=True)] for n in names]
+    width = max(len(c) for c in cells)
+    axes.imshow([c + [0] * (width - len(c)) for c in cells], cmap="Blues", aspect="auto", vmin=0, vmax=1.6 * max(map(max, cells)))
+    for row, name in enumerate(names):
+        d = report["devices"][name]
+        for column, (rank, depth, prune) in enumerate(zip(d["rank"], d["depth"], d["prune"], strict=True)):
+            pruned = f"\n-{100 * prune:.0f}%" if prune else ""
+            axes.text(column, row, f"r{rank}\nd{depth}{pruned}", ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(width), range(1, width + 1), fontsize=8)
+    axes.set_yticks(range(len(names)), [f"{n}\n{report['devices'][n]['bits']} bits" for n in names], fontsize=8)
+    axes.set(xlabel="round", title="What each device was given: rank, depth, pruning")

@@ -84,10 +84,8 @@ class Watch:
                 loss = f"loss {told['loss_before']:.2f} → {told['loss_after']:.2f}" if "loss_after" in told else d["reason"][:50]
                 sent = self.fleet.status(d["device"]).get("bytes_up", 0) / 1e3
                 resumed = f"  {d['resumed']} chunks resumed" if d["resumed"] else ""
-                shown = arm_text(d["arm"])
-                print(
-                    f"  round {r['round'] + 1:2}  {d['device']:13} {arm_text(d['arm']):28} {loss:20} {d['seconds']:5.1f} s {sent:7.0f} kB up{resumed}"
-                )
+                where = f"  round {r['round'] + 1:2}  {d['device']:13} {arm_text(d['arm']):28}"
+                print(f"{where} {loss:20} {d['seconds']:5.1f} s {sent:7.0f} kB up{resumed}")
                 sys.stdout.flush()
 
     def _strike(self, live: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ def build() -> argparse.ArgumentParser:
         made.add_argument("--config", type=Path, default=Path(DEFAULT), help=f"the agent's YAML (default {DEFAULT})")
         if name == "enroll":
             made.add_argument("token", help="the line that `coordinator invite` printed")
+            made.add_argument("--no-probe", action="store_true", help="do not time the kernels of every precision")
         if name == "probe":
             made.add_argument("--kernels", action="store_true", help="time a real kernel for every precision (loads torch)")
         if name == "leave":
@@ -98,6 +99,8 @@ def _enroll(args: argparse.Namespace) -> int:
 
     config = _config(args)
     who = identity.enroll(args.token, config.home)
+    if not args.no_probe:
+        _time_kernels(config)
     cli.show(
         args,
         {"device": who.device, "fleet": who.fleet, "broker": who.broker},
@@ -124,9 +127,19 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
-def _probe(args: argparse.Namespace) -> int:
+def _time_kernels(config: Any) -> dict[str, float]:
+    """Time a real kernel for every precision and keep the result; jobs take the fastest that fits."""
     from federated.files import write_atomic
 
+    from . import probe
+
+    found = probe.kernels_in_child()
+    if found and config is not None:
+        write_atomic(config.home / "kernels.json", json.dumps(found).encode())
+    return found
+
+
+def _probe(args: argparse.Namespace) -> int:
     from . import probe
 
     found = probe.facts()
@@ -134,9 +147,7 @@ def _probe(args: argparse.Namespace) -> int:
     if config is not None:
         found["profile"] = probe.profile(config).name
     if args.kernels:
-        found["kernel_ms"] = probe.kernels_in_child()
-        if config is not None and found["kernel_ms"]:
-            write_atomic(config.home / "kernels.json", json.dumps(found["kernel_ms"]).encode())
+        found["kernel_ms"] = _time_kernels(config)
     cli.show(args, found)
     return 0
 

@@ -90,9 +90,9 @@ class Worker:
             down=view.down,
             state=thaw(state.read_bytes()) if state else None,
         )
-        base.place(view.spec, view.tensors)
         trainer = Trainer(base, task, job, client, train, lambda s, v: progress({"step": s, "steps": job.recipe.steps, "loss": v}))
         head = {k: as_tensor(view.tensors[k]) for k in view.spec.dense}
+        self._attach(base, view, client)
         with watch("evaluate"):
             told = {"held": trainer.measure(held[: job.recipe.evaluate], head), "version": job.version}
         if job.purpose == "install":
@@ -101,6 +101,14 @@ class Worker:
             _commit_report(order, job, device, told, client)
             return
         self._train(order, job, view, client, trainer, head, told, watch, device, shard)
+
+    @staticmethod
+    def _attach(base: Base, view: View, client: ClientSide) -> None:
+        """Put the adapter into the model: as low-rank pairs, then whatever a method of the stack adds."""
+        base.place(view.spec, view.tensors)
+        for name, method in client.stack.using("attach"):
+            client.begin(view.trained())
+            base.model = method.attach(base.model, view.spec, client.context(name))
 
     def _train(
         self,

@@ -58,13 +58,16 @@ async def refused_reason(world: World, name: str, device: str = "d0") -> str:
     return str(next(r["reason"] for r in rows if r["device"] == device))
 
 
-@pytest.mark.parametrize(("change", "content", "message"), [
-    ({}, None, "does not exist"),
-    ({"columns": {"text": "body"}}, [{"text": "red", "label": "sky"}], "has no column `body`; it has text, label"),
-    ({}, [{"text": f"red {i}", "label": "who knows"} for i in range(9)], "9 of 9 examples have a label that the job does not know"),
-    ({}, [], "no example to train on"),
-    ({}, "{not json", "line 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "content", "message"),
+    [
+        ({}, None, "does not exist"),
+        ({"columns": {"text": "body"}}, [{"text": "red", "label": "sky"}], "has no column `body`; it has text, label"),
+        ({}, [{"text": f"red {i}", "label": "who knows"} for i in range(9)], "9 of 9 examples have a label that the job does not know"),
+        ({}, [], "no example to train on"),
+        ({}, "{not json", "line 1"),
+    ],
+)
 async def test_bad_data_is_one_refusal(tmp_path: Path, tiny: Path, change: dict[str, Any], content: Any, message: str) -> None:
     world = World(tmp_path, tiny)
     if content is None:
@@ -112,7 +115,9 @@ async def test_hostile_messages_are_dropped_and_counted(tmp_path: Path, tiny: Pa
         import msgspec
 
         for topic, payload in (
-            (topics.device("d0", "up"), b"rubbish"), (topics.device("d0", "up"), b"\0" * 2_000_000), (topics.device("d0", "up"), b""),
+            (topics.device("d0", "up"), b"rubbish"),
+            (topics.device("d0", "up"), b"\0" * 2_000_000),
+            (topics.device("d0", "up"), b""),
             (topics.device("ghost", "up"), seal(Want("ab", []), "ghost", key)),
             (topics.device("d1", "up"), seal(Want("ab", []), "d0", key)),
             (topics.device("d0", "up"), seal(Want("ab", []), "d0", b"another key")),

@@ -14,8 +14,18 @@ from federated.stack import Stack
 from .world import World, job
 
 NEIGHBOURS: list[list[Any]] = [
-    ["ffa_lora"], [{"sparse": {"keep": 0.3}}], ["qsgd"], [{"sparse": {"keep": 0.3}}, "qsgd"], ["fedprox"], ["scaffold"], ["fedadam"],
-    [{"fedbuff": {"size": 2}}], ["norm_bound"], [{"power_of_choice": {"cohort": 2}}], ["ditto"], ["fedit"],
+    ["ffa_lora"],
+    [{"sparse": {"keep": 0.3}}],
+    ["qsgd"],
+    [{"sparse": {"keep": 0.3}}, "qsgd"],
+    ["fedprox"],
+    ["scaffold"],
+    ["fedadam"],
+    [{"fedbuff": {"size": 2}}],
+    ["norm_bound"],
+    [{"power_of_choice": {"cohort": 2}}],
+    ["ditto"],
+    ["fedit"],
 ]
 
 
@@ -39,8 +49,11 @@ def text(stack: list[Any], **changes: Any) -> str:
 async def killed(world: World, name: str) -> None:
     """Both sides go in the middle of every round, and come back from disk."""
     for number in range(3):
-        await world.until(lambda n=number: any(  # type: ignore[misc]
-            r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(store.assignments, job=name, round=n)))
+        await world.until(
+            lambda n=number: any(  # type: ignore[misc]
+                r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(store.assignments, job=name, round=n)
+            )
+        )
         for d in world.names:
             await world.kill_agent(d)
         await world.kill_coordinator()
@@ -74,7 +87,9 @@ async def test_beside_awkward_neighbours(tmp_path: Path, tiny: Path, name: str) 
                 if stack is None:
                     continue
                 done = await world.run(text(stack, rounds=2))
-                refused = [r["reason"] for r in world.coordinator.ledger.rows(store.assignments, job=done) if r["state"] in ("refused", "failed")]
+                refused = [
+                    r["reason"] for r in world.coordinator.ledger.rows(store.assignments, job=done) if r["state"] in ("refused", "failed")
+                ]
                 assert not refused, (stack, refused)
                 versions = world.coordinator.ledger.rows(store.versions, job=done)
                 assert versions[0]["digest"] != versions[-1]["digest"], f"{stack} moved nothing"

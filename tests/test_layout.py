@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY = {
-    "federated": set(), "profiles": set(), "bandit": {"profiles"}, "coordinator": {"bandit", "profiles", "federated"},
+    "federated": set(),
+    "profiles": set(),
+    "bandit": {"profiles"},
+    "coordinator": {"bandit", "profiles", "federated"},
     "edge_agent": {"federated", "profiles"},
 }
 
@@ -50,15 +53,21 @@ def test_posix_only_modules_stay_in_one_file() -> None:
 
 
 def loaded_after(code: str) -> set[str]:
-    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}\nprint(' '.join(sys.modules))"], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(' '.join(sys.modules))"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("code", [
-    "from edge_agent.cli import build; build()", "from coordinator.cli import build; build()",
-    "import edge_agent.service, edge_agent.engine, edge_agent.identity, edge_agent.probe, federated.mqtt",
-    "import coordinator.client, federated.catalogue; federated.catalogue.entries()",
-])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from edge_agent.cli import build; build()",
+        "from coordinator.cli import build; build()",
+        "import edge_agent.service, edge_agent.engine, edge_agent.identity, edge_agent.probe, federated.mqtt",
+        "import coordinator.client, federated.catalogue; federated.catalogue.entries()",
+    ],
+)
 def test_programs_start_without_heavy_imports(code: str) -> None:
     heavy = {"numpy", "torch", "transformers", "peft", "sqlalchemy", "aiohttp", "safetensors"}
     allowed = {"numpy"} if "catalogue" in code else set()
@@ -75,8 +84,26 @@ def test_every_verb_has_an_example_and_json(program: str) -> None:
 
     parse = importlib.import_module(f"{program}.cli").build()
     verbs = parse._subparsers._group_actions[0].choices
-    assert set(verbs) == ({"run", "enroll", "status", "doctor", "probe", "leave"} if program == "edge_agent" else {
-        "serve", "submit", "jobs", "cancel", "pause", "resume", "rounds", "devices", "invite", "arms", "methods", "versions", "export", "doctor"})
+    assert set(verbs) == (
+        {"run", "enroll", "status", "doctor", "probe", "leave"}
+        if program == "edge_agent"
+        else {
+            "serve",
+            "submit",
+            "jobs",
+            "cancel",
+            "pause",
+            "resume",
+            "rounds",
+            "devices",
+            "invite",
+            "arms",
+            "methods",
+            "versions",
+            "export",
+            "doctor",
+        }
+    )
     for name, verb in verbs.items():
         text = verb.format_help()
         assert "example:" in text, name

@@ -31,14 +31,29 @@ class Programs:
 
     def __init__(self, home: Path, model: Path, kind: str) -> None:
         self.home, self.processes = home, []
-        self.config = self.write("coordinator.yaml", {"data_dir": str(home / "c"), "broker": {"kind": kind, "port": 0}, "models": {"tiny": str(model)},
-                                                      "limits": {"packet_bytes": 2000, "nudge_s": 2}})
+        self.config = self.write(
+            "coordinator.yaml",
+            {
+                "data_dir": str(home / "c"),
+                "broker": {"kind": kind, "port": 0},
+                "models": {"tiny": str(model)},
+                "limits": {"packet_bytes": 2000, "nudge_s": 2},
+            },
+        )
         self.agents = {}
         for i, name in enumerate(("d0", "d1")):
             (home / f"{name}.jsonl").write_text("\n".join(json.dumps(r) for r in rows(60, i)))
-            self.agents[name] = self.write(f"{name}.yaml", {
-                "state_dir": str(home / name), "profile": "laptop-x86-16gb", "threads": 1, "models": {"tiny": str(model)},
-                "datasets": {"words": {"path": str(home / f"{name}.jsonl")}}, "link": {"answer_s": 1}})
+            self.agents[name] = self.write(
+                f"{name}.yaml",
+                {
+                    "state_dir": str(home / name),
+                    "profile": "laptop-x86-16gb",
+                    "threads": 1,
+                    "models": {"tiny": str(model)},
+                    "datasets": {"words": {"path": str(home / f"{name}.jsonl")}},
+                    "link": {"answer_s": 1},
+                },
+            )
 
     def write(self, name: str, data: Any) -> Path:
         (self.home / name).write_text(yaml.safe_dump(data))

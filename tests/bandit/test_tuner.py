@@ -14,7 +14,7 @@ from bandit.arms import Arm, ArmSpace, expand, rank_and_depth, targets
 from bandit.cost_ucb import CostUCB, sweep
 from bandit.policy import Member, Outcome, Priced
 from bandit.tuner import POLICIES, NoArm, Tuner
-from profiles.card import Module, ModelCard
+from profiles.card import ModelCard, Module
 from profiles.cost import memory_mb, price
 from profiles.device import DeviceProfile, generic, library, match
 
@@ -32,14 +32,29 @@ SPACE = ArmSpace(ranks=(4, 8, 16), prune=(0.0, 0.1, 0.2), bits=(32, 8, 4), steps
 
 
 def tuner(policy: str = "cost_ucb", state: Any = None, **settings_: Any) -> Tuner:
-    return Tuner(POLICIES[policy](**settings_), CARD, targets(CARD, ["auto"]), SPACE, max_depth=3, length=32, head=4000, keep=0.25, seed=1, state=state)
+    return Tuner(
+        POLICIES[policy](**settings_),
+        CARD,
+        targets(CARD, ["auto"]),
+        SPACE,
+        max_depth=3,
+        length=32,
+        head=4000,
+        keep=0.25,
+        seed=1,
+        state=state,
+    )
 
 
 def device(name: str, budget: float) -> DeviceProfile:
     return msgspec.structs.replace(library()[name], model_budget_mb=budget)
 
 
-FLEET = [("nano", device("jetson-orin-nano-8gb", 39.0), 0.2), ("pi", device("raspberry-pi-5-8gb", 110.0), 0.3), ("laptop", device("laptop-x86-16gb", 400.0), 0.5)]
+FLEET = [
+    ("nano", device("jetson-orin-nano-8gb", 39.0), 0.2),
+    ("pi", device("raspberry-pi-5-8gb", 110.0), 0.3),
+    ("laptop", device("laptop-x86-16gb", 400.0), 0.5),
+]
 
 
 def joined(made: Tuner) -> Tuner:
@@ -109,8 +124,11 @@ def test_no_policy_ever_picks_what_does_not_fit_and_replays_the_same(policy: str
                 assert chosen[name].why
             seen.append({d: c.arm.text() for d, c in chosen.items()})
             rng = random.Random(number)
-            made.observe([Outcome(d, p.name, chosen[d].arm, 2.0, 2.0 - rng.random(), 1 + rng.random(), 0.3) for d, p, _ in FLEET],
-                         {d: p for d, p, _ in FLEET}, {})
+            made.observe(
+                [Outcome(d, p.name, chosen[d].arm, 2.0, 2.0 - rng.random(), 1 + rng.random(), 0.3) for d, p, _ in FLEET],
+                {d: p for d, p, _ in FLEET},
+                {},
+            )
         return seen
 
     first = play(tuner(policy), restart=False)
@@ -138,8 +156,18 @@ def test_the_time_model_follows_what_was_measured() -> None:
         outcomes = []
         for name, profile, _ in FLEET:
             arm = chosen[name].arm
-            truth = price(CARD, profile, made.placements[arm.placement], prune=arm.prune, bits=arm.bits, batch=8, steps=arm.steps, length=32, head=4000,
-                          correction=3.0 if name == "pi" else 1.0).seconds
+            truth = price(
+                CARD,
+                profile,
+                made.placements[arm.placement],
+                prune=arm.prune,
+                bits=arm.bits,
+                batch=8,
+                steps=arm.steps,
+                length=32,
+                head=4000,
+                correction=3.0 if name == "pi" else 1.0,
+            ).seconds
             outcomes.append(Outcome(name, profile.name, arm, 2.0, 1.5, truth))
         made.observe(outcomes, {d: p for d, p, _ in FLEET}, {})
     assert made.state["devices"]["pi"]["speed"] == pytest.approx(3.0, rel=0.1)

@@ -10,8 +10,18 @@ from federated.update import Update
 OUT, IN, SCALE = 40, 24, 2.0
 
 
-def update(device: str, rng: np.random.Generator, rank: int, *, modules: tuple[str, ...] = ("up", "down"), keep: float = 1.0, weight: float = 1.0,
-           size: tuple[int, int] = (OUT, IN), view: dict[str, Array] | None = None, dtype: type = np.float32) -> Update:
+def update(
+    device: str,
+    rng: np.random.Generator,
+    rank: int,
+    *,
+    modules: tuple[str, ...] = ("up", "down"),
+    keep: float = 1.0,
+    weight: float = 1.0,
+    size: tuple[int, int] = (OUT, IN),
+    view: dict[str, Array] | None = None,
+    dtype: type = np.float32,
+) -> Update:
     """`up` (out, in) loses rows, `down` (in, out) loses columns, as in a feed-forward block."""
     out, in_ = size
     kept = np.sort(rng.choice(out, max(1, round(keep * out)), replace=False)).astype(np.int32)

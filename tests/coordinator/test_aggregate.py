@@ -13,8 +13,12 @@ from federated.update import LowRank, Update
 
 from .arrays import IN, OUT, SCALE, moved, reference, relative, update
 
-device = st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1.0, 0.7, 0.3]), st.sampled_from([("up", "down"), ("up",), ("down",)]),
-                   st.floats(0.1, 10))
+device = st.tuples(
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([1.0, 0.7, 0.3]),
+    st.sampled_from([("up", "down"), ("up",), ("down",)]),
+    st.floats(0.1, 10),
+)
 
 
 @given(st.lists(device, min_size=1, max_size=6), st.integers(0, 2**31))
@@ -127,7 +131,7 @@ def test_long_run_with_unequal_ranks_does_not_drift() -> None:
     goal = sum(targets) / len(targets)
     pair = LowRank(np.zeros((n, 8)), np.zeros((8, n)))
     distances = []
-    for number in range(60):
+    for _ in range(60):
         updates = []
         for i, (r, t) in enumerate(zip(ranks, targets, strict=True)):
             shown = view(pair, r, None, 0, "up", half=False)

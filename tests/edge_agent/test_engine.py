@@ -29,7 +29,7 @@ def test_nf4_levels_are_normal_quantiles() -> None:
     high = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
     low = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([low, torch.zeros(1), high]).sort().values
-    assert NF4 == pytest.approx((levels / levels.abs().max()).tolist(), abs=2e-7)
+    assert pytest.approx((levels / levels.abs().max()).tolist(), abs=2e-7) == NF4
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.12)])
@@ -140,7 +140,9 @@ def test_files_of_every_kind(tmp_path: Path, ending: str) -> None:
         pyarrow = pytest.importorskip("pyarrow")
         import pyarrow.parquet as parquet
 
-        parquet.write_table(pyarrow.table({"body": [f"t{i}" for i in range(40)], "class": ["A" if i % 2 else "b" for i in range(40)]}), path)
+        parquet.write_table(
+            pyarrow.table({"body": [f"t{i}" for i in range(40)], "class": ["A" if i % 2 else "b" for i in range(40)]}), path
+        )
     shard = Shard(Dataset(str(path), columns={"text": "body", "label": "class"}, labels={"A": "a"}), "x", ["text", "label"], ["a", "b"])
     assert len(shard.train) + len(shard.held) == 40
     assert {r["label"] for r in shard.train} == {0, 1}

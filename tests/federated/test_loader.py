@@ -24,22 +24,34 @@ class Outer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def test_numbers_are_those_of_yaml_1_2() -> None:
     assert parse("a: 1e-3\nb: 0x10\nc: 0o17\nd: on\ne: 010\nf: .5\ng: '1'\nh: ~\ni: -3")[0] == {
-        "a": 0.001, "b": 16, "c": 15, "d": "on", "e": 10, "f": 0.5, "g": "1", "h": None, "i": -3}
+        "a": 0.001,
+        "b": 16,
+        "c": 15,
+        "d": "on",
+        "e": 10,
+        "f": 0.5,
+        "g": "1",
+        "h": None,
+        "i": -3,
+    }
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("inner:\n  rat: 1.0\n", r"line 2 \(`inner.rat`\): unknown key `rat`\n  try: did you mean `rate`\?"),
-    ("name: a\nname: b", "line 2: `name` is set twice"),
-    ("inner: &x {rate: 1}\nmany: [*x]", r"line 2: aliases \(`\*x`\) are not allowed"),
-    ("inner:\n  rate: .nan", "line 2: `.nan` is not a finite number"),
-    ("inner:\n  rate: .inf", "not a finite number"),
-    ("many:\n  - rate: 1\n  - rate: fast\n", "line 3 .*many.1.rate.*Expected `float`, got `str`"),
-    ("flag: yes", "Expected `bool`, got `str`"),
-    ("name: [", "line 1"),
-    ("[1, 2]", "Expected `object`, got `array`"),
-    ("? [a]\n: 1", "a key must be a word"),
-    ("\x00", "text"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inner:\n  rat: 1.0\n", r"line 2 \(`inner.rat`\): unknown key `rat`\n  try: did you mean `rate`\?"),
+        ("name: a\nname: b", "line 2: `name` is set twice"),
+        ("inner: &x {rate: 1}\nmany: [*x]", r"line 2: aliases \(`\*x`\) are not allowed"),
+        ("inner:\n  rate: .nan", "line 2: `.nan` is not a finite number"),
+        ("inner:\n  rate: .inf", "not a finite number"),
+        ("many:\n  - rate: 1\n  - rate: fast\n", "line 3 .*many.1.rate.*Expected `float`, got `str`"),
+        ("flag: yes", "Expected `bool`, got `str`"),
+        ("name: [", "line 1"),
+        ("[1, 2]", "Expected `object`, got `array`"),
+        ("? [a]\n: 1", "a key must be a word"),
+        ("\x00", "text"),
+    ],
+)
 def test_errors(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         loads(text, Outer)

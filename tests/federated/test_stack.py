@@ -109,5 +109,20 @@ def test_every_method_keeps_the_contract(name: str) -> None:
 
 def test_the_catalogue_touches_every_side_and_space() -> None:
     hooks = {h for e in entries() for h in e.hooks}
-    assert {"select", "offer", "begin", "train", "loss", "grad", "serve", "send", "receive", "ready", "admit", "reduce", "step", "trains"} <= hooks
+    assert {
+        "select",
+        "offer",
+        "begin",
+        "train",
+        "loss",
+        "grad",
+        "serve",
+        "send",
+        "receive",
+        "ready",
+        "admit",
+        "reduce",
+        "step",
+        "trains",
+    } <= hooks
     assert {e.space for e in entries()} >= {"any", "factors"}

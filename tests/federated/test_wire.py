@@ -12,7 +12,8 @@ from federated.errors import NotFinite, TooLarge, WireError
 from federated.wire import DTYPES, decode, encode, freeze, open_frame, save, thaw
 
 arrays = st.sampled_from(sorted(DTYPES.values())).flatmap(
-    lambda d: hn.arrays(np.dtype(d), hn.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)))
+    lambda d: hn.arrays(np.dtype(d), hn.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5))
+)
 
 
 @given(st.dictionaries(st.text(max_size=20), arrays, max_size=5))
@@ -57,10 +58,17 @@ def forged(header: bytes, payload: bytes = b"") -> bytes:
     return b"RFT1" + struct.pack("<I", zlib.crc32(body)) + body
 
 
-@pytest.mark.parametrize("rows", [
-    [["a", "f32", [2**40, 2**40]]], [["a", "f32", [-1]]], [["a", "object", [1]]], [["a", "f32", [1]], ["a", "f32", [1]]], [["a", "f32", [1] * 9]],
-    [["x" * 600, "f32", [1]]],
-])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [["a", "f32", [2**40, 2**40]]],
+        [["a", "f32", [-1]]],
+        [["a", "object", [1]]],
+        [["a", "f32", [1]], ["a", "f32", [1]]],
+        [["a", "f32", [1] * 9]],
+        [["x" * 600, "f32", [1]]],
+    ],
+)
 def test_forged_headers(rows: list[object]) -> None:
     import msgspec
 

@@ -43,7 +43,9 @@ def step(**kw: Any) -> Any:
 
 def test_fedprox_pulls_towards_the_anchor() -> None:
     # eq. 2: g + μ(w - w^t) = [1, 1] + 0.5·([3, 0] - [1, 2]) = [2, 0]
-    got = build("fedprox", {"mu": 0.5}).grad({"w": torch.ones(2)}, {"w": torch.tensor([3.0, 0.0])}, step(anchor={"w": torch.tensor([1.0, 2.0])}))
+    got = build("fedprox", {"mu": 0.5}).grad(
+        {"w": torch.ones(2)}, {"w": torch.tensor([3.0, 0.0])}, step(anchor={"w": torch.tensor([1.0, 2.0])})
+    )
     assert got["w"].tolist() == [2.0, 0.0]
 
 
@@ -171,8 +173,11 @@ def test_sparse_never_loses_anything_for_good() -> None:
     m = build("sparse", {"keep": 0.1})
     of = Spec({"m": Pair(0, 8, 6, 2, 1.0, 8, 6, "v")}, {"head": Dense((5,))})
     state: dict[str, Any] = {}
-    truth = {"m.A": RNG(1).standard_normal((2, 6)).astype(np.float32), "m.B": RNG(2).standard_normal((8, 2)).astype(np.float32),
-             "head": RNG(3).standard_normal(5).astype(np.float32)}
+    truth = {
+        "m.A": RNG(1).standard_normal((2, 6)).astype(np.float32),
+        "m.B": RNG(2).standard_normal((8, 2)).astype(np.float32),
+        "head": RNG(3).standard_normal(5).astype(np.float32),
+    }
     arrived = {k: np.zeros_like(t) for k, t in truth.items()}
     for number in range(60):
         delta = truth if number == 0 else {k: np.zeros_like(t) for k, t in truth.items()}
