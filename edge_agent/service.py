@@ -64,6 +64,7 @@ class Agent:
         self._assignment: tuple[Assignment, bytes, str] | None = None
         self._handled: dict[str, Report | None] = {}
         self._welcome = asyncio.Event()
+        self._over: set[str] = set()
         self._work, self._mail = asyncio.Event(), asyncio.Event()
         self._grants: dict[str, asyncio.Queue[Grant | Receipt]] = {}
         self._counted = (0, 0)
@@ -178,6 +179,7 @@ class Agent:
             self.counters.done_at = time.time()
             await self.engine.stop()
             self.fetcher.forget(set())
+        self._over.add(message.job)
         self.outbox.forget(message.job)
         self.status |= {"state": "idle", "job": message.job, "job_state": message.state}
 
@@ -221,6 +223,9 @@ class Agent:
                 slots=self.config.worker.slots,
             )
             await self.engine.run(order, lambda told: self.status.update(told))
+            if job.job in self._over:
+                self.outbox.forget(job.job)
+                return None
             self._phase(job, "sending")
             self.fetcher.forget({b.digest for b in job.blobs.values()})
             self._mail.set()
@@ -237,7 +242,7 @@ class Agent:
         log.error("round %d of %s: %s", job.round, job.job, reason)
         self.status |= {"state": "idle", "last_error": reason}
         report = Report(job.job, job.round, "refused" if code in ("consent", "data") else "failed", reason, code)
-        if self._assignment is not None:
+        if job.job not in self._over:
             await self.say(report)
         return report
 

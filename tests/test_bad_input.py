@@ -211,5 +211,5 @@ async def test_cancel_and_pause(tmp_path: Path, tiny: Path) -> None:
         await world.until(lambda: world.job_state(name) == "running" and world.coordinator.runner is not None)
         world.coordinator.cancel(name)
         await world.until(lambda: world.agents["d0"][0].status.get("job_state") == "cancelled")
-        assert not list((tmp_path / "d0" / "jobs").glob(name))
+        await world.until(lambda: not list((tmp_path / "d0" / "jobs").glob(name)))
         await world.run(job(rounds=1))
