@@ -140,7 +140,7 @@ async def test_images_are_a_task_too(tmp_path: Path, vit: Path) -> None:
     async with world:
         name = await world.run(
             job(
-                rounds=8,
+                rounds=16,
                 task={"dataset": "words", "kind": "image_classification", "labels": [str(i) for i in range(10)]},
                 arms={"ranks": [8], "bits": [32], "steps": [25], "batch": 16},
                 training={"lr": 0.01, "evaluate": 90, "probe": 4},
