@@ -110,16 +110,13 @@ class Tuner:
         return found
 
     def _utility(self, arm: Arm) -> float:
-        """Prior worth: saturating in rank, concave in depth and steps, falling with pruning (core.md 8.5).
-
-        The square root over pruning is milder than there: with recovery steps between cuts, the linear term never prunes.
-        """
+        """Prior worth: saturating in rank, concave in depth and steps, falling with pruning (core.md 8.5)."""
         placement = self.placements[arm.placement]
         total = sum(placement.values())
         layers = len({m.layer for m in self.card.modules if m.name in placement})
         rank = total / max(1, len(placement))
         worth = (1 - 2.718281828 ** (-rank / 10)) * (layers / self.card.layers) ** 0.5
-        return float(worth * (1 - arm.prune) ** 0.5 * (arm.steps / max(self.space.steps)) ** 0.7)
+        return float(worth * (1 - arm.prune) * (arm.steps / max(self.space.steps)) ** 0.7)
 
     def choose(self, round: int, fleet: Sequence[tuple[str, DeviceProfile, float]]) -> dict[str, Choice]:
         """An arm for every device (name, profile, share of the data)."""

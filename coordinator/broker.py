@@ -17,6 +17,7 @@ from federated.files import write_atomic
 from .config import Broker
 
 log = logging.getLogger(__name__)
+LOOPBACK, EVERYWHERE = "127.0.0.1", ("0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
 
 
 def mosquitto() -> str | None:
@@ -50,7 +51,12 @@ class BrokerChild:
     @property
     def url(self) -> str:
         """Address for clients on this machine."""
-        return f"mqtt://{self.host}:{self.port}"
+        return f"mqtt://{LOOPBACK if self.host in EVERYWHERE else self.host}:{self.port}"
+
+    @property
+    def public_url(self) -> str:
+        """Address for devices."""
+        return f"mqtt://{socket.getfqdn() if self.host in EVERYWHERE else self.host}:{self.port}"
 
     def command(self) -> list[str]:
         """What is run."""
@@ -84,7 +90,7 @@ class BrokerChild:
         if self.process is None or self.process.returncode is not None:
             return False
         with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection(self.host, self.port)
+            _, writer = await asyncio.open_connection(LOOPBACK if self.host in EVERYWHERE else self.host, self.port)
             writer.close()
             return True
         return False

@@ -97,7 +97,8 @@ async def _service(config: "CoordinatorConfig") -> None:
     if broker:
         await broker.start()
     url = config.broker.url or (broker.url if broker else "")
-    service = Service(config, MqttBus(url, f"rf-{config.fleet}-coordinator"), url)
+    public = config.broker.advertise or config.broker.url or (broker.public_url if broker else "")
+    service = Service(config, MqttBus(url, f"rf-{config.fleet}-coordinator"), public)
     await service.start()
     runner = await Api(service).start(config.home, config.api_port)
     print(f"coordinator of fleet `{config.fleet}` runs; broker {url}{f' ({broker.kind})' if broker else ''}", flush=True)

@@ -17,6 +17,8 @@ class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 1883
     """Port of its own broker; 0 takes a free one."""
+    advertise: str = ""
+    """Address that claim tokens carry; empty: `url`, or this machine's name where the broker listens on all addresses."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

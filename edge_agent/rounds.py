@@ -55,6 +55,81 @@ class View:
         return {k: self.tensors[k] for k in self.spec.shapes()}
 
 
+class LocalRound:
+    """One assignment on one device, with everything prepared. `told` becomes the report that travels with the update."""
+
+    def __init__(
+        self, order: Order, job: Assignment, view: View, base: Base, task: TaskEngine, train: Examples, watch: Stopwatch, progress: Progress
+    ) -> None:
+        self.order, self.job, self.view, self.watch = order, job, view, watch
+        self.device = identity.load(Path(order.home)).device
+        self.told: dict[str, Any] = {"version": job.version, "bits": job.recipe.bits}
+        state = last_state(Path(order.folder))
+        stack = _required(Stack(build_stack(job.stack), job.space), order, job)
+        self.client = ClientSide(
+            stack, job.job, Round(job.round, job.rounds), self.device, view.spec, steps=job.recipe.steps, lr=job.recipe.lr, down=view.down,
+            state=thaw(state.read_bytes()) if state else None,
+        )  # fmt: skip
+        self.trainer = Trainer(
+            base, task, job, self.client, train, lambda s, v: progress({"step": s, "steps": job.recipe.steps, "loss": v})
+        )
+        # What is trained here and never leaves takes the place of what arrived.
+        self.anchor = {**view.trained(), **{k: t for k, t in self.client.kept.items() if k in view.spec.shapes()}}
+        self.start = self.client.begin(self.anchor)
+        base.place(view.spec, view.tensors)
+        for name, method in stack.using("attach"):
+            base.model = method.attach(base.model, view.spec, self.client.context(name))
+
+    def evaluate(self, held: Examples) -> None:
+        """Measure the version as it arrived on examples that are never trained on."""
+        head = {k: as_tensor(self.view.tensors[k]) for k in self.view.spec.dense}
+        with self.watch("evaluate"):
+            self.told["held"] = self.trainer.measure(held[: self.job.recipe.evaluate], head)
+        with self.watch("probe"):
+            self._probe("loss_before", head)
+
+    def _probe(self, name: str, head: dict[str, Any] | None = None) -> None:
+        """Loss on the same few examples, before and after: what the tuner is rewarded by."""
+        if self.job.purpose == "train":
+            sums = self.trainer.measure(self.trainer.examples[: self.job.recipe.probe], head)
+            self.told[name] = sums["loss"] / max(1.0, sums["count"])
+
+    def install(self) -> Tensors:
+        """Put the version in place for applications; nothing is trained, and nothing but the report leaves."""
+        self._publish({**self.view.tensors, **self.client.serve(self.start)})
+        return {}
+
+    def train(self) -> Tensors:
+        """Train, and give what leaves the device."""
+        with self.watch("train"):
+            trained = self.trainer.run(self.start, self.view.down)
+        with self.watch("probe"):
+            self._probe("loss_after")
+        delta = {k: t - self.view.tensors[k] for k, t in trained.items()}
+        self.client.keep({k: t for k, t in trained.items() if not self.client.stack.travels(k, self.client.round)})
+        sent = self.client.send(delta)
+        served = self.client.serve({**self.anchor, **trained}) if self.client.stack.using("serve") else {}
+        self._publish({**self.view.tensors, **self.client.kept, **served})
+        self.told |= {
+            "steps": self.job.recipe.steps, "examples": len(self.trainer.examples), "seconds": self.watch.seconds,
+            "peak_mb": system.peak_rss_mb(),
+        }  # fmt: skip
+        tensors = {f"d/{k}": t for k, t in sent.items()}
+        return tensors | {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
+
+    def _publish(self, tensors: Tensors) -> None:
+        current.publish(Path(self.order.home), self.job, self.view, tensors)
+
+    def commit(self, tensors: Tensors) -> None:
+        """Update, state and signature in one folder, put in its place in one step."""
+        update = encode(tensors, self.told)
+        blob = blob_of(update, self.order.chunk)
+        signed = manifest(self.job.job, self.job.round, self.device, blob.digest)
+        signature = identity.private_key(Path(self.order.home)).sign(signed)
+        meta = Meta(self.job.job, self.job.round, blob, signature, self.told)
+        commit(Path(self.order.folder), update, freeze(self.client.saved()), meta)
+
+
 class Worker:
     """Keeps what costs time between rounds: the prepared base, the encoded examples, the model card."""
 
@@ -71,88 +146,15 @@ class Worker:
             self._round(order, job, progress)
 
     def _round(self, order: Order, job: Assignment, progress: Progress) -> None:
-        watch, device = Stopwatch(), identity.load(Path(order.home)).device
-        view = View(order.blobs)
+        watch, view = Stopwatch(), View(order.blobs)
         with watch("load"):
             self._fits(order, job, view.spec)
             base = self._prepared(order, job, view)
             task, train, held, shard = self._examples(order, job)
-        stack = Stack(build_stack(job.stack), job.space)
-        state = last_state(Path(order.folder))
-        client = ClientSide(
-            Stack(_required(stack, order, job).methods, job.space),
-            job.job,
-            Round(job.round, job.rounds),
-            device,
-            view.spec,
-            steps=job.recipe.steps,
-            lr=job.recipe.lr,
-            down=view.down,
-            state=thaw(state.read_bytes()) if state else None,
-        )
-        trainer = Trainer(base, task, job, client, train, lambda s, v: progress({"step": s, "steps": job.recipe.steps, "loss": v}))
-        head = {k: as_tensor(view.tensors[k]) for k in view.spec.dense}
-        self._attach(base, view, client)
-        with watch("evaluate"):
-            told = {"held": trainer.measure(held[: job.recipe.evaluate], head), "version": job.version}
-        if job.purpose == "install":
-            served = client.serve(client.begin(view.trained()))
-            current.publish(Path(order.home), job, view, {**view.tensors, **served})
-            _commit_report(order, job, device, told, client)
-            return
-        self._train(order, job, view, client, trainer, head, told, watch, device, shard)
-
-    @staticmethod
-    def _attach(base: Base, view: View, client: ClientSide) -> None:
-        """Put the adapter into the model: as low-rank pairs, then whatever a method of the stack adds."""
-        base.place(view.spec, view.tensors)
-        for name, method in client.stack.using("attach"):
-            client.begin(view.trained())
-            base.model = method.attach(base.model, view.spec, client.context(name))
-
-    def _train(
-        self,
-        order: Order,
-        job: Assignment,
-        view: View,
-        client: ClientSide,
-        trainer: Trainer,
-        head: dict[str, Any],
-        told: dict[str, Any],
-        watch: Stopwatch,
-        device: str,
-        shard: Shard,
-    ) -> None:
-        kept: Tensors = client.kept
-        anchor = {**view.trained(), **{k: t for k, t in kept.items() if k in view.tensors}}
-        start = client.begin(anchor)
-        probe = trainer.examples[: job.recipe.probe]
-        with watch("probe"):
-            before = trainer.measure(probe, head)
-        with watch("train"):
-            trained = trainer.run(start, view.down)
-        with watch("probe"):
-            after = trainer.measure(probe)
-        delta = {k: trained[k] - view.tensors[k] for k in trained}
-        client.keep({k: trained[k] for k in trained if not client.stack.travels(k, client.round)})
-        sent = client.send(delta)
-        count = max(1.0, before["count"])
-        told |= {
-            "loss_before": before["loss"] / count,
-            "loss_after": after["loss"] / count,
-            "steps": job.recipe.steps,
-            "examples": len(trainer.examples),
-            "skipped": shard.unknown,
-            "seconds": watch.seconds,
-            "peak_mb": system.peak_rss_mb(),
-            "bits": job.recipe.bits,
-            "norm": float(np.sqrt(sum(float(np.vdot(t, t)) for t in delta.values()))),
-        }
-        tensors = {f"d/{k}": t for k, t in sent.items()}
-        tensors |= {f"x/{n}/{k}": t for n, up in client.up.items() for k, t in up.items()}
-        served = client.serve({**anchor, **trained})
-        current.publish(Path(order.home), job, view, {**view.tensors, **served} if client.stack.using("serve") else view.tensors)
-        _commit(order, job, device, encode(tensors, told), client, told)
+        local = LocalRound(order, job, view, base, task, train, watch, progress)
+        local.told["skipped"] = shard.unknown
+        local.evaluate(held)
+        local.commit(local.install() if job.purpose == "install" else local.train())
 
     def _fits(self, order: Order, job: Assignment, spec: Spec) -> None:
         """Refuse before anything is allocated. Raises Refused."""
@@ -235,14 +237,3 @@ def _required(stack: Stack, order: Order, job: Assignment) -> Stack:
         return Stack({**stack.methods, **{n: m for n, m in extra.items() if n not in stack.methods}}, job.space)
     except Conflict as error:
         raise Refused(f"the owner's requirements and the job exclude each other: {error}") from None
-
-
-def _commit(order: Order, job: Assignment, device: str, update: bytes, client: ClientSide, told: dict[str, Any]) -> None:
-    blob = blob_of(update, order.chunk)
-    signature = identity.private_key(Path(order.home)).sign(manifest(job.job, job.round, device, blob.digest))
-    commit(Path(order.folder), update, freeze(client.saved()), Meta(job.job, job.round, blob, signature, told))
-
-
-def _commit_report(order: Order, job: Assignment, device: str, told: dict[str, Any], client: ClientSide) -> None:
-    """An installation has no update, only what was measured."""
-    _commit(order, job, device, encode({}, told), client, told)

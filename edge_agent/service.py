@@ -65,6 +65,7 @@ class Agent:
         self._handled: dict[str, Report | None] = {}
         self._welcome = asyncio.Event()
         self._over: set[str] = set()
+        self._superseded = asyncio.Event()
         self._work, self._mail = asyncio.Event(), asyncio.Event()
         self._grants: dict[str, asyncio.Queue[Grant | Receipt]] = {}
         self._counted = (0, 0)
@@ -167,6 +168,7 @@ class Agent:
         """New work; or a question about work that we know, which is answered with where it stands."""
         self._assignment = (job, raw, key)
         if key not in self._handled:
+            self._superseded.set()
             self._work.set()
             return
         self._spawn(self.say(self._handled[key] or Report(job.job, job.round, "training")), "report")
@@ -180,6 +182,7 @@ class Agent:
             await self.engine.stop()
             self.fetcher.forget(set())
         self._over.add(message.job)
+        self._superseded.set()
         self.outbox.forget(message.job)
         self.status |= {"state": "idle", "job": message.job, "job_state": message.state}
 
@@ -190,6 +193,7 @@ class Agent:
             if self._assignment is None:
                 continue
             job, raw, key = self._assignment
+            self._superseded.clear()
             folder = round_folder(self.outbox.jobs, job.job, job.round)
             if key in self._handled:
                 continue
@@ -204,7 +208,9 @@ class Agent:
             self._within_budget(job)
             self._phase(job, "downloading")
             await self.say(Report(job.job, job.round, "downloading"))
-            blobs = {k: str(await self.fetcher.get(b)) for k, b in job.blobs.items()}
+            blobs = await self._fetched(job)
+            if blobs is None:
+                return None
             envelope = self.config.home / "assignment"
             write_atomic(envelope, raw)
             self._phase(job, "training")
@@ -237,6 +243,20 @@ class Agent:
         except Exception as error:
             log.exception("an assignment failed")
             return await self._failed(job, f"{type(error).__name__}: {error}", "crash")
+
+    async def _fetched(self, job: Assignment) -> dict[str, str] | None:
+        """The assignment's blobs as files; None if other work, or the end of the job, came first."""
+
+        async def every() -> dict[str, str]:
+            return {k: str(await self.fetcher.get(b)) for k, b in job.blobs.items()}
+
+        fetch, other = asyncio.create_task(every(), name="fetch"), asyncio.create_task(self._superseded.wait(), name="superseded")
+        try:
+            await asyncio.wait({fetch, other}, return_when=asyncio.FIRST_COMPLETED)
+            return fetch.result() if fetch.done() else None
+        finally:
+            fetch.cancel()
+            other.cancel()
 
     async def _failed(self, job: Assignment, reason: str, code: str) -> Report:
         log.error("round %d of %s: %s", job.round, job.job, reason)

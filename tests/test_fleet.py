@@ -149,3 +149,52 @@ async def test_images_are_a_task_too(tmp_path: Path, vit: Path) -> None:
         rows = world.coordinator.ledger.rows(store.versions, job=name)
         first, last = (store.read(rows[i]["metrics"]) for i in (0, -1))
         assert last["accuracy"] > first["accuracy"] + 0.2
+
+
+async def test_a_sleeping_device_does_not_hold_the_round_and_its_late_update_is_folded(tmp_path: Path, tiny: Path) -> None:
+    async with World(tmp_path, tiny) as world:
+        agent, _ = world.agents["d0"]
+        publish, asleep = agent._publish, True
+
+        async def sleepy(kind: str, payload: bytes) -> None:
+            while asleep and kind == "chunk":
+                await asyncio.sleep(0.05)
+            await publish(kind, payload)
+
+        agent._publish = sleepy  # type: ignore[method-assign]
+        name = world.coordinator.submit(job(rounds=4, deadline_s=2, quorum=0.6))
+        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
+        row = world.coordinator.ledger.row(store.assignments, job=name, round=0, device="d0")
+        assert row is not None
+        assert row["state"] == "late"
+        asleep = False
+        await world.until(lambda: world.job_state(name) == "finished", 90)
+        row = world.coordinator.ledger.row(store.assignments, job=name, round=0, device="d0")
+        assert row is not None
+        assert row["state"] == "counted"
+        assert row["folded"] > 0
+
+
+async def test_other_work_ends_a_download_that_cannot_end(tmp_path: Path, tiny: Path) -> None:
+    async with World(tmp_path, tiny, devices=1) as world:
+        world.coordinator.blobs.want = lambda digest, missing: None  # type: ignore[method-assign]
+        name = world.coordinator.submit(job(rounds=1))
+        await world.until(lambda: world.agents["d0"][0].status["state"] == "downloading")
+        world.coordinator.cancel(name)
+        del world.coordinator.blobs.want
+        await world.run(job(rounds=1))
+
+
+async def test_a_paused_job_opens_no_round_until_it_is_resumed(tmp_path: Path, tiny: Path) -> None:
+    async with World(tmp_path, tiny, devices=1) as world:
+        name = world.coordinator.submit(job(rounds=40))
+        await world.until(lambda: len(world.coordinator.ledger.rows(store.rounds, job=name)) >= 2)
+        world.coordinator.ledger.change(store.jobs, {"id": name}, state="paused")
+        await asyncio.sleep(0.5)
+        there = len(world.coordinator.ledger.rows(store.rounds, job=name))
+        await asyncio.sleep(1.0)
+        assert len(world.coordinator.ledger.rows(store.rounds, job=name)) == there
+        world.coordinator.ledger.change(store.jobs, {"id": name}, state="running")
+        await world.until(lambda: len(world.coordinator.ledger.rows(store.rounds, job=name)) > there)
+        world.coordinator.cancel(name)
+        await world.until(lambda: world.job_state(name) == "cancelled")
