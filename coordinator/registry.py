@@ -43,16 +43,21 @@ class Registry:
         tensors: Tensors = {f"{m}.{side}": t for m, p in sorted(version.pairs.items()) for side, t in (("A", p.A), ("B", p.B))}
         data = encode({**tensors, **dict(sorted(version.dense.items()))}, {"version": version.number})
         write_atomic(part / "global", data)
-        write_atomic(
-            part / "views",
-            encode({f"{m}@{r}.{side}": t for (m, r), p in sorted(version.views.items()) for side, t in (("A", p.A), ("B", p.B))}),
-        )
+        write_atomic(part / "views", _views(version))
         write_atomic(part / "state", freeze(version.state))
         version.digest = digest_of(data)
         shutil.rmtree(self.path(version.number), ignore_errors=True)
         part.rename(self.path(version.number))
         sync_folder(self.folder)
         return version.digest
+
+    def save_views(self, version: Version) -> None:
+        """Views that a round made of a version that is on disk already."""
+        write_atomic(self.path(version.number) / "views", _views(version))
+
+    def opened(self, number: int) -> Path:
+        """Where the state of an open round lies."""
+        return self.folder / f"open{number:06d}"
 
     def load(self, number: int) -> Version:
         """A version from disk. Raises OSError or WireError where it is damaged."""
@@ -75,3 +80,10 @@ class Registry:
         for path in self.folder.glob("v??????"):
             if int(path.name[1:]) < number and int(path.name[1:]) not in keep:
                 shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob("open??????"):
+            if int(path.name[4:]) < number:
+                path.unlink(missing_ok=True)
+
+
+def _views(version: Version) -> bytes:
+    return encode({f"{m}@{r}.{s}": t for (m, r), p in sorted(version.views.items()) for s, t in (("A", p.A), ("B", p.B))})

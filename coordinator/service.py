@@ -183,7 +183,7 @@ class Service:
         row = self.ledger.row(store.assignments, job=offer.job, round=offer.round, device=device)
         if row is None:
             self._refuse(device, offer, f"no assignment of round {offer.round} in job `{offer.job[:64]}` is known")
-        elif row["state"] in ("received", "counted"):
+        elif row["state"] in ("received", "counted", "dropped"):
             self.send(
                 device,
                 Receipt(

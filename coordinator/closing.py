@@ -1,0 +1,151 @@
+"""Close a round: lift the updates, admit, reduce, step; save the next version; settle the ledger in one transaction.
+
+The set of updates is written down first, so that a round whose closing was cut off is closed again from the same ones. The
+version's row and the states of its updates change together: an update is counted once, whatever is killed when.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, delete, insert, update
+from sqlalchemy.engine import RowMapping
+
+from federated.errors import ConfigError, Refused, WireError
+from federated.messages import read_assignment
+from federated.update import Update
+
+from . import apply, quality, store
+from .incoming import lift
+from .registry import Version
+
+if TYPE_CHECKING:
+    from .rounds import JobRunner
+
+KEEP = 3
+"""Versions whose views are kept for late updates."""
+LATE_DISCOUNT = 0.5
+Folding = list[list[Any]]
+"""[device, round] of every update that goes into a version."""
+
+
+async def close(run: "JobRunner", number: int) -> None:
+    """Make the version after round `number`, or make it again."""
+    row = run.ledger.row(store.rounds, job=run.job, number=number)
+    assert row is not None
+    folding: Folding = store.read(row["folding"])
+    if row["state"] != "closing":
+        folding = [[r["device"], r["round"]] for r in foldable(run, number)]
+        run.ledger.change(store.rounds, {"job": run.job, "number": number}, state="closing", folding=store.text(folding))
+    version = await asyncio.to_thread(make, run, number, folding)
+    rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+    with run.ledger.write() as tx:
+        judge(run, tx, number, quality.of_version(rows))
+        record(run, tx, version)
+        mark_closed(run, tx, number, rows)
+        settle(run, tx, number, folding)
+    run.load(version.number)
+    tidy(run, version.number)
+
+
+def foldable(run: "JobRunner", number: int) -> list[RowMapping]:
+    """This round's updates, and late ones whose base version is still known."""
+    fold = run.plan.spec.late == "fold"
+    rows = run.ledger.rows(store.assignments, job=run.job, state="received")
+    return [r for r in rows if r["round"] == number or (fold and 0 < number - r["round"] <= KEEP)]
+
+
+def make(run: "JobRunner", number: int, folding: Folding) -> Version:
+    """The next version, from the ledger and files alone."""
+    updates = [u for device, of in sorted(folding) if (u := lifted(run, device, of, number)) is not None]
+    if not updates:
+        raise ConfigError(f"round {number}: no update could be used; `coordinator rounds {run.job}` says why")
+    admitted = run.server.admit(updates, number)
+    change = apply.reduce(run.server, admitted or updates, number)
+    version = apply.step(run.version, change, number)
+    run.planner.carry_views(run.version, version)
+    observe(run, number, updates)
+    return version
+
+
+def lifted(run: "JobRunner", device: str, of: int, number: int) -> Update | None:
+    """One update in canonical coordinates; None for one that cannot be used, which is put aside with the reason."""
+    key = {"job": run.job, "round": of, "device": device}
+    row = run.ledger.row(store.assignments, **key)
+    if row is None or row["state"] == "refused":
+        return None
+    try:
+        made = lift(run.update_path(of, device), read_assignment(row["body"]), device, run.server, run.blobs, number - of)
+    except (WireError, OSError, Refused) as error:
+        run.ledger.change(store.assignments, key, state="refused", reason=str(error))
+        run.ledger.tell(run.job, device, f"its update of round {of} was put aside: {error}")
+        return None
+    if made.age and not run.plan.stack.using("ready"):
+        made = replace(made, weight=made.weight * LATE_DISCOUNT**made.age)
+    return made
+
+
+def observe(run: "JobRunner", number: int, updates: Sequence[Update]) -> None:
+    """What came of the arms, for the tuner."""
+    eligible = run.fleet.eligible(run.plan)
+    known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
+    norms = {u.device: u.norm() for u in updates}
+    total = sum(norms.values()) or 1.0
+    rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+    outcomes = [
+        quality.outcome(r, known[r["device"]].name, norms.get(r["device"], 0.0) / total)
+        for r in rows
+        if r["device"] in known and r["state"] != "assigned"
+    ]
+    run.tuner.observe(outcomes, known, bits)
+
+
+def record(run: "JobRunner", tx: Connection, version: Version) -> None:
+    """The version's files, then its row."""
+    version.state = run.state()
+    digest = run.registry.save(version)
+    table = store.versions
+    tx.execute(delete(table).where(table.c.job == run.job, table.c.number == version.number))
+    tx.execute(insert(table).values(job=run.job, number=version.number, state="candidate", digest=digest, created=run.clock()))
+
+
+def judge(run: "JobRunner", tx: Connection, number: int, metrics: dict[str, Any]) -> None:
+    """What devices measured of this version on their own held-out tenth decides whether it is `good`."""
+    older = [r for r in run.ledger.rows(store.versions, job=run.job, state="good") if r["number"] < number]
+    last = store.read(older[-1]["metrics"]) if older else {}
+    state = "good" if quality.good_enough(metrics, last) else "candidate"
+    table = store.versions
+    where = (table.c.job == run.job, table.c.number == number)
+    tx.execute(update(table).where(*where).values(state=state, metrics=store.text(metrics)))
+
+
+def mark_closed(run: "JobRunner", tx: Connection, number: int, rows: Sequence[RowMapping]) -> None:
+    """The round's row."""
+    where = (store.rounds.c.job == run.job, store.rounds.c.number == number)
+    info = store.text(quality.summary(rows))
+    tx.execute(update(store.rounds).where(*where).values(state="closed", closed=run.clock(), info=info))
+
+
+def settle(run: "JobRunner", tx: Connection, number: int, folding: Folding) -> None:
+    """Updates that went in are counted; whoever has not answered is late; what is too old for any version is said to be."""
+    a = store.assignments
+    for device, of in folding:
+        where = (a.c.job == run.job, a.c.round == of, a.c.device == device, a.c.state != "refused")
+        tx.execute(update(a).where(*where).values(state="counted", folded=number))
+    tx.execute(update(a).where(a.c.job == run.job, a.c.round == number, a.c.state == "assigned").values(state="late"))
+    oldest = number - KEEP if run.plan.spec.late == "fold" else number
+    stale = (a.c.job == run.job, a.c.round <= oldest, a.c.state == "received")
+    tx.execute(update(a).where(*stale).values(state="dropped", reason="it came too late to be folded"))
+
+
+def tidy(run: "JobRunner", number: int) -> None:
+    """Raw updates and views that no late update can need any more go; digests stay in the ledger."""
+    oldest = number - KEEP
+    run.registry.forget_before(oldest, {run.planner.snapshot_number(number), 0})
+    for path in (run.home / "updates" / run.job).glob("r??????"):
+        if int(path.name[1:]) < oldest:
+            shutil.rmtree(path, ignore_errors=True)
+    rows = [r for r in run.ledger.rows(store.assignments, job=run.job) if r["round"] >= oldest]
+    run.blobs.forget({b.digest for r in rows for b in read_assignment(r["body"]).blobs.values()})

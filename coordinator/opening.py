@@ -1,0 +1,134 @@
+"""Open a round: choose devices and arms, write everything down, then tell them. And the last step: install the result."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+from sqlalchemy import insert
+
+from bandit.arms import Arm
+from bandit.policy import Choice
+from federated.files import write_atomic
+from federated.messages import Assignment, body, read_assignment
+from federated.wire import freeze, thaw
+from profiles.device import DeviceProfile
+
+from . import closing, quality, store
+from .registry import Version
+from .views import grow
+
+if TYPE_CHECKING:
+    from .rounds import JobRunner
+
+INSTALL_S = 120.0
+
+
+async def open_round(run: "JobRunner", number: int) -> None:
+    """Everything is on disk and in the ledger before the first device hears of it."""
+    members = await run.members()
+    run.server.fleet = len(members)
+    rank = run.server_rank()
+    grow_to(run, rank)
+    chosen = run.server.select(sorted(members), number) or sorted(members)
+    shares = data_shares(run, chosen)
+    choices = run.tuner.choose(number, [(d, members[d][0], shares[d]) for d in chosen])
+    expected = slowest(run, choices, {d: members[d][0] for d in chosen}, number)
+    made = {d: run.planner.assign(run.version, number, d, choices[d], run.server) for d in chosen}
+    run.registry.save_views(run.version)
+    write_atomic(run.registry.opened(number), freeze({**run.state(), "fleet": run.server.fleet, "rank": rank}))
+    tell(run, number, made, {d: c.arm for d, c in choices.items()}, {d: c.why for d, c in choices.items()}, expected)
+
+
+def tell(
+    run: "JobRunner",
+    number: int,
+    made: Mapping[str, Assignment],
+    arms: Mapping[str, Arm],
+    why: Mapping[str, str],
+    expected_s: float = 0.0,
+) -> None:
+    """Round and assignments into the ledger in one transaction, then onto the bus."""
+    now = run.clock()
+    with run.ledger.write() as tx:
+        tx.execute(insert(store.rounds).values(job=run.job, number=number, state="open", opened=now, expected_s=expected_s))
+        for device, assignment in made.items():
+            arm = store.text(msgspec.to_builtins(arms[device]))
+            tx.execute(
+                insert(store.assignments).values(
+                    job=run.job, round=number, device=device, state="assigned", body=body(assignment), arm=arm,
+                    why=why.get(device, ""), sent_at=now,
+                )
+            )  # fmt: skip
+    for device, assignment in made.items():
+        run.fleet.publish(device, assignment)
+
+
+def grow_to(run: "JobRunner", rank: int) -> None:
+    """In product space the server's rank follows the largest that a device can train; it never shrinks."""
+    if run.plan.stack.space == "product":
+        pairs = run.version.pairs
+        run.version.pairs = {m: grow(p, min(rank, p.B.shape[0], p.A.shape[1])) for m, p in pairs.items()}
+
+
+def data_shares(run: "JobRunner", devices: list[str]) -> dict[str, float]:
+    """Shares of the data, as far as earlier rounds told; equal before."""
+    known: dict[str, float] = {}
+    for row in run.ledger.rows(store.assignments, job=run.job):
+        if examples := store.read(row["telemetry"]).get("examples"):
+            known[row["device"]] = float(examples)
+    middle = sorted(known.values())[len(known) // 2] if known else 1.0
+    total = sum(known.get(d, middle) for d in devices)
+    return {d: known.get(d, middle) / total for d in devices}
+
+
+def slowest(run: "JobRunner", choices: Mapping[str, Choice], profiles: Mapping[str, DeviceProfile], number: int) -> float:
+    """Predicted seconds of the slowest device."""
+    times = [a.seconds for d, c in choices.items() for a in run.tuner.feasible(d, profiles[d], number) if a.arm == c.arm]
+    return max(times, default=60.0)
+
+
+def reopen(run: "JobRunner", number: int) -> None:
+    """After a restart: the state of the open round, and the same assignments again."""
+    saved = thaw(run.registry.opened(number).read_bytes())
+    run.restore(saved)
+    run.server.fleet = int(saved["fleet"])
+    grow_to(run, int(saved["rank"]))
+    repeat(run, number)
+
+
+def repeat(run: "JobRunner", number: int) -> None:
+    """Offer the blobs of a round again, and send its open assignments again."""
+    for row in run.ledger.rows(store.assignments, job=run.job, round=number):
+        assignment = read_assignment(row["body"])
+        for blob in assignment.blobs.values():
+            run.blobs.know(blob)
+        if row["state"] == "assigned":
+            run.fleet.publish(row["device"], assignment)
+
+
+async def install_everywhere(run: "JobRunner") -> None:
+    """Give the last version to every device that took part, and let it be measured there."""
+    number = run.plan.spec.rounds
+    if run.ledger.row(store.rounds, job=run.job, number=number) is None:
+        install(run, run.version, number)
+    else:
+        repeat(run, number)
+    end = run.clock() + INSTALL_S
+    while run.clock() < end:
+        rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+        if all(r["state"] != "assigned" for r in rows):
+            break
+        run.nudges.send(run, rows)
+        await run.change(min(1.0, run.nudges.patience_s))
+    rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+    with run.ledger.write() as tx:
+        closing.judge(run, tx, run.version.number, quality.of_version(rows))
+        closing.mark_closed(run, tx, number, rows)
+
+
+def install(run: "JobRunner", version: Version, number: int) -> None:
+    """Send a version to every device that ever took part, as round `number`, each in the shape of its last arm."""
+    rows = [r for r in run.ledger.rows(store.assignments, job=run.job) if r["round"] < run.plan.spec.rounds]
+    arms = {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows}
+    made = {d: run.planner.install(version, d, arm, run.server) for d, arm in sorted(arms.items())}
+    tell(run, number, made, arms, {})

@@ -1,0 +1,84 @@
+"""Wait until a round may close: quorum, deadline, a method's own rule; ask devices that are silent; start again if all failed."""
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import delete
+from sqlalchemy.engine import RowMapping
+
+from federated.errors import ConfigError
+from federated.messages import read_assignment
+
+from . import opening, quality, store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .rounds import JobRunner
+
+ATTEMPTS = 5
+
+
+class Nudges:
+    """Brokers lose messages: a device that is silent is sent its assignment again, after `patience_s`, then twice as long."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self._due: dict[tuple[int, str], tuple[float, float]] = {}
+
+    def send(self, run: "JobRunner", rows: "Sequence[RowMapping]") -> None:
+        """Nudge whoever is due."""
+        now = run.clock()
+        for row in rows:
+            key = (row["round"], row["device"])
+            due, wait = self._due.get(key, (now + self.patience_s, self.patience_s))
+            if row["state"] == "assigned" and now >= due:
+                run.fleet.publish(row["device"], read_assignment(row["body"]))
+                due, wait = now + 2 * wait, min(2 * wait, 600.0)
+            self._due[key] = (due, wait)
+
+
+async def until_closable(run: "JobRunner", number: int) -> None:
+    """Returns when the round may close. Raises ConfigError when every device failed again and again."""
+    for _ in range(ATTEMPTS):
+        while True:
+            row = run.ledger.row(store.rounds, job=run.job, number=number)
+            assert row is not None
+            if row["state"] == "closing":
+                return
+            rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+            if all(r["state"] in ("failed", "refused") for r in rows):
+                break
+            if may_close(run, rows, row, number):
+                return
+            run.nudges.send(run, rows)
+            await run.change(min(1.0, run.nudges.patience_s))
+        await again(run, number, rows)
+    raise ConfigError(f"round {number}: every device failed {ATTEMPTS} times; the last reason: {rows[-1]['reason']}")
+
+
+def may_close(run: "JobRunner", rows: "Sequence[RowMapping]", row: RowMapping, number: int) -> bool:
+    """Everybody answered, a method says so, or quorum and deadline are met."""
+    spec = run.plan.spec
+    arrived = sum(1 for r in rows if r["state"] == "received")
+    still_out = sum(1 for r in rows if r["state"] == "assigned")
+    if run.server.ready(arrived, len(rows), number) or not still_out:
+        return arrived >= 1
+    limit = 2 * float(row["expected_s"]) + 30 if spec.deadline_s == "auto" else float(spec.deadline_s)
+    waited = run.clock() - float(row["opened"])
+    if not limit or waited < limit or arrived < min(spec.min_devices, len(rows)):
+        return False
+    return arrived >= spec.quorum * len(rows) or (arrived >= 1 and waited >= 3 * limit)
+
+
+async def again(run: "JobRunner", number: int, rows: "Sequence[RowMapping]") -> None:
+    """Every device failed: let the tuner learn why, and open the same round once more."""
+    eligible = run.fleet.eligible(run.plan)
+    known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
+    run.tuner.observe([quality.outcome(r, known[r["device"]].name) for r in rows if r["device"] in known], known, bits)
+    for r in rows:
+        run.ledger.tell(run.job, r["device"], f"round {number} starts again: {r['reason']}")
+    await run.change(2.0)
+    with run.ledger.write() as tx:
+        for table, column in ((store.rounds, store.rounds.c.number), (store.assignments, store.assignments.c.round)):
+            tx.execute(delete(table).where(table.c.job == run.job, column == number))
+    await opening.open_round(run, number)
