@@ -15,7 +15,7 @@ def main() -> None:
         body, decoded = encode(values, keep)
         sent = decoded[decoded != 0]
         share = len(sent) / len(values)
-        _, counts = np.unique(np.rint(sent / np.abs(sent).min()), return_counts=True)
+        _, counts = np.unique(np.rint(127 * sent / np.abs(sent).max()), return_counts=True)
         p = counts / counts.sum()
         index = 0.0 if share >= 1 else -share * np.log2(share) - (1 - share) * np.log2(1 - share)
         times = interleaved({"encode": lambda k=keep: encode(values, k), "decode": lambda b=body: decode(b, values.size)})

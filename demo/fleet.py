@@ -38,9 +38,9 @@ class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Fleet:
     """All processes of the demo, under one folder."""
 
-    def __init__(self, file: Path, home: Path, model: Path) -> None:
+    def __init__(self, file: Path, home: Path, model: Path, broker: str = "auto") -> None:
         self.spec = load(file, FleetFile)
-        self.home, self.model = home, model
+        self.home, self.model, self.broker = home, model, broker
         self.coordinator: subprocess.Popen[bytes] | None = None
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -69,7 +69,7 @@ class Fleet:
             {
                 "data_dir": str(self.home / "coordinator"),
                 "fleet": "demo",
-                "broker": {"port": 0},
+                "broker": {"port": 0, "kind": self.broker},
                 "models": {self.model_name: str(self.model)},
                 "limits": {"packet_bytes": self.spec.packet_bytes},
             },

@@ -67,6 +67,7 @@ def main() -> int:
     parse.add_argument("--label", default="label", help="its column with the label")
     parse.add_argument("--model", default="", help="folder of all-MiniLM-L6-v2")
     parse.add_argument("--rounds", type=int, default=0, help="rounds, in place of those in demo/job.yaml")
+    parse.add_argument("--broker", default="auto", choices=["auto", "mosquitto", "amqtt"], help="the broker that the coordinator runs")
     parse.add_argument("--home", type=Path, default=Path("runs/demo"), help="where everything lies afterwards")
     args = parse.parse_args()
     home = args.home.resolve()
@@ -82,7 +83,7 @@ def main() -> int:
 def _demo(args: argparse.Namespace, home: Path) -> int:
     start = time.time()
     model = find_model(args.model)
-    fleet = Fleet(HERE / "fleet.yaml", home, model)
+    fleet = Fleet(HERE / "fleet.yaml", home, model, args.broker)
     print(f"[1/5] data and model: {model.name} with weights {digest_of_file(model / 'model.safetensors')[:12]}")
     train, test, digest, files = prepare(args, home, fleet)
     print(f"  {'test set':13} {len(test):5} paragraphs that no device has; SHA-256 {digest[:16]}")

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from federated.bus import Bus
 from federated.errors import Refused, WireError
 from federated.files import digest_of, write_atomic
@@ -23,7 +21,6 @@ from federated.messages import (
     Hello,
     Leave,
     Message,
-    Offer,
     Receipt,
     Report,
     Sorry,
@@ -33,15 +30,16 @@ from federated.messages import (
     unpack,
 )
 from federated.topics import Topics
-from federated.transfer import cut, numbers
 
 from . import consent
 from .config import AgentConfig
 from .engine import Engine, EngineFailed
 from .fetch import Fetcher
 from .identity import Identity
-from .order import Meta, Order, round_folder
-from .outbox import Counters, Outbox
+from .order import Order, round_folder
+from .outbox import Outbox
+from .sending import Sender
+from .status import Status
 
 log = logging.getLogger(__name__)
 VERSION = "0.1.0"
@@ -57,18 +55,16 @@ class Agent:
         self.profile, self.bits_ms = profile, bits_ms
         self.topics = Topics(identity.fleet)
         self.outbox = Outbox(config.home)
-        self.counters = Counters.load(config.home / "counters.json")
+        self.status = Status(config.home, bus, device=identity.device, fleet=identity.fleet)
+        self.sender = Sender(self.outbox, self.status, self.say, lambda kind, payload: self._publish(kind, payload), config.link.answer_s)
         self.fetcher = Fetcher(bus, self.topics, config.home / "blobs", self.say, config.link.answer_s)
         self.fetcher.kbps = config.link.down_kbps
-        self.status: dict[str, Any] = {"state": "connecting", "device": identity.device, "fleet": identity.fleet}
         self._assignment: tuple[Assignment, bytes, str] | None = None
         self._handled: dict[str, Report | None] = {}
         self._welcome = asyncio.Event()
         self._over: set[str] = set()
         self._superseded = asyncio.Event()
-        self._work, self._mail = asyncio.Event(), asyncio.Event()
-        self._grants: dict[str, asyncio.Queue[Grant | Receipt]] = {}
-        self._counted = (0, 0)
+        self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self) -> None:
@@ -78,7 +74,8 @@ class Agent:
         await self.bus.subscribe(self.topics.device(self.identity.device, "job"), self._take)
         await self.bus.start()
         loops = [
-            asyncio.create_task(t, name=n) for t, n in ((self._working(), "work"), (self._sending(), "outbox"), (self._keeping(), "status"))
+            asyncio.create_task(t, name=n)
+            for t, n in ((self._working(), "work"), (self.sender.run(), "outbox"), (self._keeping(), "status"))
         ]
         try:
             await asyncio.gather(*loops)
@@ -87,12 +84,12 @@ class Agent:
                 task.cancel()
             await self.engine.stop()
             await self.bus.stop()
-            self._write_status("stopped")
+            self.status.write(state="stopped")
 
     def _connected(self) -> None:
         self._welcome.clear()
         self._spawn(self._greet(), "hello")
-        self._mail.set()
+        self.sender.mail.set()
 
     async def _greet(self) -> None:
         """Say hello until somebody answers."""
@@ -143,26 +140,22 @@ class Agent:
             message = open_down(envelope, self.identity.link_key)
         except WireError as error:
             log.warning("a message on %s was dropped: %s", topic, error)
-            self.status["last_error"] = str(error)
+            self.status.fail(str(error))
             return
         if isinstance(message, Assignment):
             self._assigned(message, payload, digest_of(envelope.body))
         elif isinstance(message, Done):
             self._spawn(self._ended(message), "job-ended")
         elif isinstance(message, Grant | Receipt):
-            queue = self._grants.get(message.digest)
-            if queue is not None:
-                queue.put_nowait(message)
-            elif isinstance(message, Receipt):
-                self._settle(message)
+            self.sender.answer(message)
         elif isinstance(message, Welcome):
             self._welcome.set()
-            self.status["state"] = "idle" if self.status["state"] == "connecting" else self.status["state"]
-            self.status.pop("last_error", None)
+            self.status.facts.pop("last_error", None)
+            self.status.write(state="idle" if self.status["state"] == "connecting" else self.status["state"])
         elif isinstance(message, Sorry):
             self._welcome.set()
             log.error("the coordinator says: %s", message.reason)
-            self.status["last_error"] = message.reason
+            self.status.fail(message.reason)
 
     def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
         """New work; or a question about work that we know, which is answered with where it stands."""
@@ -172,19 +165,19 @@ class Agent:
             self._work.set()
             return
         self._spawn(self.say(self._handled[key] or Report(job.job, job.round, "training")), "report")
-        self._mail.set()
+        self.sender.mail.set()
 
     async def _ended(self, message: Done) -> None:
         if self._assignment and self._assignment[0].job == message.job:
             self._assignment = None
-            self.counters.jobs_done += message.state == "finished"
-            self.counters.done_at = time.time()
+            self.status.counters.jobs_done += message.state == "finished"
+            self.status.counters.done_at = time.time()
             await self.engine.stop()
             self.fetcher.forget(set())
         self._over.add(message.job)
         self._superseded.set()
         self.outbox.forget(message.job)
-        self.status |= {"state": "idle", "job": message.job, "job_state": message.state}
+        self.status.write(state="idle", job=message.job, job_state=message.state)
 
     async def _working(self) -> None:
         while True:
@@ -228,13 +221,13 @@ class Agent:
                 require=self.config.require,
                 slots=self.config.worker.slots,
             )
-            await self.engine.run(order, lambda told: self.status.update(told))
+            await self.engine.run(order, lambda told: self.status.set(**told))
             if job.job in self._over:
                 self.outbox.forget(job.job)
                 return None
             self._phase(job, "sending")
             self.fetcher.forget({b.digest for b in job.blobs.values()})
-            self._mail.set()
+            self.sender.mail.set()
             self._spawn(self._on_adapter(), "on-adapter")
             return None
         except (Refused, EngineFailed, WireError, OSError) as error:
@@ -260,7 +253,8 @@ class Agent:
 
     async def _failed(self, job: Assignment, reason: str, code: str) -> Report:
         log.error("round %d of %s: %s", job.round, job.job, reason)
-        self.status |= {"state": "idle", "last_error": reason}
+        self.status.fail(reason)
+        self.status.write(state="idle")
         report = Report(job.job, job.round, "refused" if code in ("consent", "data") else "failed", reason, code)
         if job.job not in self._over:
             await self.say(report)
@@ -273,68 +267,15 @@ class Agent:
     def _within_budget(self, job: Assignment) -> None:
         if job.recipe.memory_mb > self._budget_mb():
             raise Refused(f"the arm needs {job.recipe.memory_mb:.0f} MB, this device allows {self._budget_mb():.0f} MB")
-        self._count()
-        if self.counters.today > self.config.allow.mb_per_day * 1e6:
-            raise Refused(f"{self.counters.today / 1e6:.0f} MB went over the link today, {self.config.allow.mb_per_day:.0f} are allowed")
+        self.status.count()
+        if self.status.counters.today > self.config.allow.mb_per_day * 1e6:
+            raise Refused(
+                f"{self.status.counters.today / 1e6:.0f} MB went over the link today, {self.config.allow.mb_per_day:.0f} are allowed"
+            )
 
     def _phase(self, job: Assignment, state: str) -> None:
-        self.status |= {
-            "state": state,
-            "job": job.job,
-            "round": job.round,
-            "rounds": job.rounds,
-            "arm": job.say,
-            "bits": job.recipe.bits,
-            "prune": job.recipe.prune,
-        }
-        self._write_status(state)
-
-    async def _sending(self) -> None:
-        """Offer every update in the outbox until the coordinator has it."""
-        while True:
-            for folder, meta in self.outbox.due():
-                try:
-                    await self._send(folder, meta)
-                except OSError as error:
-                    log.warning("update of round %d: %s", meta.round, error)
-            self._mail.clear()
-            if not self.outbox.due():
-                if self.status["state"] == "sending":
-                    self.status["state"] = "idle"
-                await self._mail.wait()
-
-    async def _send(self, folder: Path, meta: Meta) -> None:
-        """Offer, send what is granted, until a receipt; one deadline for each answer, then from the start."""
-        digest = meta.blob.digest
-        queue = self._grants[digest] = asyncio.Queue()
-        data = (folder / "update").read_bytes()
-        tries = 0
-        try:
-            while (folder / "update").exists():
-                await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature))
-                try:
-                    while True:
-                        answer = await asyncio.wait_for(queue.get(), self.config.link.answer_s * min(6, 1 + tries))
-                        if isinstance(answer, Receipt):
-                            self._settle(answer)
-                            return
-                        for number in numbers(answer.missing, meta.blob.chunks):
-                            await self._publish("chunk", cut(data, meta.blob, number))
-                except asyncio.TimeoutError:
-                    tries += 1
-                    if tries == 5:
-                        self.status["last_error"] = "the broker accepts but does not deliver: ACL or size limit?"
-                        log.error("no receipt after %d tries: %s", tries, self.status["last_error"])
-        finally:
-            self._grants.pop(digest, None)
-
-    def _settle(self, receipt: Receipt) -> None:
-        folder = round_folder(self.outbox.jobs, receipt.job, receipt.round)
-        if not receipt.accepted:
-            log.error("the coordinator refused the update of round %d: %s", receipt.round, receipt.reason)
-            self.status["last_error"] = receipt.reason
-        if folder.exists():
-            self.outbox.drop(folder)
+        r = job.recipe
+        self.status.write(state=state, job=job.job, round=job.round, rounds=job.rounds, arm=job.say, bits=r.bits, prune=r.prune)
 
     async def _on_adapter(self) -> None:
         if not self.config.on_adapter:
@@ -355,38 +296,5 @@ class Agent:
     async def _keeping(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            if self._count():
-                self._write_status(self.status["state"])
-
-    def _count(self) -> bool:
-        """Bring the byte counters up to date; True where they moved."""
-        now = (self.bus.sent, self.bus.received)
-        moved = now != self._counted
-        day = time.strftime("%Y-%m-%d")
-        if self.counters.day != day:
-            self.counters.day, self.counters.today = day, 0
-        up, down = now[0] - self._counted[0], now[1] - self._counted[1]
-        self.counters.up, self.counters.down = self.counters.up + up, self.counters.down + down
-        self.counters.today += up + down
-        self._counted = now
-        if moved:
-            self.counters.save(self.config.home / "counters.json")
-        return moved
-
-    def _write_status(self, state: str) -> None:
-        self.status |= {
-            "state": state,
-            "connected": self.bus.connected.is_set(),
-            "bytes_up": self.counters.up,
-            "bytes_down": self.counters.down,
-            "pid": os.getpid(),
-            "at": time.time(),
-            "jobs_done": self.counters.jobs_done,
-            "job_done_at": self.counters.done_at,
-            "resumed_down": self.fetcher.resumed,
-            "problem": getattr(self.bus, "problem", ""),
-        }
-        try:
-            write_atomic(self.config.home / "status.json", msgspec.json.encode(self.status))
-        except OSError as error:
-            log.warning("status: %s", error)
+            if self.status.count():
+                self.status.write(resumed_down=self.fetcher.resumed)

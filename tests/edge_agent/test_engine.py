@@ -194,3 +194,34 @@ def test_counters_survive_and_forgive(tmp_path: Path) -> None:
     assert Counters.load(tmp_path / "c").up == 5
     (tmp_path / "c").write_text("{")
     assert Counters.load(tmp_path / "c").up == 0
+
+
+async def test_a_worker_over_its_memory_is_stopped_and_the_next_order_gets_a_new_one(tmp_path: Path) -> None:
+    from edge_agent.engine import EngineFailed, ProcessEngine
+    from edge_agent.order import Order
+
+    order = Order(str(tmp_path), str(tmp_path / "none"), {}, str(tmp_path / "r000000"), Dataset("x"), "m", 1, 10.0, 1000)
+    engine = ProcessEngine(memory_mb=None, idle_s=60)
+    try:
+        with pytest.raises(EngineFailed, match="No such file") as failed:
+            await engine.run(order, lambda told: None)
+        assert failed.value.code == "crash"
+        first = engine._process
+        assert first is not None
+        with pytest.raises(EngineFailed):
+            await engine.run(order, lambda told: None)
+        assert engine._process is first, "a failed order does not cost the worker"
+        engine.memory_mb = -10_000.0
+        codes = []
+        while "memory" not in codes and len(codes) < 200:
+            try:
+                await engine.run(order, lambda told: None)
+            except EngineFailed as error:
+                codes.append(error.code)
+                reason = str(error)
+        assert "was stopped" in reason
+        engine.memory_mb = None
+        with pytest.raises(EngineFailed, match="No such file"):
+            await engine.run(order, lambda told: None)
+    finally:
+        await engine.stop()
