@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 
+from federated.within import within
+
 
 async def serve(host: str, port: int) -> None:
     """Until SIGTERM."""
@@ -26,7 +28,7 @@ async def serve(host: str, port: int) -> None:
     parent = os.getppid()
     while not ended.is_set() and os.getppid() == parent:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(ended.wait(), 1.0)
+            await within(1.0, ended.wait())
     await broker.shutdown()
 
 

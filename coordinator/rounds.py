@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from bandit.tuner import NoArm, Tuner
 from federated.messages import Assignment
 from federated.stack import ServerSide
+from federated.within import within
 from profiles.device import DeviceProfile
 
 from . import closing, opening, store, waiting
@@ -139,7 +140,7 @@ class JobRunner:
         """Until something arrived, at most so long."""
         self.changed.clear()
         try:
-            await asyncio.wait_for(self.changed.wait(), seconds)
+            await within(seconds, self.changed.wait())
         except asyncio.TimeoutError:
             return
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from federated import cli
 from federated.errors import ConfigError
+from federated.within import within
 
 DEFAULT = "/etc/edge-agent/agent.yaml"
 
@@ -179,7 +180,7 @@ def _leave(args: argparse.Namespace) -> int:
             await bus.start()
             try:
                 message = seal(Leave(), who.device, who.link_key)
-                await asyncio.wait_for(bus.publish(Topics(who.fleet).device(who.device, "up"), message), 5)
+                await within(5, bus.publish(Topics(who.fleet).device(who.device, "up"), message))
             finally:
                 await bus.stop()
 

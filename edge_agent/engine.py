@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import msgspec
 import psutil
 
+from federated.within import within
+
 from .order import Order
 
 Progress = Callable[[dict[str, Any]], None]
@@ -73,7 +75,7 @@ class ProcessEngine:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "edge_agent.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20
             )
-            first = await asyncio.wait_for(self._line(self._process), START_S)
+            first = await within(START_S, self._line(self._process))
             self._rss_mb = float(first.get("rss_mb", 0.0))
         return self._process
 

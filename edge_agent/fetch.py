@@ -10,6 +10,7 @@ from federated.errors import WireError
 from federated.messages import Blob, Want
 from federated.topics import Topics
 from federated.transfer import Assembly, read_piece, stored
+from federated.within import within
 
 log = logging.getLogger(__name__)
 MAX_BLOB = 2 << 30
@@ -55,7 +56,7 @@ class Fetcher:
                 while not assembly.complete:
                     news.clear()
                     try:
-                        await asyncio.wait_for(news.wait(), self.answer_s)
+                        await within(self.answer_s, news.wait())
                     except asyncio.TimeoutError:
                         break
             try:

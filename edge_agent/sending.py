@@ -7,6 +7,7 @@ from pathlib import Path
 
 from federated.messages import Grant, Message, Offer, Receipt
 from federated.transfer import cut, numbers
+from federated.within import within
 
 from .order import Meta, round_folder
 from .outbox import Outbox
@@ -64,7 +65,7 @@ class Sender:
                 await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature))
                 try:
                     while True:
-                        answer = await asyncio.wait_for(queue.get(), self.answer_s * min(6, 1 + tries))
+                        answer = await within(self.answer_s * min(6, 1 + tries), queue.get())
                         if isinstance(answer, Receipt):
                             self._settle(answer)
                             return

@@ -30,6 +30,7 @@ from federated.messages import (
     unpack,
 )
 from federated.topics import Topics
+from federated.within import within
 
 from . import consent
 from .config import AgentConfig
@@ -97,7 +98,7 @@ class Agent:
         while self.bus.connected.is_set() and not self._welcome.is_set():
             await self.say(self._hello())
             try:
-                await asyncio.wait_for(self._welcome.wait(), wait)
+                await within(wait, self._welcome.wait())
             except asyncio.TimeoutError:
                 wait = min(2 * wait, 300.0)
 

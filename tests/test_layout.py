@@ -52,6 +52,12 @@ def test_posix_only_modules_stay_in_one_file() -> None:
                 assert not imports(path) & {"fcntl", "resource", "pwd", "grp", "msvcrt"}, path
 
 
+def test_no_wait_that_is_deaf_to_a_cancellation() -> None:
+    for room in MAY:
+        for path in (ROOT / room).rglob("*.py"):
+            assert path.name == "within.py" or "wait_for(" not in path.read_text(encoding="utf-8"), path
+
+
 def loaded_after(code: str) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\nprint(' '.join(sys.modules))"], capture_output=True, text=True, check=True, cwd=ROOT
