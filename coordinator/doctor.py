@@ -2,8 +2,8 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
+from federated.cli import Finding, finding
 from federated.errors import RankfleetError
 from federated.loader import load
 
@@ -11,47 +11,41 @@ from .broker import mosquitto
 from .client import Client
 from .config import CoordinatorConfig
 
-Finding = dict[str, Any]
-
-
-def _finding(check: str, state: str, text: str, todo: str = "") -> Finding:
-    return {"check": check, "state": state, "text": text, "do": todo}
-
 
 def examine(path: Path) -> list[Finding]:
     """All findings."""
     try:
         config = load(path, CoordinatorConfig)
     except RankfleetError as error:
-        return [_finding("config", "error", str(error.args[0]), error.hint)]
-    found = [_finding("config", "ok", str(path)), _disk(config.home), _broker(config)]
+        return [finding("config", "error", str(error.args[0]), error.hint)]
+    found = [finding("config", "ok", str(path)), _disk(config.home), _broker(config)]
     found += [_model(n, Path(p)) for n, p in config.models.items()] or [
-        _finding("model", "error", "no base model is named, so no job can run", "add `models` to the coordinator's YAML")
+        finding("model", "error", "no base model is named, so no job can run", "add `models` to the coordinator's YAML")
     ]
     return [*found, *_service(config.home)]
 
 
 def _disk(home: Path) -> Finding:
     if not home.exists():
-        return _finding("data", "error", f"{home} does not exist", "coordinator serve makes it")
+        return finding("data", "error", f"{home} does not exist", "coordinator serve makes it")
     free = shutil.disk_usage(home).free / 1e9
-    return _finding("data", "ok" if free > 1 else "error", f"{home}, {free:.0f} GB free", "" if free > 1 else "make room")
+    return finding("data", "ok" if free > 1 else "error", f"{home}, {free:.0f} GB free", "" if free > 1 else "make room")
 
 
 def _broker(config: CoordinatorConfig) -> Finding:
     if config.broker.url:
-        return _finding("broker", "ok", config.broker.url)
+        return finding("broker", "ok", config.broker.url)
     if config.broker.host not in ("127.0.0.1", "localhost", "::1"):
-        return _finding("broker", "warning", f"the broker listens on {config.broker.host} without TLS", "keep it on a trusted network")
+        return finding("broker", "warning", f"the broker listens on {config.broker.host} without TLS", "keep it on a trusted network")
     if not mosquitto():
-        return _finding("broker", "warning", "no Mosquitto; amqtt serves, at about a sixth of its speed", "apt install mosquitto")
-    return _finding("broker", "ok", "Mosquitto, run by the coordinator")
+        return finding("broker", "warning", "no Mosquitto; amqtt serves, at about a sixth of its speed", "apt install mosquitto")
+    return finding("broker", "ok", "Mosquitto, run by the coordinator")
 
 
 def _model(name: str, folder: Path) -> Finding:
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
-        return _finding("model", "error", f"`{name}`: {folder} lacks config.json or *.safetensors", "copy the model there")
-    return _finding("model", "ok", f"`{name}`: {folder}")
+        return finding("model", "error", f"`{name}`: {folder} lacks config.json or *.safetensors", "copy the model there")
+    return finding("model", "ok", f"`{name}`: {folder}")
 
 
 def _service(home: Path) -> list[Finding]:
@@ -60,9 +54,9 @@ def _service(home: Path) -> list[Finding]:
         health = client.get("/health")
         devices = client.get("/devices")
     except RankfleetError as error:
-        return [_finding("service", "error", str(error.args[0]), error.hint)]
+        return [finding("service", "error", str(error.args[0]), error.hint)]
     found = [
-        _finding(
+        finding(
             "service",
             "ok" if health["ok"] else "error",
             f"runs; broker {health['broker']}" + (f": {health['problem']}" if not health["ok"] else ""),
@@ -70,5 +64,5 @@ def _service(home: Path) -> list[Finding]:
     ]
     quiet = [d["device"] for d in devices if d["state"] == "invited"]
     if quiet:
-        found.append(_finding("devices", "warning", f"invited, never heard of: {', '.join(quiet)}", "edge-agent enroll TOKEN, then run"))
+        found.append(finding("devices", "warning", f"invited, never heard of: {', '.join(quiet)}", "edge-agent enroll TOKEN, then run"))
     return found

@@ -15,7 +15,8 @@ from federated.stack import ServerSide, seed_of
 from federated.tensors import Tensors
 from federated.update import LowRank, Masks
 from federated.wire import encode
-from profiles.cost import boundary, memory_mb
+from profiles.card import Module
+from profiles.cost import memory_mb
 
 from . import channels, views
 from .blobs import Blobs
@@ -120,19 +121,8 @@ class Planner:
             if m.name not in placement:
                 continue
             rank = placement[m.name]
-            pair = self.view_of(version, m.name, rank)
-            out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
-            tensors |= {f"{m.name}.{side}": t for side, t in views.cut(pair, out, in_).items()}
-            pairs[m.name] = Pair(
-                m.layer,
-                m.out,
-                m.in_,
-                rank,
-                self.plan.spec.adapter.scale,
-                m.out if out is None else len(out),
-                m.in_ if in_ is None else len(in_),
-                f"{self.job}/{rank}",
-            )
+            pairs[m.name], cut = self._cut(m, self.view_of(version, m.name, rank), masks, f"{self.job}/{rank}")
+            tensors |= cut
         tensors |= version.dense
         spec = Spec(pairs, {k: Dense(tuple(t.shape)) for k, t in sorted(version.dense.items())})
         offered, extra = server.offer(tensors, device, number)
@@ -161,29 +151,22 @@ class Planner:
 
     def _below(self, version: Version, placement: Mapping[str, int], masks: Masks, *, complete: bool) -> Blob | None:
         """Adapted layers that this device does not train: frozen, refreshed every `frozen_every` rounds."""
-        low = boundary(self.plan.card, placement)
         snapshot = version if complete else self._snapshot(version)
         tensors: Tensors = {}
         pairs: dict[str, Pair] = {}
         for m in self.plan.modules:
             pair = snapshot.pairs[m.name]
-            if m.name in placement or not np.any(pair.B) or (m.layer >= low and self.plan.stack.space == "factors"):
-                continue
-            out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
-            rank = pair.A.shape[0]
-            tensors |= {f"{m.name}.{side}": t.astype(np.float16) for side, t in views.cut(pair, out, in_).items()}
-            pairs[m.name] = Pair(
-                m.layer,
-                m.out,
-                m.in_,
-                rank,
-                self.plan.spec.adapter.scale,
-                m.out if out is None else len(out),
-                m.in_ if in_ is None else len(in_),
-                "frozen",
-                trained=False,
-            )
+            if m.name not in placement and np.any(pair.B):
+                pairs[m.name], cut = self._cut(m, pair, masks, "frozen", trained=False)
+                tensors |= {k: t.astype(np.float16) for k, t in cut.items()}
         return self.blobs.put(encode(tensors, msgspec.to_builtins(Spec(pairs, {})))) if tensors else None
+
+    def _cut(self, m: Module, pair: LowRank, masks: Masks, view: str, trained: bool = True) -> tuple[Pair, Tensors]:
+        """A canonical pair as a device holds it: its entry in the spec, and its compact arrays by name."""
+        out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
+        kept_out, kept_in = (m.out if out is None else len(out)), (m.in_ if in_ is None else len(in_))
+        spec = Pair(m.layer, m.out, m.in_, pair.A.shape[0], self.plan.spec.adapter.scale, kept_out, kept_in, view, trained)
+        return spec, {f"{m.name}.{side}": t for side, t in views.cut(pair, out, in_).items()}
 
     def snapshot_number(self, version: int) -> int:
         """The version whose lower layers devices hold in a round that starts from `version`."""

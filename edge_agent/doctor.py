@@ -5,8 +5,8 @@ import platform
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
 
+from federated.cli import Finding, finding
 from federated.errors import RankfleetError
 from federated.loader import load
 from federated.mqtt import parse_url
@@ -14,94 +14,88 @@ from federated.mqtt import parse_url
 from . import identity, probe
 from .config import AgentConfig
 
-Finding = dict[str, Any]
-
-
-def _finding(check: str, state: str, text: str, todo: str = "") -> Finding:
-    return {"check": check, "state": state, "text": text, "do": todo}
-
 
 def examine(path: Path) -> list[Finding]:
     """All findings; later checks need what earlier ones found."""
     try:
         config = load(path, AgentConfig)
     except RankfleetError as error:
-        return [_finding("config", "error", str(error.args[0]), error.hint)]
-    found = [_finding("config", "ok", str(path))]
+        return [finding("config", "error", str(error.args[0]), error.hint)]
+    found = [finding("config", "ok", str(path))]
     found += [_state(config.home), _enrolled(config.home), _profile(config), _torch(), _gpu()]
     found += [_dataset(n, d.path) for n, d in config.datasets.items()] or [
-        _finding("data", "error", "no dataset is mapped, so no job can run here", "add `datasets` to the agent's YAML")
+        finding("data", "error", "no dataset is mapped, so no job can run here", "add `datasets` to the agent's YAML")
     ]
     found += [_model(n, p) for n, p in config.models.items()] or [
-        _finding("model", "error", "no base model is named, so no job can run here", "add `models` to the agent's YAML")
+        finding("model", "error", "no base model is named, so no job can run here", "add `models` to the agent's YAML")
     ]
     return [*found, _broker(config.home)]
 
 
 def _state(home: Path) -> Finding:
     if not home.exists():
-        return _finding("state", "error", f"{home} does not exist", "edge-agent enroll makes it")
+        return finding("state", "error", f"{home} does not exist", "edge-agent enroll makes it")
     if home.stat().st_mode & 0o077 and platform.system() != "Windows":
-        return _finding("state", "error", f"{home} can be read by others", f"chmod 700 {home}")
+        return finding("state", "error", f"{home} can be read by others", f"chmod 700 {home}")
     free = shutil.disk_usage(home).free / 1e6
-    return _finding("state", "ok" if free > 500 else "error", f"{home}, {free:,.0f} MB free", "" if free > 500 else "make room")
+    return finding("state", "ok" if free > 500 else "error", f"{home}, {free:,.0f} MB free", "" if free > 500 else "make room")
 
 
 def _enrolled(home: Path) -> Finding:
     try:
         who = identity.load(home)
     except RankfleetError as error:
-        return _finding("identity", "error", str(error.args[0]), error.hint)
+        return finding("identity", "error", str(error.args[0]), error.hint)
     key = home / "device.key"
     if key.exists() and key.stat().st_mode & 0o077 and platform.system() != "Windows":
-        return _finding("identity", "error", f"{key} can be read by others", f"chmod 600 {key}")
-    return _finding("identity", "ok", f"`{who.device}` in fleet `{who.fleet}`")
+        return finding("identity", "error", f"{key} can be read by others", f"chmod 600 {key}")
+    return finding("identity", "ok", f"`{who.device}` in fleet `{who.fleet}`")
 
 
 def _profile(config: AgentConfig) -> Finding:
     try:
         profile = probe.profile(config)
     except KeyError:
-        return _finding("profile", "error", f"profile `{config.profile}` is not known", "use `auto`")
-    return _finding("profile", "ok", f"{profile.title}, {profile.budget_mb:.0f} MB for the model, {profile.threads} threads")
+        return finding("profile", "error", f"profile `{config.profile}` is not known", "use `auto`")
+    return finding("profile", "ok", f"{profile.title}, {profile.budget_mb:.0f} MB for the model, {profile.threads} threads")
 
 
 def _torch() -> Finding:
     if importlib.util.find_spec("torch") is None:
-        return _finding("torch", "error", "torch is not installed in this environment", "make install")
+        return finding("torch", "error", "torch is not installed in this environment", "make install")
     missing = [m for m in ("transformers", "safetensors", "cryptography") if importlib.util.find_spec(m) is None]
-    return _finding("torch", "error" if missing else "ok", f"missing: {', '.join(missing)}" if missing else "installed")
+    return finding("torch", "error" if missing else "ok", f"missing: {', '.join(missing)}" if missing else "installed")
 
 
 def _gpu() -> Finding:
     release = platform.release()
     if "tegra" in release and not list(Path("/usr/local").glob("cuda*")):
-        return _finding("gpu", "error", "a Jetson without CUDA: training would run on the CPU", "install JetPack's CUDA and NVIDIA's torch")
-    return _finding("gpu", "ok", ", ".join(probe.gpus()) or "none; trains on the CPU")
+        return finding("gpu", "error", "a Jetson without CUDA: training would run on the CPU", "install JetPack's CUDA and NVIDIA's torch")
+    return finding("gpu", "ok", ", ".join(probe.gpus()) or "none; trains on the CPU")
 
 
 def _dataset(name: str, path: str) -> Finding:
     if path.startswith("hub:") or Path(path).exists():
-        return _finding("data", "ok", f"`{name}`: {path}")
-    return _finding("data", "error", f"`{name}`: {path} does not exist", f"correct `datasets.{name}.path`")
+        return finding("data", "ok", f"`{name}`: {path}")
+    return finding("data", "error", f"`{name}`: {path} does not exist", f"correct `datasets.{name}.path`")
 
 
 def _model(name: str, path: str) -> Finding:
     folder = Path(path)
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
-        return _finding(
+        return finding(
             "model", "error", f"`{name}`: {path} lacks config.json or *.safetensors", "copy the model there; pickled weights are not loaded"
         )
-    return _finding("model", "ok", f"`{name}`: {path}")
+    return finding("model", "ok", f"`{name}`: {path}")
 
 
 def _broker(home: Path) -> Finding:
     try:
         url = parse_url(identity.load(home).broker)
     except RankfleetError:
-        return _finding("broker", "error", "no broker is known before enrolment", "edge-agent enroll TOKEN")
+        return finding("broker", "error", "no broker is known before enrolment", "edge-agent enroll TOKEN")
     try:
         with socket.create_connection((url.host, url.port), 5):
-            return _finding("broker", "ok", f"{url.host}:{url.port} answers")
+            return finding("broker", "ok", f"{url.host}:{url.port} answers")
     except OSError as error:
-        return _finding("broker", "error", f"{url.host}:{url.port}: {error}", "is the coordinator running, and no firewall between?")
+        return finding("broker", "error", f"{url.host}:{url.port}: {error}", "is the coordinator running, and no firewall between?")

@@ -60,6 +60,15 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+Finding = dict[str, str]
+"""One line of a `doctor`: what was looked at, `ok`, `warning` or `error`, what was found, and what to do."""
+
+
+def finding(check: str, state: str, text: str, todo: str = "") -> Finding:
+    """See `Finding`."""
+    return {"check": check, "state": state, "text": text, "do": todo}
+
+
 def main(parse: argparse.ArgumentParser, words: list[str] | None = None) -> int:
     """Run the chosen verb; an error is one message on standard error and exit code 1."""
     args = parse.parse_args(words)

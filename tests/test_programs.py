@@ -186,6 +186,21 @@ async def test_the_bus_speaks_to_real_brokers_and_outlives_them(tmp_path: Path, 
         await child.stop()
 
 
+async def test_a_client_that_starts_before_its_broker(tmp_path: Path) -> None:
+    child = BrokerChild(Broker(port=0), tmp_path)
+    bus = MqttBus(child.url, "early")
+    await bus.start()
+    await asyncio.sleep(0.5)
+    assert not bus.connected.is_set()
+    await child.start()
+    try:
+        await asyncio.wait_for(bus.connected.wait(), 30)
+        await asyncio.wait_for(bus.publish("x", b"y"), 10)
+    finally:
+        await bus.stop()
+        await child.stop()
+
+
 async def test_a_port_in_use_is_said(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

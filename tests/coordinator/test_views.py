@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from coordinator.aggregate import Operator, merge, product
 from coordinator.views import fill_empty, fresh_factors, grow, view
-from federated.update import LowRank
+from federated.update import LowRank, Update
 
-from .arrays import relative
+from .arrays import IN, OUT, relative, update
 
 
 def low_rank(rank: int, slots: int, seed: int = 0) -> LowRank:
@@ -71,3 +72,21 @@ def test_fresh_factors_are_nested_over_ranks() -> None:
     small, large = fresh_factors(20, 12, 3, 5, "m"), fresh_factors(20, 12, 8, 5, "m")
     assert np.allclose(small.A @ small.A.T, np.eye(3), atol=1e-6)
     assert large.A.shape == (8, 12)
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_rank_16_device_after_rounds_of_rank_4_devices_only(rounds: int) -> None:
+    """The global pair after `rounds` real aggregations of rank-4 devices, from zero; then every slot of rank 16 can move."""
+    rng = np.random.default_rng(0)
+    pair = LowRank(np.zeros((OUT, 16)), np.zeros((16, IN)))
+    for number in range(rounds):
+        shown = view(pair, 4, None, 0, "up", half=True)
+        devices = [update(f"d{i}", rng, 4, modules=("up",), view={"up.A": shown.A, "up.B": shown.B}) for i in range(3)]
+        change = product([Update(u.device, 1.0, u.delta, u.spec, u.view, origin=f"v{number}") for u in devices])["up"]
+        assert isinstance(change, Operator)
+        pair = merge(pair, change, 16)
+    shown = view(pair, 16, None, 0, "up", half=True)
+    error = shown.B @ shown.A - rng.standard_normal((OUT, IN))
+    moves = np.linalg.norm(error @ shown.A.T, axis=0) + np.linalg.norm(shown.B.T @ error, axis=1)
+    assert (moves > 1e-3).all()
+    assert np.linalg.norm(shown.B @ shown.A) > (1.0 if rounds else -1.0)
