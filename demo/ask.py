@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from .run import find_model
@@ -21,6 +23,8 @@ def main() -> int:
         print(f"error: {args.adapter} holds no tuned adapter\n  try: make demo", file=sys.stderr)
         return 1
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     import torch
     import transformers
     from peft import PeftModel

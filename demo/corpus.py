@@ -225,27 +225,32 @@ def paragraphs(file: Path) -> list[str]:
     return found
 
 
-def build() -> tuple[list[dict[str, str]], list[dict[str, str]], str]:
-    """(train, test, SHA-256 over both): rows with `text`, `label` and `module`."""
+def collect() -> list[dict[str, str]]:
+    """Every paragraph of every area once: rows with `text`, `label` and `module`."""
     library = Path(sysconfig.get_paths()["stdlib"])
     rows: list[dict[str, str]] = []
     seen: set[str] = set()
     for label, names in AREAS.items():
-        for name in names:
-            one, many = library / f"{name}.py", library / name
-            files = (
-                [one]
-                if one.exists()
-                else sorted(p for p in many.rglob("*.py") if not {"test", "tests", "idlelib"} & set(p.parts))
-                if many.is_dir()
-                else []
-            )
-            for file in files:
-                module = ".".join(file.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
-                for text in paragraphs(file):
-                    if text not in seen:
-                        seen.add(text)
-                        rows.append({"text": text, "label": label, "module": module})
+        for file in (f for name in names for f in sources(library, name)):
+            module = ".".join(file.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
+            for text in paragraphs(file):
+                if text not in seen:
+                    seen.add(text)
+                    rows.append({"text": text, "label": label, "module": module})
+    return rows
+
+
+def sources(library: Path, name: str) -> list[Path]:
+    """The files of a module or package; none where this Python no longer has it."""
+    one, many = library / f"{name}.py", library / name
+    if one.exists():
+        return [one]
+    return sorted(p for p in many.rglob("*.py") if not {"test", "tests"} & set(p.parts))
+
+
+def build() -> tuple[list[dict[str, str]], list[dict[str, str]], str]:
+    """(train, test, SHA-256 over both)."""
+    rows = collect()
     test = [r for r in rows if r["module"] in TEST_MODULES]
     train = [r for r in rows if r["module"] not in TEST_MODULES]
     rng = random.Random(7)

@@ -13,7 +13,7 @@ from federated.tensors import Tensors
 from federated.update import Masks
 
 from .adapter import Adapted, as_tensor, frozen
-from .quantise import HalfEmbedding, QuantLinear
+from .quantise import HalfEmbedding, QuantLinear, use_bitsandbytes
 
 
 class Base:
@@ -30,6 +30,8 @@ class Base:
         )
         frozen(self.model)
         self.bits = bits
+        if bits == 4:
+            use_bitsandbytes()
         self.adapted: dict[str, Adapted] = {}
         modules = dict(self.model.named_modules())
         for name in names:

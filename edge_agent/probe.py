@@ -54,6 +54,14 @@ def gpus() -> list[str]:
     except Exception as error:
         # NVML is missing, too old, or there is no driver: all mean that we look elsewhere.
         _ = error
+    try:
+        from jtop import jtop  # type: ignore[import-not-found]
+
+        with jtop() as board:
+            return [str(board.board["hardware"]["Module"])]
+    except Exception as error:
+        # jetson-stats is missing, its service is not running, or its answer has another shape.
+        _ = error
     tegra = Path("/etc/nv_tegra_release")
     return [tegra.read_text(errors="replace").split(",")[0].strip("# ")] if tegra.exists() else []
 
