@@ -21,7 +21,6 @@ class Blobs:
         self._known: dict[str, Blob] = {}
         self._wanted: dict[str, set[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.published = 0
 
     def put(self, data: bytes) -> Blob:
         """Keep `data` on disk and return its address."""
@@ -63,7 +62,6 @@ class Blobs:
             log.error("blob %s: %s", blob.digest[:12], error)
             return
         for number in pieces:
-            self.published += 1
             await self.bus.publish(self.topics.blob(blob.digest), cut(data, blob, number))
 
     def forget(self, keep: set[str]) -> None:

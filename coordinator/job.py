@@ -123,11 +123,6 @@ class Plan:
                 "set `arms: {prune: [0]}` or use product space",
             )
 
-    @property
-    def head_names(self) -> dict[str, tuple[int, ...]]:
-        """Dense tensors of the adapter."""
-        return self.heads
-
     def task(self) -> Task:
         """What devices are told of the task."""
         t = self.spec.task

@@ -23,7 +23,6 @@ class Watch:
         self.job = ""
         self.rounds: list[dict[str, Any]] = []
         self.killed: dict[str, Any] = {}
-        self.downtime_s = 0.0
         self._seen: set[tuple[int, str]] = set()
 
     def submit(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from federated.errors import Refused
 from federated.spec import Spec
@@ -118,9 +118,3 @@ def _shrink_rest(model: nn.Module, bits: int) -> None:
 def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    every: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in every)

@@ -40,7 +40,6 @@ class Meta(msgspec.Struct, frozen=True):
     round: int
     blob: Blob
     signature: bytes
-    telemetry: dict[str, Any] = {}
 
 
 def round_folder(jobs: Path, job: str, round: int) -> Path:

@@ -55,7 +55,6 @@ class Counters(msgspec.Struct):
     down: int = 0
     day: str = ""
     today: int = 0
-    resumed: int = 0
     jobs_done: int = 0
     done_at: float = 0.0
 

@@ -126,7 +126,7 @@ class LocalRound:
         blob = blob_of(update, self.order.chunk)
         signed = manifest(self.job.job, self.job.round, self.device, blob.digest)
         signature = identity.private_key(Path(self.order.home)).sign(signed)
-        meta = Meta(self.job.job, self.job.round, blob, signature, self.told)
+        meta = Meta(self.job.job, self.job.round, blob, signature)
         commit(Path(self.order.folder), update, freeze(self.client.saved()), meta)
 
 

@@ -19,7 +19,6 @@ from federated.messages import (
     Done,
     Grant,
     Hello,
-    Leave,
     Message,
     Receipt,
     Report,
@@ -289,10 +288,6 @@ class Agent:
                 log.warning("on_adapter ended with code %d", process.returncode)
         except OSError as error:
             log.warning("on_adapter: %s", error)
-
-    async def leave(self) -> None:
-        """Tell the coordinator that this device goes."""
-        await self.say(Leave())
 
     async def _keeping(self) -> None:
         while True:

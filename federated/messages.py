@@ -88,7 +88,6 @@ class Report(Message, tag="report", frozen=True):
     reason: str = ""
     code: str = ""
     """`memory`, `consent`, `data`, `job`, `crash`: what the planner may learn from."""
-    telemetry: dict[str, Any] = {}
 
 
 class Leave(Message, tag="leave", frozen=True):

@@ -177,8 +177,6 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 EXCLUSIVE = ("attach", "objective", "train", "ready", "reduce")
 """Hooks that one method of a stack may define."""
-STEP = ("batch", "objective", "train", "loss", "grad")
-"""Hooks that need the torch engine."""
 HOOKS = tuple(n for n, v in vars(Method).items() if callable(v) and not n.startswith("_"))
 
 

@@ -4,8 +4,6 @@ Canonical coordinates are those of the unpruned base. A device works on compact 
 columns of `A` that belong to pruned channels are absent. Index lists (`Masks`) connect the two.
 """
 
-from collections.abc import Mapping
-
 import msgspec
 
 
@@ -59,8 +57,3 @@ def coordinates(spec: Spec) -> dict[str, str]:
         for side in "AB":
             ids[f"{module}.{side}"] = f"{p.view}:{p.rank}:{p.kept_out}:{p.kept_in}"
     return ids
-
-
-def parts(names: Mapping[str, object]) -> list[str]:
-    """Module names of all pairs in a mapping of `<module>.A/.B` names."""
-    return sorted({k[:-2] for k in names if k.endswith(".A")})

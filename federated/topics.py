@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from .errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-DEVICE_TOPICS = ("up", "chunk", "down", "job")
 
 
 def checked(name: str, what: str = "device") -> str:

@@ -16,7 +16,7 @@ from bandit.policy import Member, Outcome, Priced
 from bandit.tuner import POLICIES, NoArm, Tuner
 from profiles.card import ModelCard, Module
 from profiles.cost import memory_mb, price
-from profiles.device import DeviceProfile, generic, library, match
+from profiles.device import SOURCES, DeviceProfile, generic, library, match
 
 
 def card(layers: int = 6, h: int = 384, f: int = 1536) -> ModelCard:
@@ -214,4 +214,5 @@ def test_profiles_match_what_a_probe_sees(tmp_path: Path) -> None:
     assert match("x86_64", "", 16000, 8).name == "laptop-x86-16gb"
     assert match("riscv64", "", 4000, 4) == generic("riscv64", 4000, 4)
     for profile in library().values():
-        assert profile.source, f"{profile.name} says where its figures come from"
+        assert set(profile.source.values()) <= set(SOURCES), f"{profile.name} says where its figures come from"
+        assert "gflops" in profile.source
