@@ -1,4 +1,4 @@
-"""Default: feasible candidates by cost model, a common deadline by sweep, and a small UCB among the best (core.md 8.5).
+"""Default: feasible candidates by cost model, a common deadline by sweep, and a small UCB among the best (docs/specification.md).
 
 The re-estimated time model does the work; the bandit adds what no model knows. Candidates are the top arms that fit the
 deadline; infeasible ones are dropped, never used as padding. Learning is per kind of device: five to ten times more data.

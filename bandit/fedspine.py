@@ -2,7 +2,7 @@
 
 Yao et al., arXiv 2501.02438, name a smoothed UCB over a progressively refined space, rewarded by loss improvement, pruning
 progress, importance of the update and time relative to the others. The formulas are not public to us: leaves, discount, split
-rule and reward below are the reconstruction of core.md 1.4, not the paper's own. Depth and steps are the largest that fit.
+rule and reward below are the reconstruction of docs/specification.md, not the paper's own. Depth and steps are the largest that fit.
 """
 
 import math

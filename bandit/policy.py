@@ -24,7 +24,7 @@ class Priced(msgspec.Struct, frozen=True):
     seconds: float
     memory_mb: float
     utility: float
-    """Prior worth of one round, on a scale of its own (core.md 8.5)."""
+    """Prior worth of one round, on a scale of its own (docs/specification.md)."""
 
 
 class Member(msgspec.Struct, frozen=True):

@@ -110,7 +110,7 @@ class Tuner:
         return found
 
     def _utility(self, arm: Arm) -> float:
-        """Prior worth: saturating in rank, concave in depth and steps, falling with pruning (core.md 8.5)."""
+        """Prior worth: saturating in rank, concave in depth and steps, falling with pruning (docs/specification.md)."""
         placement = self.placements[arm.placement]
         total = sum(placement.values())
         layers = len({m.layer for m in self.card.modules if m.name in placement})

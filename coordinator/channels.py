@@ -1,7 +1,7 @@
 """One order of importance for the feed-forward channels of each layer, so that every pruning ratio is nested in the next.
 
 Importance is the product of a channel's norms on its way in and out, ‖W_up[j]‖·‖W_down[:, j]‖, summed over gated maps: what
-can be known before the first round, without data (core.md 9.3: a fair start for FFN channels).
+can be known before the first round, without data (docs/specification.md, Pruning: a fair start for FFN channels).
 """
 
 from pathlib import Path

@@ -79,7 +79,7 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     late: Literal["fold", "drop"] = "fold"
     min_devices: Annotated[int, Meta(ge=1)] = 1
     frozen_every: Annotated[int, Meta(ge=1)] = 5
-    """Rounds between refreshes of the adapted layers below a device's boundary (core.md 8.9, P2)."""
+    """Rounds between refreshes of the adapted layers below a device's boundary (docs/specification.md)."""
     seed: int = 0
 
 

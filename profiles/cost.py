@@ -1,6 +1,6 @@
 """What an arm costs on a device: bytes of memory, FLOPs, bytes on the link, seconds.
 
-Formulas of core.md 5.1 to 5.7, fp32 activations, no checkpointing. Activations kept for the backward pass are linear in the
+Formulas of docs/specification.md (Memory; FLOPs and seconds), fp32 activations, no checkpointing. Activations kept for the backward pass are linear in the
 number of layers above the boundary and nearly flat in rank; layers below it keep nothing.
 """
 
@@ -60,7 +60,7 @@ def boundary(card: ModelCard, placement: Mapping[str, int]) -> int:
 
 
 def activation_floats(card: ModelCard, placement: Mapping[str, int], prune: float) -> float:
-    """Floats kept per token for the backward pass, over all layers above the boundary (core.md 5.4, fused attention).
+    """Floats kept per token for the backward pass, over all layers above the boundary (docs/specification.md, fused attention).
 
     Encoder: 7h + f with adapters on attention alone, 8h + 2f with adapters on the FFN too. Gated decoder: 7h + 3f, 8h + 4f.
     """

@@ -1,7 +1,7 @@
 """FedIT: average A and B apart, weighted by examples (Zhang et al., 2024, "Towards Building the Federated GPT").
 
 The mean of products differs from the product of means by -Σ_{k<j} p_k p_j (B_k-B_j)(A_k-A_j), second order in how far
-devices drift apart and large for mixed ranks (core.md 4.6). Kept as the field's baseline; short factors are padded with
+devices drift apart and large for mixed ranks (docs/specification.md). Kept as the field's baseline; short factors are padded with
 zeros, so a slot that few devices hold shrinks, as in the released code.
 """
 

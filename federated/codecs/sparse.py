@@ -1,7 +1,7 @@
 """Sparse upload: top-k with error feedback, INT8 values and an entropy-coded index. The default codec.
 
 Top-k with memory: Stich, Cordonnier, Jaggi, 2018, algorithm 1; per class of tensors (A, B, heads) rather than one pool,
-so that a large head cannot starve the factors (core.md 4.14, 8.11). Our own choices: one scale per class; the index is a
+so that a large head cannot starve the factors (docs/specification.md). Our own choices: one scale per class; the index is a
 bitmap under Huffman coding, within 3% of its entropy for densities from 1/2 to 1/32; what rounding loses stays in the
 memory too, so nothing is ever dropped for good. Memory lives in factor coordinates and goes when they change.
 """

@@ -1,4 +1,4 @@
-"""Aggregation against the dense definition: core.md 8.8 and its acceptance tests 8.13 (1 to 4)."""
+"""Aggregation against the dense definition: docs/specification.md, with its acceptance tests."""
 
 import numpy as np
 import pytest
@@ -123,7 +123,7 @@ def test_a_single_device_is_followed_exactly() -> None:
 
 
 def test_long_run_with_unequal_ranks_does_not_drift() -> None:
-    """core.md 8.13 test 3b, shortened: delta aggregation keeps its distance to the optimum with R_s = the largest rank."""
+    """The drift test of docs/specification.md, shortened: delta aggregation keeps its distance to the optimum with R_s = the largest rank."""
     rng = np.random.default_rng(8)
     ranks, n = [2, 2, 4, 4, 8, 8], 24
     common = rng.standard_normal((n, n)) @ np.diag(np.linspace(1, 0, n) ** 2) @ rng.standard_normal((n, n)) / n
