@@ -1,6 +1,7 @@
 """Many updates to one change of the global adapter. Pure NumPy; the result does not depend on the order of arrival.
 
-Product space (docs/specification.md, Aggregation): ΔW ← ΔW + Σ_k w_k D⁻¹ M_k∘s(B₁A₁ - B₀A₀). Devices of one class (rank and mask of a module) share
+Product space (docs/specification.md, Aggregation):
+ΔW ← ΔW + Σ_k w_k D⁻¹ M_k∘s(B₁A₁ - B₀A₀). Devices of one class (rank and mask of a module) share
 (B₀, A₀), so the sum is (Σ w dB)·A₀ + B₀·(Σ w dA) + Σ w dB·dA: two plain sums per class; only the last term is per device. It is
 kept as an operator and never as a dense matrix, unless the matrix is small.
 

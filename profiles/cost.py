@@ -1,6 +1,7 @@
 """What an arm costs on a device: bytes of memory, FLOPs, bytes on the link, seconds.
 
-Formulas of docs/specification.md (Memory; FLOPs and seconds), fp32 activations, no checkpointing. Activations kept for the backward pass are linear in the
+Formulas of docs/specification.md (Memory; FLOPs and seconds):
+fp32 activations, no checkpointing. Activations kept for the backward pass are linear in the
 number of layers above the boundary and nearly flat in rank; layers below it keep nothing.
 """
 

@@ -123,7 +123,7 @@ def test_a_single_device_is_followed_exactly() -> None:
 
 
 def test_long_run_with_unequal_ranks_does_not_drift() -> None:
-    """The drift test of docs/specification.md, shortened: delta aggregation keeps its distance to the optimum with R_s = the largest rank."""
+    """The drift test, shortened: delta aggregation keeps its distance to the optimum with R_s = the largest rank."""
     rng = np.random.default_rng(8)
     ranks, n = [2, 2, 4, 4, 8, 8], 24
     common = rng.standard_normal((n, n)) @ np.diag(np.linspace(1, 0, n) ** 2) @ rng.standard_normal((n, n)) / n
