@@ -147,7 +147,7 @@ class Api:
             self.service.cancel(job)
         elif verb in ("pause", "resume"):
             self.service.ledger.change(store.jobs, {"id": job}, state="paused" if verb == "pause" else "running")
-            self.service._changed()
+            self.service.changed()
         else:
             raise ConfigError(f"`{verb}` is not one of cancel, pause, resume")
         return _json({"job": job, "done": verb})
@@ -194,7 +194,7 @@ class Api:
 
     async def devices(self, request: web.Request) -> web.Response:
         """The fleet."""
-        self.service._flush()
+        self.service.flush()
         return _json([{**row, "live": self.service.live.get(row["device"], {})} for row in self.service.devices.table()])
 
     async def invite(self, request: web.Request) -> web.Response:

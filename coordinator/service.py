@@ -84,7 +84,7 @@ class Service:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._flush()
+        self.flush()
         await self.bus.stop()
         self.ledger.close()
 
@@ -156,7 +156,7 @@ class Service:
             reason = self.devices.hello(device, message, time.time())
             self.send(device, Sorry(reason) if reason else Welcome(self.config.fleet))
             self._remind(device)
-            self._changed()
+            self.changed()
             return
         if (row := self.ledger.row(store.devices, id=device)) is None or row["state"] != "enrolled":
             raise WireError(f"device `{device}` has not said hello")
@@ -169,7 +169,7 @@ class Service:
         elif isinstance(message, Leave):
             self.devices.leave(device)
             self.uploads.forget(device)
-            self._changed()
+            self.changed()
 
     def _chunk(self, topic: str, payload: bytes) -> None:
         device = device_of(topic)
@@ -205,7 +205,7 @@ class Service:
         self.ledger.change(store.assignments, key, state="refused", reason=reason)
         self.ledger.tell(offer.job, device, f"its update of round {offer.round} was refused: {reason}")
         self._refuse(device, offer, reason)
-        self._changed()
+        self.changed()
 
     def _refuse(self, device: str, offer: Offer, reason: str) -> None:
         self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, False, reason))
@@ -243,7 +243,7 @@ class Service:
         )
         self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, True))
         self.live[device] = {"state": "done", "round": offer.round, "loss": told.get("loss_after"), "resumed": upload.resumed}
-        self._changed()
+        self.changed()
 
     def _reported(self, device: str, report: Report) -> None:
         self.live.setdefault(device, {}).update(state=report.state, round=report.round)
@@ -261,9 +261,10 @@ class Service:
                 seconds=max(0.001, time.time() - row["sent_at"]),
             )
             self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
-            self._changed()
+            self.changed()
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Something happened that the running job may wait for."""
         self._news.set()
         if self.runner is not None:
             self.runner.changed.set()
@@ -360,9 +361,10 @@ class Service:
     async def _flushing(self) -> None:
         while True:
             await asyncio.sleep(2.0)
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Bring the counts of received bytes to disk."""
         for device, count in list(self.bytes_in.items()):
             row = self.ledger.row(store.devices, id=device) if count else None
             if row is not None:

@@ -54,6 +54,9 @@ class Uploads:
             return
         upload = self.live.get(device)
         if upload is None or upload.offer.blob != blob:
+            for old in (self.folder / device).glob("*.part"):
+                if old.stem != blob.digest:
+                    old.unlink(missing_ok=True)
             upload = self.live[device] = Upload(device, offer, Assembly(self.folder / device, blob))
         else:
             upload.resumed = max(upload.resumed, len(upload.assembly.have))

@@ -161,6 +161,19 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if any(f["state"] == "error" for f in findings) else 0
 
 
+def _end_service(home: Path) -> None:
+    """A service that still runs would write into the folder that is being emptied."""
+    import psutil
+
+    try:
+        service = psutil.Process(int(_read_status(home)["pid"]))
+        if any("edge_agent" in word or "edge-agent" in word for word in service.cmdline()):
+            service.terminate()
+            service.wait(15)
+    except (ConfigError, psutil.Error, KeyError, ValueError):
+        return
+
+
 def _leave(args: argparse.Namespace) -> int:
     from federated.messages import Leave, seal
     from federated.mqtt import MqttBus
@@ -171,6 +184,7 @@ def _leave(args: argparse.Namespace) -> int:
     config = _config(args)
     if not args.yes:
         raise ConfigError(f"this removes identity, adapter, outbox and cache in {config.home}", "edge-agent leave --yes")
+    _end_service(config.home)
     told = False
     if (config.home / "identity.json").exists():
         who = identity.load(config.home)

@@ -70,7 +70,7 @@ def rows(dataset: Dataset, name: str) -> Iterator[Row]:
         yield from read(path, name)
     except FileNotFoundError:
         raise Refused(f"dataset `{name}`: {path} does not exist", f"correct `datasets.{name}.path`") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise Refused(f"dataset `{name}`: {path}: {error}") from None
 
 
@@ -81,9 +81,12 @@ def read(path: Path, name: str) -> Iterator[Row]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
-                        yield json.loads(line)
+                        row = json.loads(line)
                     except json.JSONDecodeError as error:
                         raise Refused(f"dataset `{name}`: {path}, line {number}: {error}") from None
+                    if not isinstance(row, dict):
+                        raise Refused(f"dataset `{name}`: {path}, line {number} is not an object")
+                    yield row
     elif path.suffix in (".csv", ".tsv"):
         with path.open(encoding="utf-8", newline="") as lines:
             yield from csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")

@@ -4,35 +4,23 @@ import contextlib
 import ctypes
 import os
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 if sys.platform != "win32":
     import fcntl
     import resource
 
-    @contextlib.contextmanager
-    def slot(count: int | None) -> Iterator[None]:
-        """Hold one of the machine's training slots, one per core unless told otherwise; agents on one machine share them."""
-        folder = Path(tempfile.gettempdir()) / f"rankfleet-slots-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        total = count or os.cpu_count() or 1
-        while True:
-            for n in range(total):
-                file = os.open(folder / str(n), os.O_RDWR | os.O_CREAT, 0o600)
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    os.close(file)
-                    continue
-                try:
-                    yield
-                finally:
-                    os.close(file)
-                return
-            time.sleep(0.05)
+    def try_lock(file: int) -> bool:
+        """Take the file's lock if it is free; closing the file gives it back."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def owner() -> str:
+        """What tells this user's files from another's in a common folder."""
+        return str(os.getuid())
 
     def peak_rss_mb() -> float:
         """Highest resident memory of this process so far."""

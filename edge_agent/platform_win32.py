@@ -1,36 +1,22 @@
 """Windows. Type-checked; not yet run on Windows."""
 
-import contextlib
 import os
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 if sys.platform == "win32":
     import msvcrt
 
-    @contextlib.contextmanager
-    def slot(count: int | None) -> Iterator[None]:
-        """Hold one of the machine's training slots."""
-        folder = Path(tempfile.gettempdir()) / "rankfleet-slots"
-        folder.mkdir(exist_ok=True)
-        total = count or os.cpu_count() or 1
-        while True:
-            for n in range(total):
-                file = os.open(folder / str(n), os.O_RDWR | os.O_CREAT)
-                try:
-                    msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-                except OSError:
-                    os.close(file)
-                    continue
-                try:
-                    yield
-                finally:
-                    os.close(file)
-                return
-            time.sleep(0.05)
+    def try_lock(file: int) -> bool:
+        """Take the file's lock if it is free; closing the file gives it back."""
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def owner() -> str:
+        """What tells this user's files from another's in a common folder."""
+        return os.environ.get("USERNAME", "user")
 
     def peak_rss_mb() -> float:
         """Highest working set of this process so far."""

@@ -142,7 +142,7 @@ class Trainer:
 
     @torch.inference_mode()
     def measure(self, examples: Examples, head: dict[str, Tensor] | None = None, batch: int = 32) -> dict[str, float]:
-        """Sums over `examples` with the adapter as it stands: loss, its square, right answers, count, predictions' tokens."""
+        """Sums over `examples` with the adapter as it stands: loss, its square, right answers, count."""
         head = head if head is not None else self.head
         total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
         for at in range(0, len(examples), batch):

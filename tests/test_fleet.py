@@ -127,6 +127,13 @@ async def test_quantised_and_pruned_arms(tmp_path: Path, tiny: Path) -> None:
         assert all(t["loss_after"] > 0 for t in told)
 
 
+async def test_bf16_arms(tmp_path: Path, tiny: Path) -> None:
+    async with World(tmp_path, tiny, devices=2) as world:
+        name = await world.run(job(rounds=3, arms={"ranks": [2], "bits": [16], "steps": [6], "batch": 8}, training={"lr": 0.03}))
+        versions = [store.read(r["metrics"]) for r in world.coordinator.ledger.rows(store.versions, job=name)]
+        assert versions[-1]["loss"] < versions[0]["loss"]
+
+
 async def test_images_are_a_task_too(tmp_path: Path, vit: Path) -> None:
     import json
 

@@ -162,9 +162,18 @@ def test_the_held_out_tenth_stays_aside_as_data_grow(tmp_path: Path) -> None:
     assert 10 < len(held[1]) < 60
 
 
-@pytest.mark.parametrize(("name", "message"), [("data.txt", "none of .jsonl"), ("none.jsonl", "does not exist")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data.txt", "none of .jsonl"), ("none.jsonl", "does not exist"), ("list.jsonl", "line 1 is not an object"),
+        ("bad.parquet", "Parquet"), ("latin.csv", "codec can't decode"),
+    ],
+)  # fmt: skip
 def test_unreadable_files(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "data.txt").write_text("x")
+    (tmp_path / "list.jsonl").write_text("[1, 2]")
+    (tmp_path / "bad.parquet").write_bytes(b"nothing of the kind")
+    (tmp_path / "latin.csv").write_bytes(b"text,label\n\xe4,a")
     with pytest.raises(Refused, match=message):
         Shard(Dataset(str(tmp_path / name)), "x", ["text", "label"], ["a"])
 
@@ -225,3 +234,27 @@ async def test_a_worker_over_its_memory_is_stopped_and_the_next_order_gets_a_new
             await engine.run(order, lambda told: None)
     finally:
         await engine.stop()
+
+
+def test_slots_are_shared_and_given_back() -> None:
+    import threading
+    import time
+
+    from edge_agent import system
+
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        with system.slot(1):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    assert (inside, most) == (0, 1)
