@@ -177,7 +177,7 @@ def merge(old: LowRank, change: Operator, rank: int) -> LowRank:
     if change.out * change.in_ <= DENSE:
         u, s, vt = np.linalg.svd(whole.dense(), full_matrices=False)
     elif sum(t.A.shape[0] for t in terms) <= min(change.out, change.in_) // 4:
-        u, s, vt = _by_qr(whole.stacked())
+        u, s, vt = by_qr(whole.stacked())
     else:
         u, s, vt = _by_subspace(whole, rank)
     return balanced(u, s, vt, rank)
@@ -192,7 +192,8 @@ def balanced(u: Array, s: Array, vt: Array, rank: int) -> LowRank:
     return LowRank(b, a)
 
 
-def _by_qr(stack: LowRank) -> tuple[Array, Array, Array]:
+def by_qr(stack: LowRank) -> tuple[Array, Array, Array]:
+    """Thin SVD of B·A from the QR of both factors."""
     qb, rb = np.linalg.qr(stack.B)
     qa, ra = np.linalg.qr(stack.A.T)
     u, s, vt = np.linalg.svd(rb @ ra.T)

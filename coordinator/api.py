@@ -49,6 +49,7 @@ class Api:
                 web.post("/jobs", self.submit),
                 web.post("/jobs/{job}/{verb}", self.verb),
                 web.get("/jobs/{job}/rounds", self.rounds),
+                web.get("/jobs/{job}/progress", self.progress),
                 web.get("/devices", self.devices),
                 web.post("/devices/{device}/invite", self.invite),
                 web.get("/jobs/{job}/arms", self.arms),
@@ -175,6 +176,11 @@ class Api:
             )
         events = [{"at": e["at"], "device": e["device"], "text": e["text"]} for e in ledger.rows(store.events, job=job)]
         return _json({"rounds": found, "live": self.service.live, "events": events})
+
+    async def progress(self, request: web.Request) -> web.Response:
+        """When each round closed and how many updates it had: cheap to ask for again and again."""
+        rows = self.service.ledger.rows(store.rounds, job=request.match_info["job"])
+        return _json([{"round": r["number"], "closed": r["closed"], **store.read(r["info"])} for r in rows])
 
     def _assigned(self, job: str, number: int) -> list[dict[str, Any]]:
         rows = self.service.ledger.rows(store.assignments, job=job, round=number)

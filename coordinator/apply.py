@@ -1,6 +1,6 @@
 """From admitted updates to the next version: reduce, step, apply. The one place where product and factor space part."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -9,11 +9,28 @@ from federated.stack import ServerSide
 from federated.tensors import Array
 from federated.update import LowRank, Update
 
-from . import aggregate
+from . import aggregate, streaming
 from .aggregate import Operator, Term
 from .registry import Version
 
 Change = dict[str, Array | Operator]
+
+
+def next_version(server: ServerSide, old: Version, updates: Iterable[Update], devices: int, number: int) -> tuple[Version, list[Update]]:
+    """The version after `updates` (in device order), and those that went in. Raises WireError where a method's result fits nothing."""
+    if streams(server):
+        pairs, means, used = streaming.product(updates, old.pairs, devices)
+        dense = {k: (old.dense[k] + means[k]).astype(np.float32) if k in means else t for k, t in old.dense.items()}
+        return Version(old.number + 1, {**old.pairs, **pairs}, dense, {}, {}), used
+    found = list(updates)
+    if not found:
+        return old, []
+    return step(old, reduce(server, server.admit(found, number) or found, number)), found
+
+
+def streams(server: ServerSide) -> bool:
+    """Is the default aggregate used, which reads updates once or twice in device order and keeps none?"""
+    return server.stack.space == "product" and not any(server.stack.using(h) for h in ("admit", "reduce", "step"))
 
 
 def reduce(server: ServerSide, updates: list[Update], number: int) -> Change:
@@ -29,7 +46,13 @@ def reduce(server: ServerSide, updates: list[Update], number: int) -> Change:
     if server.stack.using("step"):
         plain = {k: v.stacked() if isinstance(v, Operator) else v for k, v in change.items()}
         change = {k: _operator(v) for k, v in server.step(plain, number).items()}
-    return change
+    scale = next((p.scale for u in updates for p in u.spec.pairs.values()), 1.0)
+    return {k: _unscaled(v, scale) if isinstance(v, Operator) else v for k, v in change.items()}
+
+
+def _unscaled(change: Operator, scale: float) -> Operator:
+    """Methods see s·(B₁A₁ - B₀A₀); a version holds B·A, which devices multiply by s."""
+    return Operator(change.out, change.in_, lambda: [Term(b / scale, a) for b, a in change.terms()])
 
 
 def _operator(value: Array | LowRank) -> Array | Operator:
@@ -38,7 +61,7 @@ def _operator(value: Array | LowRank) -> Array | Operator:
     return value
 
 
-def step(old: Version, change: Mapping[str, Array | Operator], number: int) -> Version:
+def step(old: Version, change: Mapping[str, Array | Operator]) -> Version:
     """The version after `change`. Raises WireError where a method's result fits nothing."""
     pairs, dense = dict(old.pairs), dict(old.dense)
     for name, value in sorted(change.items()):

@@ -1,6 +1,7 @@
 """Downloads by demand: wants are gathered for a moment, then each missing piece is published once for all who asked."""
 
 import asyncio
+import contextlib
 import logging
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from federated.files import write_atomic
 from federated.messages import Blob, Ranges
 from federated.topics import Topics
 from federated.transfer import blob_of, cut, numbers
+from federated.within import within
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,9 @@ class Blobs:
         self.bus, self.topics, self.folder, self.packet, self.gather_s = bus, topics, folder, packet, gather_ms / 1e3
         self._known: dict[str, Blob] = {}
         self._wanted: dict[str, set[int]] = {}
+        self._asked: dict[str, int] = {}
+        self._expected: dict[str, int] = {}
+        self._all: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def put(self, data: bytes) -> Blob:
@@ -40,6 +45,10 @@ class Blobs:
         """Where the content lies."""
         return self.folder / digest
 
+    def expect(self, digest: str, devices: int) -> None:
+        """So many devices will ask for it soon: once all have, nobody is waited for."""
+        self._expected[digest] = devices
+
     def want(self, digest: str, missing: Ranges) -> None:
         """Someone asks for pieces; unknown digests are ignored."""
         blob = self._known.get(digest)
@@ -47,6 +56,9 @@ class Blobs:
             log.warning("a device wants blob %s, which is not offered", digest[:12])
             return
         waiting = digest in self._wanted
+        self._asked[digest] = self._asked.get(digest, 0) + 1
+        if self._asked[digest] >= self._expected.get(digest, 1 << 30) and digest in self._all:
+            self._all[digest].set()
         self._wanted.setdefault(digest, set()).update(numbers(missing, blob.chunks))
         if not waiting:
             task = asyncio.create_task(self._publish(blob), name=f"blob-{digest[:8]}")
@@ -54,7 +66,12 @@ class Blobs:
             task.add_done_callback(self._tasks.discard)
 
     async def _publish(self, blob: Blob) -> None:
-        await asyncio.sleep(self.gather_s)
+        everyone = self._all[blob.digest] = asyncio.Event()
+        if self._asked[blob.digest] < self._expected.get(blob.digest, 1 << 30):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(self.gather_s, everyone.wait())
+        self._expected[blob.digest] = max(1, self._expected.get(blob.digest, 1) - self._asked[blob.digest])
+        self._asked[blob.digest] = 0
         pieces = sorted(self._wanted.pop(blob.digest, set()))
         try:
             data = (self.folder / blob.digest).read_bytes()
@@ -69,4 +86,5 @@ class Blobs:
         for path in list(self.folder.glob("*")) if self.folder.exists() else []:
             if path.name not in keep:
                 path.unlink(missing_ok=True)
-                self._known.pop(path.name, None)
+                for table in (self._known, self._asked, self._expected, self._all):
+                    table.pop(path.name, None)

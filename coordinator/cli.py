@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 import time
@@ -51,8 +52,13 @@ def build() -> argparse.ArgumentParser:
     versions.add_argument("what", choices=["list", "promote", "rollback"])
     versions.add_argument("job")
     versions.add_argument("number", nargs="?", type=int)
-    export = verb("export", _export, "a version as a folder that plain peft loads", "coordinator export docs-1 --to adapter/", "job")
+    export = verb(
+        "export", _export, "a version for other tools: peft, merged safetensors, or GGUF", "coordinator export docs-1 --to adapter/", "job"
+    )
     export.add_argument("--to", type=Path, required=True, help="folder to write")
+    export.add_argument(
+        "--format", choices=["peft", "merged", "gguf"], default="peft", help="peft: adapter alone (default); merged: the whole model"
+    )
     export.add_argument("--version", type=int, help="version (default: the newest good one)")
     verb("doctor", _doctor, "find what is set up wrong", "coordinator doctor")
     return parse
@@ -74,6 +80,8 @@ def _client(args: argparse.Namespace) -> "Client":
 
 def _serve(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Its matrices are small: a second BLAS thread slows them down, and one gives the same bits everywhere.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         asyncio.run(_service(_config(args)))
     except OSError as error:
@@ -254,9 +262,9 @@ def _versions(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from .export import to_peft
+    from .export import write
 
-    number = to_peft(_config(args), args.job, args.to, args.version)
+    number = write(_config(args), args.job, args.to, args.version, args.format)
     cli.show(args, {"version": number, "folder": str(args.to)}, f"version {number} of {args.job} lies in {args.to}")
     return 0
 

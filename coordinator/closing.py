@@ -5,12 +5,13 @@ version's row and the states of its updates change together: an update is counte
 """
 
 import asyncio
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, delete, insert, update
+from sqlalchemy import Connection, bindparam, delete, insert, update
 from sqlalchemy.engine import RowMapping
 
 from federated.errors import ConfigError, Refused, WireError
@@ -18,7 +19,7 @@ from federated.messages import read_assignment
 from federated.update import Update
 
 from . import apply, quality, store
-from .incoming import lift
+from .incoming import Keeper, Lifter
 from .registry import Version
 
 if TYPE_CHECKING:
@@ -41,45 +42,58 @@ async def close(run: "JobRunner", number: int) -> None:
         run.ledger.change(store.rounds, {"job": run.job, "number": number}, state="closing", folding=store.text(folding))
     version = await asyncio.to_thread(make, run, number, folding)
     rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+    for row in rows:
+        if examples := store.read(row["telemetry"]).get("examples"):
+            run.examples[row["device"]] = float(examples)
     with run.ledger.write() as tx:
         judge(run, tx, number, quality.of_version(rows))
         record(run, tx, version)
         mark_closed(run, tx, number, rows)
         settle(run, tx, number, folding)
-    run.load(version.number)
+    run.pending.close(run.job, number)
+    run.adopt(version)
     tidy(run, version.number)
 
 
 def foldable(run: "JobRunner", number: int) -> list[RowMapping]:
     """This round's updates, and late ones whose base version is still known."""
     fold = run.plan.spec.late == "fold"
-    rows = run.ledger.rows(store.assignments, job=run.job, state="received")
-    return [r for r in rows if r["round"] == number or (fold and 0 < number - r["round"] <= KEEP)]
+    rows = run.ledger.rows(store.assignments, since=number - KEEP, job=run.job, state="received")
+    return [r for r in rows if r["round"] == number or (fold and r["round"] < number)]
 
 
 def make(run: "JobRunner", number: int, folding: Folding) -> Version:
     """The next version, from the ledger and files alone."""
-    updates = [u for device, of in sorted(folding) if (u := lifted(run, device, of, number)) is not None]
-    if not updates:
+    keeper = Keeper() if apply.streams(run.server) else Keeper(pinned_mb=math.inf)
+    lifter = Lifter(run.server, run.blobs, number, keeper)
+    rows = {
+        (r["device"], r["round"]): r for of in {of for _, of in folding} for r in run.ledger.rows(store.assignments, job=run.job, round=of)
+    }
+    norms: dict[str, float] = {}
+
+    def updates() -> Iterator[Update]:
+        for device, of in sorted(folding):
+            if (row := rows.get((device, of))) is not None and (u := lifted(run, lifter, row)) is not None:
+                norms[device] = u.norm()
+                yield u
+
+    version, used = apply.next_version(run.server, run.version, updates(), len(folding), number)
+    if not used:
         raise ConfigError(f"round {number}: no update could be used; `coordinator rounds {run.job}` says why")
-    admitted = run.server.admit(updates, number)
-    change = apply.reduce(run.server, admitted or updates, number)
-    version = apply.step(run.version, change, number)
     run.planner.carry_views(run.version, version)
-    observe(run, number, updates)
+    observe(run, [r for (_, of), r in sorted(rows.items()) if of == number], norms)
     return version
 
 
-def lifted(run: "JobRunner", device: str, of: int, number: int) -> Update | None:
+def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping) -> Update | None:
     """One update in canonical coordinates; None for one that cannot be used, which is put aside with the reason."""
-    key = {"job": run.job, "round": of, "device": device}
-    row = run.ledger.row(store.assignments, **key)
-    if row is None or row["state"] == "refused":
+    if row["state"] == "refused":
         return None
+    device, of = row["device"], row["round"]
     try:
-        made = lift(run.update_path(of, device), read_assignment(row["body"]), device, run.server, run.blobs, number - of)
+        made = lifter.lift(run.update_path(of, device), read_assignment(row["body"]), device)
     except (WireError, OSError, Refused) as error:
-        run.ledger.change(store.assignments, key, state="refused", reason=str(error))
+        run.ledger.change(store.assignments, {"job": run.job, "round": of, "device": device}, state="refused", reason=str(error))
         run.ledger.tell(run.job, device, f"its update of round {of} was put aside: {error}")
         return None
     if made.age and not run.plan.stack.using("ready"):
@@ -87,13 +101,11 @@ def lifted(run: "JobRunner", device: str, of: int, number: int) -> Update | None
     return made
 
 
-def observe(run: "JobRunner", number: int, updates: Sequence[Update]) -> None:
+def observe(run: "JobRunner", rows: Sequence[RowMapping], norms: Mapping[str, float]) -> None:
     """What came of the arms, for the tuner."""
     eligible = run.fleet.eligible(run.plan)
     known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
-    norms = {u.device: u.norm() for u in updates}
     total = sum(norms.values()) or 1.0
-    rows = run.ledger.rows(store.assignments, job=run.job, round=number)
     outcomes = [
         quality.outcome(r, known[r["device"]].name, norms.get(r["device"], 0.0) / total)
         for r in rows
@@ -131,9 +143,8 @@ def mark_closed(run: "JobRunner", tx: Connection, number: int, rows: Sequence[Ro
 def settle(run: "JobRunner", tx: Connection, number: int, folding: Folding) -> None:
     """Updates that went in are counted; whoever has not answered is late; what is too old for any version is said to be."""
     a = store.assignments
-    for device, of in folding:
-        where = (a.c.job == run.job, a.c.round == of, a.c.device == device, a.c.state != "refused")
-        tx.execute(update(a).where(*where).values(state="counted", folded=number))
+    key = (a.c.job == run.job, a.c.round == bindparam("of"), a.c.device == bindparam("who"), a.c.state != "refused")
+    tx.execute(update(a).where(*key).values(state="counted", folded=number), [{"who": d, "of": of} for d, of in folding])
     tx.execute(update(a).where(a.c.job == run.job, a.c.round == number, a.c.state == "assigned").values(state="late"))
     oldest = number - KEEP if run.plan.spec.late == "fold" else number
     stale = (a.c.job == run.job, a.c.round <= oldest, a.c.state == "received")
@@ -147,5 +158,4 @@ def tidy(run: "JobRunner", number: int) -> None:
     for path in (run.home / "updates" / run.job).glob("r??????"):
         if int(path.name[1:]) < oldest:
             shutil.rmtree(path, ignore_errors=True)
-    rows = [r for r in run.ledger.rows(store.assignments, job=run.job) if r["round"] >= oldest]
-    run.blobs.forget({b.digest for r in rows for b in read_assignment(r["body"]).blobs.values()})
+    run.blobs.forget(run.blobs_in_use(oldest))

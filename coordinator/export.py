@@ -1,16 +1,28 @@
-"""A version as files that other tools read: peft's format with the head beside it. Reads the data directory; needs no service."""
+"""A version as files that other tools read: peft's format, the base with the adapter in it, a GGUF LoRA for llama.cpp.
 
+Reads the data directory; needs no service, and neither torch nor transformers.
+"""
+
+import json
+import shutil
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from federated.errors import ConfigError
-from federated.peft_format import write_adapter
+from federated.files import write_atomic
+from federated.peft_format import LOAD_MERGED, head_files, used_pairs, write_adapter
+from federated.tensors import Array
+from federated.update import LowRank
+from profiles.card import Entry, entries
 
 from . import store
 from .config import CoordinatorConfig
 from .job import JobSpec, read_job
 from .registry import Registry, Version
+
+FORMATS = ("peft", "merged", "gguf")
 
 
 def current(ledger: store.Store, job: str) -> int:
@@ -38,9 +50,66 @@ def load(config: CoordinatorConfig, job: str, number: int | None = None) -> tupl
         ledger.close()
 
 
-def to_peft(config: CoordinatorConfig, job: str, folder: Path, number: int | None = None) -> int:
-    """Write peft's format into `folder`; returns the version."""
+def base_folder(config: CoordinatorConfig, spec: JobSpec) -> Path:
+    """The base model of a job. Raises ConfigError."""
+    if spec.model not in config.models:
+        raise ConfigError(f"the coordinator has no base model `{spec.model}` any more", f"add `models: {{{spec.model}: FOLDER}}`")
+    return Path(config.models[spec.model])
+
+
+def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = None, kind: str = "peft") -> int:
+    """Write version `number` (default: the newest good one) into `to`; returns which it was. Raises ConfigError."""
     version, spec = load(config, job, number)
-    task = {**msgspec.to_builtins(spec.task), "version": version.number}
-    write_adapter(folder, version.pairs, version.dense, scale=spec.adapter.scale, base=spec.model, task=task)
+    if kind == "merged":
+        merged(version, spec, base_folder(config, spec), to)
+    elif kind == "gguf":
+        from .gguf_lora import write_gguf
+
+        write_gguf(to, version.pairs, spec.adapter.scale, base_folder(config, spec), f"{job} version {version.number}")
+    else:
+        task = {**msgspec.to_builtins(spec.task), "version": version.number}
+        write_adapter(
+            to, version.pairs, version.dense, scale=spec.adapter.scale, base=spec.model, task=task, transposed=_transposed(config, spec)
+        )
     return version.number
+
+
+def _transposed(config: CoordinatorConfig, spec: JobSpec) -> bool:
+    file = Path(config.models.get(spec.model, "")) / "config.json"
+    return file.exists() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "gpt2"
+
+
+def merged(version: Version, spec: JobSpec, base: Path, to: Path) -> None:
+    """A whole model folder: W + s·B·A in every adapted map, in the dtype of the checkpoint, the head beside it."""
+    to.mkdir(parents=True, exist_ok=True)
+    pairs = used_pairs(version.pairs)
+    for file in sorted(p for p in base.iterdir() if p.is_file() and p.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja")):
+        shutil.copyfile(file, to / file.name)
+        if file.suffix == ".safetensors":
+            for name, entry in entries(file).items():
+                if (pair := pairs.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+                    _add(to / file.name, entry, pair, spec.adapter.scale)
+    if version.dense:
+        for name, data in head_files(version.dense, {**msgspec.to_builtins(spec.task), "version": version.number}, LOAD_MERGED).items():
+            write_atomic(to / name, data)
+
+
+def _add(file: Path, entry: Entry, pair: LowRank, scale: float) -> None:
+    """W + s·B·A, in place. GPT-2 keeps its maps transposed."""
+    kinds = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+    if entry.dtype not in kinds:
+        raise ConfigError(f"{file.name} holds weights as {entry.dtype}, which cannot be added to", "export as peft instead")
+    stored = np.memmap(file, dtype=kinds[entry.dtype], mode="r+", offset=entry.offset, shape=tuple(entry.shape))
+    change = scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
+    change = change if change.shape == stored.shape else change.T
+    if entry.dtype == "BF16":
+        stored[:] = to_bf16((stored.astype(np.uint32) << 16).view(np.float32) + change.astype(np.float32))
+    else:
+        stored[:] = (stored.astype(np.float64) + change).astype(stored.dtype)
+    stored.flush()
+
+
+def to_bf16(values: Array) -> Array:
+    """fp32 rounded to the nearest bf16 (ties to even), as u16 bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

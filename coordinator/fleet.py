@@ -1,5 +1,6 @@
 """The devices: who is enrolled, what each one said of itself, and what is sealed for whom."""
 
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
@@ -12,75 +13,97 @@ from . import store
 from .job import Plan
 
 
+@dataclass
+class Device:
+    """One row of the device table, in memory."""
+
+    state: str
+    link_key: bytes
+    public_key: bytes
+    said: Hello | None
+    profile: DeviceProfile | None = None
+
+
 class Devices:
-    """The device table, with what is asked often kept in memory."""
+    """The device table: the ledger holds it, everything that is asked for every message is in memory too."""
 
     def __init__(self, ledger: store.Store) -> None:
         self.ledger = ledger
-        self._keys: dict[str, bytes] = {}
-        self._hello: dict[str, Hello | None] = {}
+        self._rows: dict[str, Device] = {}
+        for row in ledger.rows(store.devices):
+            said = msgspec.json.decode(row["hello"], type=Hello) if row["state"] == "enrolled" and row["hello"] != "{}" else None
+            self._rows[row["id"]] = Device(row["state"], row["link_key"], row["public_key"], said)
 
     def key(self, device: str) -> bytes | None:
         """The link key of an invited or enrolled device."""
-        if device not in self._keys:
-            row = self.ledger.row(store.devices, id=device)
-            if row is None or row["state"] in ("left", "revoked"):
-                return None
-            self._keys[device] = row["link_key"]
-        return self._keys[device]
+        row = self._rows.get(device)
+        return None if row is None or row.state in ("left", "revoked") else row.link_key
+
+    def public(self, device: str) -> bytes:
+        """The key that an enrolled device signs with; empty where there is none."""
+        row = self._rows.get(device)
+        return row.public_key if row else b""
+
+    def enrolled(self, device: str) -> bool:
+        """Has it said hello, and not left?"""
+        return device in self._rows and self._rows[device].state == "enrolled"
 
     def hello(self, device: str, said: Hello, now: float) -> str:
         """Enrol or refresh a device. Returns a reason where it is refused, else an empty text."""
-        row = self.ledger.row(store.devices, id=device)
+        row = self._rows.get(device)
         if row is None:
             return "unknown device"
         try:
-            msgspec.convert(said.profile, DeviceProfile)
+            profile = msgspec.convert(said.profile, DeviceProfile)
         except msgspec.ValidationError as error:
             return f"its profile is not understood: {error}"
-        if row["public_key"] and row["public_key"] != said.public_key:
+        if row.public_key and row.public_key != said.public_key:
             return "another key is enrolled under this name; `coordinator invite` makes a new claim"
-        self.ledger.change(
-            store.devices, {"id": device}, state="enrolled", public_key=said.public_key, seen=now, hello=msgspec.json.encode(said).decode()
-        )
-        self._hello[device] = said
+        if (row.state, row.said) != ("enrolled", said):
+            self.ledger.change(
+                store.devices,
+                {"id": device},
+                state="enrolled",
+                public_key=said.public_key,
+                seen=now,
+                hello=msgspec.json.encode(said).decode(),
+            )
+            self._rows[device] = Device("enrolled", row.link_key, said.public_key, said, profile)
         return ""
 
     def said(self, device: str) -> Hello | None:
         """A device's last hello."""
-        if device not in self._hello:
-            row = self.ledger.row(store.devices, id=device)
-            known = row is not None and row["state"] == "enrolled" and row["hello"] != "{}"
-            self._hello[device] = msgspec.json.decode(row["hello"], type=Hello) if known and row else None
-        return self._hello[device]
+        row = self._rows.get(device)
+        return row.said if row else None
 
     def profile(self, device: str) -> DeviceProfile | None:
         """What the device said of itself."""
-        said = self.said(device)
-        return msgspec.convert(said.profile, DeviceProfile) if said else None
+        row = self._rows.get(device)
+        if row is None or row.said is None:
+            return None
+        if row.profile is None:
+            row.profile = msgspec.convert(row.said.profile, DeviceProfile)
+        return row.profile
 
     def leave(self, device: str) -> None:
         """Forget a device's key."""
         self.ledger.change(store.devices, {"id": device}, state="left")
-        self._keys.pop(device, None)
-        self._hello.pop(device, None)
+        if device in self._rows:
+            self._rows[device] = Device("left", b"", b"", None)
 
     def invite(self, device: str, link_key: bytes) -> None:
         """A new claim; an earlier one under the same name is void."""
         self.ledger.put(
             store.devices, {"id": device}, link_key=link_key, public_key=b"", state="invited", hello="{}", seen=0.0, bytes_in=0, note=""
         )
-        self._keys.pop(device, None)
-        self._hello.pop(device, None)
+        self._rows[device] = Device("invited", link_key, b"", None)
 
     def eligible(self, plan: Plan) -> dict[str, tuple[DeviceProfile, dict[str, float]]]:
         """Devices that may take part in a job: enrolled, aimed at, with its dataset and model, owner willing."""
         found = {}
-        for row in self.ledger.rows(store.devices, state="enrolled"):
-            if not self.why_not(row["id"], plan):
-                said, profile = self.said(row["id"]), self.profile(row["id"])
-                if said and profile:
-                    found[row["id"]] = (profile, said.bits_ms)
+        for device, row in sorted(self._rows.items()):
+            if row.state == "enrolled" and not self.why_not(device, plan) and row.said and (profile := self.profile(device)):
+                found[device] = (profile, row.said.bits_ms)
         return found
 
     def why_not(self, device: str, plan: Plan) -> str:

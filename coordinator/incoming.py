@@ -1,19 +1,30 @@
-"""A stored update, lifted: from the file that a device sent to an `Update` in canonical coordinates."""
+"""A stored update, lifted: from the file that a device sent to an `Update` in canonical coordinates.
 
+Updates stay on disk. What one decodes to is kept as long as there is room, and decoded again where there is not, so that closing
+a round with a thousand devices takes no more memory than with twenty.
+"""
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from federated.errors import NotFinite, WireError
-from federated.messages import Assignment
+from federated.messages import Assignment, read_assignment
 from federated.spec import Spec
 from federated.stack import ServerSide
-from federated.tensors import Tensors
-from federated.update import Update
+from federated.tensors import Array, Tensors
+from federated.update import Masks, Update
 from federated.wire import decode, open_frame
 
 from .blobs import Blobs
+
+PINNED_MB, RECENT_MB = 20, 28
+"""Decoded updates that are kept for every pass, and those that were looked at last."""
 
 
 def check(data: bytes) -> dict[str, object]:
@@ -24,47 +35,124 @@ def check(data: bytes) -> dict[str, object]:
     return meta
 
 
-def lift(
-    path: Path, assignment: Assignment, device: str, server: ServerSide, blobs: Blobs, age: int, weight: float | None = None
-) -> Update:
-    """Read, undo the codecs, check shapes and numbers. Raises WireError; the caller puts the update aside with the reason."""
-    tensors, report = open_frame(path, finite=True)
-    view_frame, meta = open_frame(blobs.path(assignment.blobs["view"].digest))
-    spec = msgspec.convert(meta, Spec)
-    view = {k: t.astype(np.float32) for k, t in view_frame.items() if not k.startswith("x/")}
-    masks = (
-        {k: np.array(t) for k, t in open_frame(blobs.path(assignment.blobs["masks"].digest))[0].items()}
-        if "masks" in assignment.blobs
-        else {}
-    )
-    extra: dict[str, Tensors] = {}
-    for key, array in tensors.items():
-        if key.startswith("x/") and key.count("/") >= 2:
-            _, method, name = key.split("/", 2)
-            extra.setdefault(method, {})[name] = np.array(array)
-    examples = float(report.get("examples", 1) or 1)
-    update = Update(
-        device,
-        weight if weight is not None else min(max(examples, 1.0), 1e7),
-        {k[2:]: t for k, t in tensors.items() if k.startswith("d/")},
-        spec,
-        view,
-        masks,
-        extra,
-        report,
-        age,
-        1.0,
-        server.stack.space,
-        assignment.blobs["view"].digest,
-    )
-    try:
-        update = server.receive(update, assignment.round)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise WireError(f"the update cannot be decoded: {error}") from None
-    shapes = spec.shapes()
-    for name, delta in update.delta.items():
-        if name not in shapes or delta.shape != shapes[name]:
-            raise WireError(f"the update holds `{name}` with shape {delta.shape}, expected {shapes.get(name)}")
-        if not np.isfinite(delta).all():
-            raise NotFinite(f"the update holds NaN or infinity in `{name}`")
-    return update
+def purpose(body: bytes) -> str:
+    """What an assignment in the ledger was for."""
+    return read_assignment(body).purpose
+
+
+class Keeper:
+    """Decoded updates: the first ones stay, of the others the last ones, so that passes in the same order profit."""
+
+    def __init__(self, pinned_mb: float = PINNED_MB, recent_mb: float = RECENT_MB) -> None:
+        self.keys = itertools.count()
+        self.pinned: dict[int, Tensors] = {}
+        self.recent: OrderedDict[int, Tensors] = OrderedDict()
+        self._free, self._room = pinned_mb * 1e6, recent_mb * 1e6
+        self._held = 0
+
+    def get(self, key: int, make: Callable[[], Tensors]) -> Tensors:
+        """What `make` gives, from memory where it is."""
+        if key in self.pinned:
+            return self.pinned[key]
+        if key in self.recent:
+            return self.recent[key]
+        made = make()
+        size = sum(t.nbytes for t in made.values())
+        if size <= self._free:
+            self._free -= size
+            self.pinned[key] = made
+            return made
+        self.recent[key] = made
+        self._held += size
+        while self._held > self._room and len(self.recent) > 1:
+            _, old = self.recent.popitem(last=False)
+            self._held -= sum(t.nbytes for t in old.values())
+        return made
+
+
+class Decoded(Mapping[str, Array]):
+    """The deltas of one stored update."""
+
+    def __init__(self, keeper: Keeper, make: Callable[[], Tensors]) -> None:
+        self._keeper, self._make, self._key = keeper, make, next(keeper.keys)
+
+    def load(self) -> Tensors:
+        """All of them. Raises WireError."""
+        return self._keeper.get(self._key, self._make)
+
+    def __getitem__(self, name: str) -> Array:
+        return self.load()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.load())
+
+    def __len__(self) -> int:
+        return len(self.load())
+
+
+class Lifter:
+    """Lifts the updates of one round: views and masks, which devices share, are opened once."""
+
+    def __init__(self, server: ServerSide, blobs: Blobs, number: int, keeper: Keeper) -> None:
+        self.server, self.blobs, self.number, self.keeper = server, blobs, number, keeper
+        self._views: dict[str, tuple[Spec, Tensors]] = {}
+        self._masks: dict[str, Masks] = {}
+
+    def view(self, digest: str) -> tuple[Spec, Tensors]:
+        """Spec and (B₀, A₀) of a view that was sent."""
+        if digest not in self._views:
+            frame, meta = open_frame(self.blobs.path(digest))
+            self._views[digest] = (
+                msgspec.convert(meta, Spec),
+                {k: t.astype(np.float32) for k, t in frame.items() if not k.startswith("x/")},
+            )
+        return self._views[digest]
+
+    def masks(self, digest: str) -> Masks:
+        """Kept channels that were sent."""
+        if digest not in self._masks:
+            self._masks[digest] = {k: np.array(t) for k, t in open_frame(self.blobs.path(digest))[0].items()}
+        return self._masks[digest]
+
+    def lift(self, path: Path, assignment: Assignment, device: str, weight: float | None = None) -> Update:
+        """Read, undo the codecs, check shapes and numbers. Raises WireError; the caller puts the update aside with the reason."""
+        tensors, report = decode(path.read_bytes())
+        spec, view = self.view(assignment.blobs["view"].digest)
+        extra: dict[str, Tensors] = {}
+        for key, array in tensors.items():
+            if key.startswith("x/") and key.count("/") >= 2:
+                _, method, name = key.split("/", 2)
+                extra.setdefault(method, {})[name] = np.array(array)
+        examples = float(report.get("examples", 1) or 1)
+        raw = Update(
+            device,
+            weight if weight is not None else min(max(examples, 1.0), 1e7),
+            {},
+            spec,
+            view,
+            self.masks(assignment.blobs["masks"].digest) if "masks" in assignment.blobs else {},
+            extra,
+            report,
+            self.number - assignment.round,
+            1.0,
+            self.server.stack.space,
+            assignment.blobs["view"].digest,
+        )
+        delta = Decoded(self.keeper, lambda: self._decoded(path, raw, assignment.round))
+        delta.load()
+        return replace(raw, delta=delta)
+
+    def _decoded(self, path: Path, raw: Update, number: int) -> Tensors:
+        tensors, _ = decode(path.read_bytes())
+        sent = replace(raw, delta={k[2:]: t for k, t in tensors.items() if k.startswith("d/")})
+        try:
+            found = dict(self.server.receive(sent, number).delta)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise WireError(f"the update cannot be decoded: {error}") from None
+        shapes = raw.spec.shapes()
+        for name, delta in found.items():
+            if name not in shapes or delta.shape != shapes[name]:
+                raise WireError(f"the update holds `{name}` with shape {delta.shape}, expected {shapes.get(name)}")
+            if not np.isfinite(delta).all():
+                raise NotFinite(f"the update holds NaN or infinity in `{name}`")
+        return found

@@ -29,6 +29,11 @@ class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     labels: tuple[str, ...] = ()
     max_length: Annotated[int, Meta(ge=4, le=8192)] = 128
     template: str = ""
+    """`{text}` on classifiers; `{instruction}` and `{input}`, or `chat`, on causal language models."""
+    tolerance: Annotated[float, Meta(gt=0)] = 0.5
+    """Regression: how far off still counts as right."""
+    samples: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
+    """Causal language models: prompts that are answered with the first and the last version, for the report."""
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,8 +118,8 @@ class Plan:
             raise ConfigError(f"arms.bits: {bad[0]} is not one of 32, 16, 8, 4")
         if not arms.rules(self.max_depth):
             raise ConfigError(f"arms.depths {list(arms.depths)}: none is within max_depth {self.max_depth}")
-        if not self.spec.task.labels:
-            raise ConfigError(f"task `{self.spec.task.kind}` needs `labels`, in the order of the head's rows")
+        if self.spec.task.kind == "causal_lm" and not self.card.causal:
+            raise ConfigError(f"task `causal_lm` needs a causal language model, `{self.card.name}` is a {self.card.family} encoder")
         if len(set(self.spec.task.labels)) != len(self.spec.task.labels):
             raise ConfigError("task.labels holds a label twice")
         if self.stack.space == "factors" and (max(arms.prune) > 0):
@@ -126,7 +131,7 @@ class Plan:
     def task(self) -> Task:
         """What devices are told of the task."""
         t = self.spec.task
-        return Task(t.dataset, t.kind, list(t.labels), t.max_length, t.template)
+        return Task(t.dataset, t.kind, list(t.labels), t.max_length, t.template, t.tolerance, list(t.samples))
 
 
 def _product(shape: tuple[int, ...]) -> int:

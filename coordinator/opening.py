@@ -1,5 +1,6 @@
 """Open a round: choose devices and arms, write everything down, then tell them. And the last step: install the result."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ async def open_round(run: "JobRunner", number: int) -> None:
     shares = data_shares(run, chosen)
     choices = run.tuner.choose(number, [(d, members[d][0], shares[d]) for d in chosen])
     expected = slowest(run, choices, {d: members[d][0] for d in chosen}, number)
-    made = {d: run.planner.assign(run.version, number, d, choices[d], run.server) for d in chosen}
+    inline = len(chosen) <= run.limits.outstanding_chunks
+    made = {d: run.planner.assign(run.version, number, d, choices[d], run.server, inline) for d in chosen}
     run.registry.save_views(run.version)
     write_atomic(run.registry.opened(number), freeze({**run.state(), "fleet": run.server.fleet, "rank": rank}))
     tell(run, number, made, {d: c.arm for d, c in choices.items()}, {d: c.why for d, c in choices.items()}, expected)
@@ -51,14 +53,21 @@ def tell(
     now = run.clock()
     with run.ledger.write() as tx:
         tx.execute(insert(store.rounds).values(job=run.job, number=number, state="open", opened=now, expected_s=expected_s))
-        for device, assignment in made.items():
-            arm = store.text(msgspec.to_builtins(arms[device]))
-            tx.execute(
-                insert(store.assignments).values(
-                    job=run.job, round=number, device=device, state="assigned", body=body(assignment), arm=arm,
-                    why=why.get(device, ""), sent_at=now,
-                )
-            )  # fmt: skip
+        tx.execute(
+            insert(store.assignments),
+            [
+                {
+                    "job": run.job, "round": number, "device": d, "state": "assigned", "body": body(a),
+                    "arm": store.text(msgspec.to_builtins(arms[d])), "why": why.get(d, ""), "sent_at": now,
+                }
+                for d, a in made.items()
+            ],
+        )  # fmt: skip
+    for device, assignment in made.items():
+        run.pending.add(run.job, number, device, now, assignment.purpose)
+        run.note_blobs(number, assignment)
+    for blob, count in Counter(b.digest for a in made.values() for b in a.blobs.values()).items():
+        run.blobs.expect(blob, count)
     for device, assignment in made.items():
         run.fleet.publish(device, assignment)
 
@@ -72,10 +81,7 @@ def grow_to(run: "JobRunner", rank: int) -> None:
 
 def data_shares(run: "JobRunner", devices: list[str]) -> dict[str, float]:
     """Shares of the data, as far as earlier rounds told; equal before."""
-    known: dict[str, float] = {}
-    for row in run.ledger.rows(store.assignments, job=run.job):
-        if examples := store.read(row["telemetry"]).get("examples"):
-            known[row["device"]] = float(examples)
+    known = {d: n for d, n in run.examples.items() if n}
     middle = sorted(known.values())[len(known) // 2] if known else 1.0
     total = sum(known.get(d, middle) for d in devices)
     return {d: known.get(d, middle) / total for d in devices}
@@ -102,7 +108,9 @@ def repeat(run: "JobRunner", number: int) -> None:
         assignment = read_assignment(row["body"])
         for blob in assignment.blobs.values():
             run.blobs.know(blob)
+        run.note_blobs(number, assignment)
         if row["state"] == "assigned":
+            run.pending.add(run.job, number, row["device"], row["sent_at"], assignment.purpose)
             run.fleet.publish(row["device"], assignment)
 
 
@@ -115,10 +123,9 @@ async def install_everywhere(run: "JobRunner") -> None:
         repeat(run, number)
     end = run.clock() + INSTALL_S
     while run.clock() < end:
-        rows = run.ledger.rows(store.assignments, job=run.job, round=number)
-        if all(r["state"] != "assigned" for r in rows):
+        if not run.pending.out(run.job, number):
             break
-        run.nudges.send(run, rows)
+        run.nudges.send(run, number)
         await run.change(min(1.0, run.nudges.patience_s))
     rows = run.ledger.rows(store.assignments, job=run.job, round=number)
     with run.ledger.write() as tx:
@@ -128,7 +135,7 @@ async def install_everywhere(run: "JobRunner") -> None:
 
 def install(run: "JobRunner", version: Version, number: int) -> None:
     """Send a version to every device that ever took part, as round `number`, each in the shape of its last arm."""
-    rows = [r for r in run.ledger.rows(store.assignments, job=run.job) if r["round"] < run.plan.spec.rounds]
+    rows = [r for r in run.ledger.rows(store.assignments, "device", "round", "arm", job=run.job) if r["round"] < run.plan.spec.rounds]
     arms = {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows}
     made = {d: run.planner.install(version, d, arm, run.server) for d, arm in sorted(arms.items())}
     tell(run, number, made, arms, {})

@@ -33,6 +33,9 @@ class Planner:
         self._scores = channels.importance(model_folder, plan.card) if prunes else {}
         self._masks: dict[float, Masks] = {}
         self._frozen: tuple[int, Version] | None = None
+        self._placements: dict[str, dict[str, int]] = {}
+        self._needs: dict[tuple[Any, ...], float] = {}
+        self._shared: tuple[int, dict[tuple[Any, ...], dict[str, Blob]]] = (-1, {})
         self.half = plan.stack.space == "product" and bool(plan.stack.methods)
 
     def first_version(self, rank: int) -> Version:
@@ -58,24 +61,33 @@ class Planner:
             self._masks[ratio] = channels.masks(self.plan.card, self._scores, ratio)
         return self._masks[ratio]
 
-    def assign(self, version: Version, number: int, device: str, choice: Choice, server: ServerSide) -> Assignment:
+    def assign(self, version: Version, number: int, device: str, choice: Choice, server: ServerSide, inline: bool = False) -> Assignment:
         """One device's assignment; views that are new are added to `version.views`."""
         arm, spec = choice.arm, self.plan.spec
-        placement = expand(arm.placement, self.plan.card, self.plan.modules)
+        placement = self._expanded(arm.placement)
         adjusted = server.plan({"rank": max(placement.values()), "depth": 0, "steps": arm.steps, "lr": spec.training.lr}, device, number)
         placement = {m: min(r, int(adjusted["rank"])) for m, r in placement.items()}
         recipe = self._recipe(arm, placement, int(adjusted["steps"]), float(adjusted["lr"]))
-        return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train")
+        return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train", inline)
+
+    def _expanded(self, rule: str) -> dict[str, int]:
+        if rule not in self._placements:
+            self._placements[rule] = expand(rule, self.plan.card, self.plan.modules)
+        return self._placements[rule]
 
     def install(self, version: Version, device: str, arm: Arm, server: ServerSide) -> Assignment:
         """The final version for one device: nothing is trained, it is measured and put in place."""
-        placement = expand(arm.placement, self.plan.card, self.plan.modules)
+        placement = self._expanded(arm.placement)
         recipe = self._recipe(arm, placement, 1, self.plan.spec.training.lr)
         return self._assignment(version, self.plan.spec.rounds, device, arm, placement, recipe, server, "the final version", "install")
 
     def _recipe(self, arm: Arm, placement: Mapping[str, int], steps: int, lr: float) -> Recipe:
         t = self.plan.spec.training
-        need = memory_mb(self.plan.card, placement, arm.prune, arm.bits, arm.batch, self.plan.spec.task.max_length, self.plan.head_size)
+        key = (tuple(placement.items()), arm.prune, arm.bits, arm.batch)
+        if key not in self._needs:
+            length, head = self.plan.spec.task.max_length, self.plan.head_size
+            self._needs[key] = memory_mb(self.plan.card, placement, arm.prune, arm.bits, arm.batch, length, head)
+        need = self._needs[key]
         return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2))
 
     def _assignment(
@@ -89,13 +101,9 @@ class Planner:
         server: ServerSide,
         why: str,
         purpose: Any,
+        inline: bool = False,
     ) -> Assignment:
-        masks = self.masks(arm.prune)
-        blobs = {"view": self._view(version, number, device, placement, masks, server)}
-        if frozen := self._below(version, placement, masks, complete=purpose == "install"):
-            blobs["frozen"] = frozen
-        if masks:
-            blobs["masks"] = self.blobs.put(encode({k: t.astype(np.int32) for k, t in masks.items()}))
+        blobs = self._blobs(version, number, device, arm, placement, server, purpose == "install")
         spec = self.plan.spec
         return Assignment(
             job=self.job,
@@ -112,7 +120,27 @@ class Planner:
             blobs=blobs,
             seed=seed_of(spec.seed, self.job) % 2**31,
             say=f"{arm.text()}: {why}",
+            inline=inline,
         )
+
+    def _blobs(
+        self, version: Version, number: int, device: str, arm: Arm, placement: Mapping[str, int], server: ServerSide, complete: bool
+    ) -> dict[str, Blob]:
+        """What a device fetches; made once for all that get the same, unless a method offers something to each."""
+        key = (version.number, tuple(placement.items()), arm.prune, complete)
+        if self._shared[0] != version.number:
+            self._shared = (version.number, {})
+        if key in self._shared[1]:
+            return self._shared[1][key]
+        masks = self.masks(arm.prune)
+        blobs = {"view": self._view(version, number, device, placement, masks, server)}
+        if frozen := self._below(version, placement, masks, complete=complete):
+            blobs["frozen"] = frozen
+        if masks:
+            blobs["masks"] = self.blobs.put(encode({k: t.astype(np.int32) for k, t in masks.items()}))
+        if not server.stack.using("offer"):
+            self._shared[1][key] = blobs
+        return blobs
 
     def _view(self, version: Version, number: int, device: str, placement: Mapping[str, int], masks: Masks, server: ServerSide) -> Blob:
         tensors: Tensors = {}

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from federated.files import digest_of, sync_folder, write_atomic
+from federated.files import digest_of, write_atomic, write_folder
 from federated.tensors import Tensors
 from federated.update import LowRank
 from federated.wire import encode, freeze, open_frame, thaw
@@ -23,6 +23,7 @@ class Version:
     ) -> None:
         self.number, self.pairs, self.dense, self.views, self.state = number, pairs, dense, views, state
         self.digest = ""
+        self.saved_views = -1
 
 
 class Registry:
@@ -37,23 +38,17 @@ class Registry:
 
     def save(self, version: Version) -> str:
         """Write a version; returns the digest of its global adapter."""
-        part = self.folder / f".v{version.number:06d}.new"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         tensors: Tensors = {f"{m}.{side}": t for m, p in sorted(version.pairs.items()) for side, t in (("A", p.A), ("B", p.B))}
         data = encode({**tensors, **dict(sorted(version.dense.items()))}, {"version": version.number})
-        write_atomic(part / "global", data)
-        write_atomic(part / "views", _views(version))
-        write_atomic(part / "state", freeze(version.state))
-        version.digest = digest_of(data)
-        shutil.rmtree(self.path(version.number), ignore_errors=True)
-        part.rename(self.path(version.number))
-        sync_folder(self.folder)
+        write_folder(self.path(version.number), {"global": data, "views": _views(version), "state": freeze(version.state)})
+        version.digest, version.saved_views = digest_of(data), len(version.views)
         return version.digest
 
     def save_views(self, version: Version) -> None:
         """Views that a round made of a version that is on disk already."""
-        write_atomic(self.path(version.number) / "views", _views(version))
+        if version.saved_views != len(version.views):
+            write_atomic(self.path(version.number) / "views", _views(version))
+            version.saved_views = len(version.views)
 
     def opened(self, number: int) -> Path:
         """Where the state of an open round lies."""
@@ -72,6 +67,7 @@ class Registry:
                 module, _, rank = key[:-2].rpartition("@")
                 views[module, int(rank)] = LowRank(seen[key[:-2] + ".B"], seen[key])
         version = Version(number, pairs, dense, views, thaw((folder / "state").read_bytes()))
+        version.saved_views = len(views)
         version.digest = digest_of((folder / "global").read_bytes())
         return version
 

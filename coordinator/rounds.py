@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bandit.tuner import NoArm, Tuner
-from federated.messages import Assignment
+from federated.messages import Assignment, read_assignment
 from federated.stack import ServerSide
 from federated.within import within
 from profiles.device import DeviceProfile
 
 from . import closing, opening, store, waiting
 from .blobs import Blobs
+from .config import Limits
 from .job import Plan
+from .pending import Pending
 from .planner import Planner
 from .registry import Registry, Version
 
@@ -51,7 +53,8 @@ class JobRunner:
         model_folder: Path,
         blobs: Blobs,
         fleet: Fleet,
-        nudge_s: float = 20.0,
+        limits: Limits,
+        pending: Pending,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = job, plan, ledger, home, blobs, fleet, clock
@@ -60,7 +63,11 @@ class JobRunner:
         self.server = ServerSide(plan.stack, job, plan.spec.rounds)
         self.tuner = self.new_tuner({})
         self.changed = asyncio.Event()
-        self.nudges = waiting.Nudges(nudge_s)
+        self.limits, self.pending = limits, pending
+        self.nudges = waiting.Nudges(limits.nudge_s)
+        self.examples: dict[str, float] = {}
+        """Device → how many examples it last trained on."""
+        self._blobs: dict[int, set[str]] = {}
         self._version: Version | None = None
 
     @property
@@ -106,15 +113,31 @@ class JobRunner:
         """Go on from a version on disk, with the state that methods and tuner had after it."""
         self._version = self.registry.load(number)
         self.restore(self._version.state)
+        for row in self.ledger.rows(store.assignments, "body", "round", since=number - closing.KEEP, job=self.job):
+            self.note_blobs(row["round"], read_assignment(row["body"]))
+
+    def adopt(self, version: Version) -> None:
+        """Go on from a version that was just made and saved."""
+        self._version = version
+
+    def note_blobs(self, round: int, assignment: Assignment) -> None:
+        """Blobs that a late update of this round may still refer to."""
+        self._blobs.setdefault(round, set()).update(b.digest for b in assignment.blobs.values())
+
+    def blobs_in_use(self, oldest: int) -> set[str]:
+        """Digests that rounds from `oldest` on refer to."""
+        self._blobs = {n: digests for n, digests in self._blobs.items() if n >= oldest}
+        return set().union(*self._blobs.values())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Methods' and tuner's state from a saved dictionary."""
         self.server.state = {n: state.get("methods", {}).get(n, {}) for n in self.plan.stack.methods}
         self.tuner = self.new_tuner(state.get("tuner", {}))
+        self.examples = dict(state.get("examples", {}))
 
     def state(self) -> dict[str, Any]:
         """The inverse of `restore`."""
-        return {"methods": self.server.state, "tuner": self.tuner.state}
+        return {"methods": self.server.state, "tuner": self.tuner.state, "examples": self.examples}
 
     async def members(self) -> Members:
         """Eligible devices that can hold an arm; waits until there are enough."""

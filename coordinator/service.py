@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy import bindparam, update
 
 from federated.bus import Bus
 from federated.claim import Claim, link_key, write_claim
@@ -18,33 +19,32 @@ from federated.messages import (
     Leave,
     Message,
     Offer,
-    Receipt,
     Report,
     Sorry,
     Up,
     Want,
     Welcome,
     body,
-    manifest,
     open_up,
-    read_assignment,
     seal,
     unpack,
 )
 from federated.topics import Topics, checked, device_of
 from profiles.card import ModelCard, read_card
 
-from . import incoming, store
+from . import store
 from .blobs import Blobs
 from .config import CoordinatorConfig
 from .fleet import Devices
 from .job import JobSpec, Plan, read_job
-from .keys import Keys, verify
+from .keys import Keys
+from .pending import Pending
+from .receiving import Receiving
 from .rounds import JobRunner
-from .uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
 ENDED = ("finished", "failed", "cancelled")
+FLUSH_S = 5.0
 
 
 class Service:
@@ -59,9 +59,11 @@ class Service:
         self.devices = Devices(self.ledger)
         self.topics = Topics(checked(config.fleet, "fleet"))
         self.blobs = Blobs(bus, self.topics, home / "blobs", config.limits.packet_bytes, config.limits.gather_ms)
-        self.uploads = Uploads(home / "spool", config.limits, lambda d, g: self.send(d, g), self._arrived, self._put_aside)
-        self.runner: JobRunner | None = None
+        self.pending = Pending()
         self.live: dict[str, dict[str, Any]] = {}
+        self.receiving = Receiving(home, config.limits, self.ledger, self.devices, self.pending, self.send, self.changed, self.live)
+        self.uploads = self.receiving.uploads
+        self.runner: JobRunner | None = None
         self.bytes_in: dict[str, int] = {}
         self.dropped = 0
         self._retained: dict[str, bytes] = {}
@@ -84,6 +86,7 @@ class Service:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.receiving.stop()
         self.flush()
         await self.bus.stop()
         self.ledger.close()
@@ -158,14 +161,14 @@ class Service:
             self._remind(device)
             self.changed()
             return
-        if (row := self.ledger.row(store.devices, id=device)) is None or row["state"] != "enrolled":
+        if not self.devices.enrolled(device):
             raise WireError(f"device `{device}` has not said hello")
         if isinstance(message, Want):
             self.blobs.want(message.digest, message.missing)
         elif isinstance(message, Offer):
-            self._offered(device, message)
+            self.receiving.offered(device, message)
         elif isinstance(message, Report):
-            self._reported(device, message)
+            self.receiving.reported(device, message)
         elif isinstance(message, Leave):
             self.devices.leave(device)
             self.uploads.forget(device)
@@ -178,90 +181,6 @@ class Service:
         upload = self.uploads.live.get(device)
         if upload is not None:
             self.live.setdefault(device, {}).update(state="sending", chunks=[len(upload.assembly.have), upload.assembly.blob.chunks])
-
-    def _offered(self, device: str, offer: Offer) -> None:
-        row = self.ledger.row(store.assignments, job=offer.job, round=offer.round, device=device)
-        if row is None:
-            self._refuse(device, offer, f"no assignment of round {offer.round} in job `{offer.job[:64]}` is known")
-        elif row["state"] in ("received", "counted", "dropped"):
-            self.send(
-                device,
-                Receipt(
-                    offer.job,
-                    offer.round,
-                    offer.blob.digest,
-                    row["digest"] == offer.blob.digest,
-                    "" if row["digest"] == offer.blob.digest else "another update of this round was taken",
-                ),
-            )
-        elif row["state"] == "refused":
-            self._refuse(device, offer, row["reason"])
-        else:
-            self.uploads.offer(device, offer)
-
-    def _put_aside(self, device: str, offer: Offer, reason: str) -> None:
-        """An update that will never be taken: its assignment is closed with the reason."""
-        key = {"job": offer.job, "round": offer.round, "device": device}
-        self.ledger.change(store.assignments, key, state="refused", reason=reason)
-        self.ledger.tell(offer.job, device, f"its update of round {offer.round} was refused: {reason}")
-        self._refuse(device, offer, reason)
-        self.changed()
-
-    def _refuse(self, device: str, offer: Offer, reason: str) -> None:
-        self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, False, reason))
-
-    def _arrived(self, upload: Upload, path: Path) -> None:
-        """A whole update: checked, put in its place, written down, and only then receipted."""
-        offer, device = upload.offer, upload.device
-        key = {"job": offer.job, "round": offer.round, "device": device}
-        now = time.time()
-        try:
-            known = self.ledger.row(store.devices, id=device)
-            signed = manifest(offer.job, offer.round, device, offer.blob.digest)
-            if known is None or not verify(known["public_key"], offer.signature, signed):
-                raise WireError("the update is not signed by this device's key")
-            told = incoming.check(path.read_bytes())
-        except WireError as error:
-            path.unlink(missing_ok=True)
-            self._put_aside(device, offer, str(error))
-            return
-        row = self.ledger.row(store.assignments, **key)
-        assert row is not None
-        target = self.config.home / "updates" / offer.job / f"r{offer.round:06d}" / device
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-        if read_assignment(row["body"]).purpose == "install":
-            target.unlink()
-        self.ledger.change(
-            store.assignments,
-            key,
-            state="received",
-            digest=offer.blob.digest,
-            telemetry=store.text(told),
-            seconds=max(0.001, now - row["sent_at"]),
-            resumed=upload.resumed,
-        )
-        self.send(device, Receipt(offer.job, offer.round, offer.blob.digest, True))
-        self.live[device] = {"state": "done", "round": offer.round, "loss": told.get("loss_after"), "resumed": upload.resumed}
-        self.changed()
-
-    def _reported(self, device: str, report: Report) -> None:
-        self.live.setdefault(device, {}).update(state=report.state, round=report.round)
-        if report.state not in ("failed", "refused"):
-            return
-        key = {"job": report.job, "round": report.round, "device": device}
-        row = self.ledger.row(store.assignments, **key)
-        if row is not None and row["state"] == "assigned":
-            self.ledger.change(
-                store.assignments,
-                key,
-                state="failed" if report.state == "failed" else "refused",
-                reason=report.reason,
-                telemetry=store.text({"code": report.code}),
-                seconds=max(0.001, time.time() - row["sent_at"]),
-            )
-            self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
-            self.changed()
 
     def changed(self) -> None:
         """Something happened that the running job may wait for."""
@@ -293,7 +212,8 @@ class Service:
                 home=self.config.home,
                 fleet=self,
                 blobs=self.blobs,
-                nudge_s=self.config.limits.nudge_s,
+                limits=self.config.limits,
+                pending=self.pending,
                 model_folder=Path(self.config.models[plan.spec.model]),
             )
             await self.runner.run()
@@ -360,13 +280,19 @@ class Service:
 
     async def _flushing(self) -> None:
         while True:
-            await asyncio.sleep(2.0)
-            self.flush()
+            await asyncio.sleep(FLUSH_S)
+            try:
+                self.uploads.save()
+                self.flush()
+            except OSError as error:
+                log.error("the disk does not take what arrived: %s", error)
 
     def flush(self) -> None:
         """Bring the counts of received bytes to disk."""
-        for device, count in list(self.bytes_in.items()):
-            row = self.ledger.row(store.devices, id=device) if count else None
-            if row is not None:
-                self.ledger.change(store.devices, {"id": device}, bytes_in=row["bytes_in"] + count, seen=time.time())
-            self.bytes_in[device] = 0
+        counts = [{"who": d, "more": n} for d, n in self.bytes_in.items() if n]
+        self.bytes_in.clear()
+        if counts:
+            table = store.devices
+            with self.ledger.write() as tx:
+                change = update(table).where(table.c.id == bindparam("who"))
+                tx.execute(change.values(bytes_in=table.c.bytes_in + bindparam("more"), seen=time.time()), counts)

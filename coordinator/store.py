@@ -121,9 +121,12 @@ class Store:
         """Give the connections back."""
         self.engine.dispose()
 
-    def rows(self, table: Table, **where: Any) -> list[RowMapping]:
-        """Rows in primary-key order."""
-        query = select(table).where(*(table.c[k] == v for k, v in where.items())).order_by(*table.primary_key.columns)
+    def rows(self, table: Table, *columns: str, since: int | None = None, **where: Any) -> list[RowMapping]:
+        """Rows in primary-key order; `columns` of them, or all; with `since`, those of that round and later ones."""
+        wanted: list[Any] = [table.c[name] for name in columns] or [table]
+        query = select(*wanted).where(*(table.c[k] == v for k, v in where.items())).order_by(*table.primary_key.columns)
+        if since is not None:
+            query = query.where(table.c.round >= since)
         with self.engine.connect() as connection:
             return list(connection.execute(query).mappings())
 

@@ -14,6 +14,8 @@ from federated.transfer import Assembly, read_piece
 
 from .config import Limits
 
+HOLD_BYTES = 256 << 10
+"""Pieces of one update that may be in memory alone."""
 STALE_S = 60.0
 """A grant whose device says nothing for so long no longer counts as outstanding."""
 
@@ -54,11 +56,12 @@ class Uploads:
             return
         upload = self.live.get(device)
         if upload is None or upload.offer.blob != blob:
-            for old in (self.folder / device).glob("*.part"):
+            for old in (self.folder / device).glob("*"):
                 if old.stem != blob.digest:
                     old.unlink(missing_ok=True)
-            upload = self.live[device] = Upload(device, offer, Assembly(self.folder / device, blob))
+            upload = self.live[device] = Upload(device, offer, Assembly(self.folder / device, blob, hold_bytes=HOLD_BYTES))
         else:
+            upload.assembly.save()
             upload.resumed = max(upload.resumed, len(upload.assembly.have))
         upload.offer, upload.seen = offer, time.monotonic()
         self._pump(upload)
@@ -116,6 +119,11 @@ class Uploads:
             if next_one is not None:
                 self._pump(next_one)
                 break
+
+    def save(self) -> None:
+        """Bring pieces to disk that wait for the rest of their updates."""
+        for upload in self.live.values():
+            upload.assembly.save()
 
     def forget(self, device: str) -> None:
         """The device is gone."""

@@ -1,5 +1,6 @@
 """Wait until a round may close: quorum, deadline, a method's own rule; ask devices that are silent; start again if all failed."""
 
+import math
 from typing import TYPE_CHECKING
 
 from sqlalchemy import delete
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .rounds import JobRunner
 
 ATTEMPTS = 5
+LOOK_S = 1.0
 
 
 class Nudges:
@@ -24,34 +26,52 @@ class Nudges:
     def __init__(self, patience_s: float) -> None:
         self.patience_s = patience_s
         self._due: dict[tuple[int, str], tuple[float, float]] = {}
+        self._next = 0.0
 
-    def send(self, run: "JobRunner", rows: "Sequence[RowMapping]") -> None:
+    def send(self, run: "JobRunner", number: int) -> None:
         """Nudge whoever is due."""
         now = run.clock()
-        for row in rows:
+        if now < self._next:
+            return
+        self._next = math.inf
+        for row in run.ledger.rows(store.assignments, job=run.job, round=number, state="assigned"):
             key = (row["round"], row["device"])
-            due, wait = self._due.get(key, (now + self.patience_s, self.patience_s))
-            if row["state"] == "assigned" and now >= due:
+            due, wait = self._due.get(key, (row["sent_at"] + self.patience_s, self.patience_s))
+            if now >= due:
                 run.fleet.publish(row["device"], read_assignment(row["body"]))
                 due, wait = now + 2 * wait, min(2 * wait, 600.0)
             self._due[key] = (due, wait)
+            self._next = min(self._next, due)
+        self._next = min(self._next, now + self.patience_s)
+
+    def start(self, now: float) -> None:
+        """A round opens: nobody is due before the patience has passed."""
+        self._due.clear()
+        self._next = now + self.patience_s
 
 
 async def until_closable(run: "JobRunner", number: int) -> None:
     """Returns when the round may close. Raises ConfigError when every device failed again and again."""
     for _ in range(ATTEMPTS):
+        run.nudges.start(run.clock())
+        looked = -math.inf
         while True:
-            row = run.ledger.row(store.rounds, job=run.job, number=number)
-            assert row is not None
-            if row["state"] == "closing":
-                return
-            rows = run.ledger.rows(store.assignments, job=run.job, round=number)
-            if all(r["state"] in ("failed", "refused") for r in rows):
-                break
-            if may_close(run, rows, row, number):
-                return
-            run.nudges.send(run, rows)
-            await run.change(min(1.0, run.nudges.patience_s))
+            # As long as somebody is out and no rule but the clock could close the round, the ledger is asked once a second.
+            if run.server.stack.using("ready") or not run.pending.out(run.job, number) or run.clock() - looked >= LOOK_S:
+                looked = run.clock()
+                row = run.ledger.row(store.rounds, job=run.job, number=number)
+                assert row is not None
+                if row["state"] == "closing":
+                    return
+                rows = run.ledger.rows(
+                    store.assignments, "state", "reason", "device", "telemetry", "arm", "seconds", job=run.job, round=number
+                )
+                if all(r["state"] in ("failed", "refused") for r in rows):
+                    break
+                if may_close(run, rows, row, number):
+                    return
+            run.nudges.send(run, number)
+            await run.change(min(LOOK_S, run.nudges.patience_s))
         await again(run, number, rows)
     raise ConfigError(f"round {number}: every device failed {ATTEMPTS} times; the last reason: {rows[-1]['reason']}")
 
@@ -77,6 +97,7 @@ async def again(run: "JobRunner", number: int, rows: "Sequence[RowMapping]") -> 
     run.tuner.observe([quality.outcome(r, known[r["device"]].name) for r in rows if r["device"] in known], known, bits)
     for r in rows:
         run.ledger.tell(run.job, r["device"], f"round {number} starts again: {r['reason']}")
+    run.pending.close(run.job, number)
     await run.change(2.0)
     with run.ledger.write() as tx:
         for table, column in ((store.rounds, store.rounds.c.number), (store.assignments, store.assignments.c.round)):

@@ -14,7 +14,7 @@ import torch
 
 from bandit.arms import Arm, expand, rank_and_depth
 from coordinator.config import CoordinatorConfig
-from coordinator.export import load, to_peft
+from coordinator.export import load, write
 from coordinator.job import Plan
 from coordinator.registry import Registry
 from profiles.card import read_card
@@ -95,7 +95,7 @@ class Figures:
     def _peft(self, ours: list[int]) -> float:
         """Share of the test set on which plain peft predicts the same label."""
         folder = self.fleet.home / "adapter"
-        to_peft(self.config, self.watch.job, folder, self.version.number)
+        write(self.config, self.watch.job, folder, self.version.number)
         code = (
             "import sys, json; sys.path.insert(0, sys.argv[1]); from load import load\n"
             "texts = json.load(open(sys.argv[3])); predict = load(sys.argv[2])\n"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .rounds import View
 
 
-def publish(home: Path, job: Assignment, view: "View", tensors: Tensors) -> None:
+def publish(home: Path, job: Assignment, view: "View", tensors: Tensors, transposed: bool = False) -> None:
     """Write version `job.version` and let `current` point to it; older ones go, but for the last two."""
     folder = home / "adapter" / f"{job.job}-v{job.version:06d}"
     pairs = {}
@@ -28,7 +28,7 @@ def publish(home: Path, job: Assignment, view: "View", tensors: Tensors) -> None
         pairs[name] = LowRank(b, a)
     scale = next((p.scale for p in view.spec.pairs.values()), 1.0)
     task = {"labels": job.task.labels, "max_length": job.task.max_length, "kind": job.task.kind, "version": job.version}
-    write_adapter(folder, pairs, {k: tensors[k] for k in view.spec.dense}, scale=scale, base=job.model, task=task)
+    write_adapter(folder, pairs, {k: tensors[k] for k in view.spec.dense}, scale=scale, base=job.model, task=task, transposed=transposed)
     point(home / "adapter" / "current", folder)
     for old in sorted(p for p in (home / "adapter").glob("*-v??????") if p != folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)

@@ -1,9 +1,10 @@
 """The owner's data: read rows, drop duplicates, keep a tenth aside by content, count what has no known label."""
 
 import csv
+import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ Row = dict[str, Any]
 class Shard:
     """Labelled rows of one dataset: `train` and `held` (a tenth, chosen by hash, so that it stays aside as data grow)."""
 
-    def __init__(self, dataset: Dataset, name: str, fields: list[str], labels: list[str]) -> None:
+    def __init__(self, dataset: Dataset, name: str, fields: list[str], labels: list[str], optional: Collection[str] = ()) -> None:
         self.train: list[Row] = []
         self.held: list[Row] = []
         self.unknown = self.duplicates = 0
         number = {label: i for i, label in enumerate(labels)}
         found: dict[bytes, Row] = {}
         for row in rows(dataset, name):
-            item = {f: _column(row, dataset.columns.get(f, f), name, dataset.path) for f in fields}
+            item = {
+                f: _column(row, dataset.columns.get(f, f), name, dataset.path)
+                for f in fields
+                if f not in optional or dataset.columns.get(f, f) in row
+            }
             key = hashlib.sha256(json.dumps(item, sort_keys=True, default=str).encode()).digest()
             if key in found:
                 self.duplicates += 1
@@ -76,8 +81,8 @@ def rows(dataset: Dataset, name: str) -> Iterator[Row]:
 
 def read(path: Path, name: str) -> Iterator[Row]:
     """One file, by its ending."""
-    if path.suffix in (".jsonl", ".json", ".ndjson"):
-        with path.open(encoding="utf-8") as lines:
+    if path.suffix in (".jsonl", ".json", ".ndjson") or path.name.endswith(".jsonl.gz"):
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -98,7 +103,7 @@ def read(path: Path, name: str) -> Iterator[Row]:
         path.stat()
         yield from parquet.read_table(path).to_pylist()
     else:
-        raise Refused(f"dataset `{name}`: {path.name} is none of .jsonl, .csv, .tsv, .parquet")
+        raise Refused(f"dataset `{name}`: {path.name} is none of .jsonl, .jsonl.gz, .csv, .tsv, .parquet")
 
 
 def _hub(repository: str, name: str) -> Iterator[Row]:

@@ -38,8 +38,8 @@ class Engine(Protocol):
 class ProcessEngine:
     """A worker process that is started at the first order and stays until `stop` or `idle_s` without work."""
 
-    def __init__(self, *, memory_mb: float | None, idle_s: float) -> None:
-        self.memory_mb, self.idle_s = memory_mb, idle_s
+    def __init__(self, *, memory_mb: float | None, idle_s: float, module: str = "edge_agent.worker") -> None:
+        self.memory_mb, self.idle_s, self.module = memory_mb, idle_s, module
         self._process: asyncio.subprocess.Process | None = None
         self._rss_mb = 0.0
         self._idle: asyncio.TimerHandle | None = None
@@ -73,7 +73,7 @@ class ProcessEngine:
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "edge_agent.worker", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20
+                sys.executable, "-m", self.module, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20
             )
             first = await within(START_S, self._line(self._process))
             self._rss_mb = float(first.get("rss_mb", 0.0))

@@ -30,7 +30,7 @@ class Fetcher:
             raise WireError(f"a blob of {blob.size:,} bytes, at most {MAX_BLOB:,} are fetched")
         if path := stored(self.folder, blob.digest):
             return path
-        assembly = Assembly(self.folder, blob)
+        assembly = Assembly(self.folder, blob, durable=False)
         self.resumed += assembly.resumed
         news = asyncio.Event()
 
@@ -47,6 +47,7 @@ class Fetcher:
         try:
             return await self._complete(blob, assembly, news)
         finally:
+            assembly.save()
             await self.bus.unsubscribe(topic)
 
     async def _complete(self, blob: Blob, assembly: Assembly, news: asyncio.Event) -> Path:
@@ -58,6 +59,7 @@ class Fetcher:
                     try:
                         await within(self.answer_s, news.wait())
                     except asyncio.TimeoutError:
+                        assembly.save()
                         break
             try:
                 path = assembly.finish()
@@ -71,5 +73,5 @@ class Fetcher:
     def forget(self, keep: set[str]) -> None:
         """Remove blobs that no assignment names any more."""
         for path in self.folder.glob("*") if self.folder.exists() else ():
-            if path.name.removesuffix(".part") not in keep:
+            if path.name.removesuffix(".part").removesuffix(".have") not in keep:
                 path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ The link key never travels: both sides derive it from the secret in the claim to
 """
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,15 @@ def load(home: Path) -> Identity:
         raise ConfigError(f"{home / 'identity.json'}: {error}", "edge-agent leave, then enroll again") from None
 
 
-def private_key(home: Path) -> "Ed25519PrivateKey":
-    """The device's signing key; for the worker."""
+@cache
+def known(home: Path) -> Identity:
+    """The identity, read once in a process that serves one device for its life. Raises ConfigError."""
+    return load(home)
+
+
+@cache
+def signer(home: Path) -> "Ed25519PrivateKey":
+    """The device's signing key, read once; for the worker."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     return Ed25519PrivateKey.from_private_bytes((home / "device.key").read_bytes())

@@ -19,16 +19,17 @@ from .quantise import HalfEmbedding, QuantLinear, use_bitsandbytes
 class Base:
     """A prepared base model. `adapted` maps a checkpoint module name to its wrapper."""
 
-    def __init__(self, folder: Path, names: list[str], bits: int, masks: Masks) -> None:
-        from transformers import AutoConfig, AutoModel
+    def __init__(self, folder: Path, names: list[str], bits: int, masks: Masks, causal: bool = False) -> None:
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
         if not list(folder.glob("*.safetensors")):
             raise Refused(f"{folder} holds no safetensors; pickled weights are never loaded")
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        self.model: Any = AutoModel.from_pretrained(
+        self.model: Any = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
         )
         frozen(self.model)
+        _straight(self.model)
         self.bits = bits
         if bits == 4:
             use_bitsandbytes()
@@ -66,6 +67,17 @@ class Base:
         return found
 
 
+def _straight(model: nn.Module) -> None:
+    """GPT-2 keeps its linear maps transposed; from here on they are plain ones."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            weight, bias = module.get_parameter("weight"), module.get_parameter("bias")
+            linear = nn.Linear(weight.shape[0], weight.shape[1])
+            linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=False)
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            _replace(model, path, linear)
+
+
 def _resolve(name: str, modules: dict[str, nn.Module]) -> str:
     """The model's path for a checkpoint name; prefixes such as `bert.` or `model.` come and go. Empty where none fits."""
     if name in modules:
@@ -83,6 +95,8 @@ def _same_weight(folder: Path, name: str, modules: dict[str, nn.Module]) -> str:
             if f"{name}.weight" not in tensors.keys():  # noqa: SIM118 - not a mapping
                 continue
             weight = tensors.get_tensor(f"{name}.weight").float()
+            if weight.dim() != 2:
+                continue
             for path, module in modules.items():
                 if isinstance(module, nn.Linear) and module.weight.shape == weight.shape and torch.equal(module.weight, weight):
                     return path

@@ -1,16 +1,17 @@
-"""What the service tells the worker, and where the answer lies: the folder contract between the two processes.
+"""What the service tells the worker, and where the answer lies: the contract between the two processes.
 
-A finished round is one folder, renamed into place: `update` (frame), `state` (methods' state after the round), `meta.json`.
-So update and state are committed together, whatever is killed when.
+A finished round is two files beside each other: `r000003.update` (what will be sent, with its address and signature) and
+`r000003.state` (methods' state after the round), written in this order, each durably. So a round is finished when its state is
+there, and an update without a state is as if it had not been made. The update goes with its receipt.
 """
 
-import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from federated.files import sync_folder, write_atomic
+from federated.files import digest_of, write_in_order
 from federated.messages import Blob
 
 from .config import Dataset
@@ -20,10 +21,11 @@ class Order(msgspec.Struct, frozen=True):
     """One assignment, with everything the worker needs to find."""
 
     home: str
-    envelope: str
+    envelope: bytes
+    """The assignment as it arrived, sealed and signed."""
     blobs: dict[str, str]
-    folder: str
-    """Where the finished round goes, `…/jobs/<job>/r000003`."""
+    result: str
+    """Where the finished round goes, `…/jobs/<job>/r000003`, without the endings."""
     dataset: Dataset
     model: str
     threads: int
@@ -31,43 +33,51 @@ class Order(msgspec.Struct, frozen=True):
     chunk: int
     require: tuple[Any, ...] = ()
     slots: int | None = None
+    inline: bool = False
 
 
 class Meta(msgspec.Struct, frozen=True):
-    """`meta.json` of a finished round."""
+    """Address and signature of an update, at the head of its file."""
 
     job: str
     round: int
     blob: Blob
     signature: bytes
+    inline: bool = False
+    """May a small update travel with its offer, without a grant?"""
 
 
-def round_folder(jobs: Path, job: str, round: int) -> Path:
-    """Where a round's result lies."""
+def result_of(jobs: Path, job: str, round: int) -> Path:
+    """Where a round's result lies, without the endings."""
     return jobs / job / f"r{round:06d}"
 
 
-def last_state(folder: Path) -> Path | None:
-    """State of the newest finished round before the one that `folder` is for."""
-    if not folder.parent.exists():
-        return None
-    older = sorted(p for p in folder.parent.glob("r??????") if p.name < folder.name and (p / "state").exists())
-    return older[-1] / "state" if older else None
+def update_file(result: Path) -> Path:
+    """The update of a finished round, until its receipt."""
+    return result.with_name(result.name + ".update")
 
 
-def commit(folder: Path, update: bytes, state: bytes, meta: Meta) -> None:
+def state_file(result: Path) -> Path:
+    """Methods' state after a finished round."""
+    return result.with_name(result.name + ".state")
+
+
+def last_state(result: Path) -> Path | None:
+    """State of the newest finished round before the one that `result` is for."""
+    return max((p for p in result.parent.glob("r??????.state") if p.name < result.name), default=None)
+
+
+def commit(result: Path, update: bytes, state: bytes, meta: Meta) -> None:
     """Put a finished round in its place, all or nothing."""
-    part = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    write_atomic(part / "update", update)
-    write_atomic(part / "state", state)
-    write_atomic(part / "meta.json", msgspec.json.encode(meta))
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    sync_folder(folder.parent)
+    head = msgspec.msgpack.encode(meta)
+    write_in_order({update_file(result): struct.pack("<I", len(head)) + head + update, state_file(result): state})
 
 
-def read_meta(folder: Path) -> Meta:
-    """Raises OSError or msgspec.MsgspecError where a result is damaged."""
-    return msgspec.json.decode((folder / "meta.json").read_bytes(), type=Meta)
+def read_update(file: Path) -> tuple[Meta, bytes]:
+    """An update and what is known of it. Raises OSError or msgspec.MsgspecError where it is damaged."""
+    data = file.read_bytes()
+    size = struct.unpack_from("<I", data)[0] if len(data) > 4 else 0
+    meta = msgspec.msgpack.decode(data[4 : 4 + size], type=Meta)
+    if digest_of(update := data[4 + size :]) != meta.blob.digest:
+        raise OSError(f"{file} is damaged")
+    return meta, update

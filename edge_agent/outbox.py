@@ -5,47 +5,52 @@ from pathlib import Path
 
 import msgspec
 
-from federated.files import digest_of, write_atomic
+from federated.files import write_atomic
 
-from .order import Meta, read_meta
+from .order import Meta, read_update, state_file, update_file
 
 
 class Outbox:
-    """Finished rounds under `<state_dir>/jobs/<job>/r<round>/`; one is due while its `update` file is there."""
+    """Finished rounds under `<state_dir>/jobs/<job>/`; one is due while its update is there."""
 
     def __init__(self, home: Path) -> None:
         self.jobs = home / "jobs"
+        self._sound: dict[Path, Meta] = {}
+        """Results whose bytes were checked in this life of the service."""
 
     def due(self) -> list[tuple[Path, Meta]]:
         """Results without a receipt, oldest first. A damaged one is removed: it will be trained again."""
         found = []
-        for folder in sorted(self.jobs.glob("*/r??????")):
-            if not (folder / "update").exists():
-                continue
-            try:
-                meta = read_meta(folder)
-                if digest_of((folder / "update").read_bytes()) != meta.blob.digest:
-                    raise OSError("digest differs")
-            except (OSError, msgspec.MsgspecError):
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
-            found.append((folder, meta))
+        for file in sorted(self.jobs.glob("*/r??????.update")):
+            result = file.with_suffix("")
+            if result not in self._sound:
+                if not self.finished(result):
+                    continue
+                try:
+                    self._sound[result] = read_update(file)[0]
+                except (OSError, msgspec.MsgspecError):
+                    file.unlink(missing_ok=True)
+                    state_file(result).unlink(missing_ok=True)
+                    continue
+            found.append((result, self._sound[result]))
         return found
 
-    def finished(self, folder: Path) -> bool:
+    def finished(self, result: Path) -> bool:
         """Was this round trained here already?"""
-        return (folder / "meta.json").exists()
+        return state_file(result).exists()
 
-    def drop(self, folder: Path) -> None:
-        """The coordinator has it: the update goes, state stays for the next round, older rounds go altogether."""
-        (folder / "update").unlink(missing_ok=True)
-        for old in folder.parent.glob("r??????"):
-            if old.name < folder.name and not (old / "update").exists():
-                shutil.rmtree(old, ignore_errors=True)
+    def drop(self, result: Path) -> None:
+        """The coordinator has it: the update goes, state stays for the next round, that of older rounds goes."""
+        update_file(result).unlink(missing_ok=True)
+        self._sound.pop(result, None)
+        for old in result.parent.glob("r??????.state"):
+            if old.name < result.name and not old.with_suffix(".update").exists():
+                old.unlink(missing_ok=True)
 
     def forget(self, job: str) -> None:
         """A job has ended for good: nothing of it stays."""
         shutil.rmtree(self.jobs / job, ignore_errors=True)
+        self._sound = {f: m for f, m in self._sound.items() if m.job != job}
 
 
 class Counters(msgspec.Struct):
@@ -67,5 +72,5 @@ class Counters(msgspec.Struct):
             return Counters()
 
     def save(self, path: Path) -> None:
-        """Atomically."""
-        write_atomic(path, msgspec.json.encode(self))
+        """Safe against a kill; a power cut may lose the last minute's count."""
+        write_atomic(path, msgspec.json.encode(self), durable=False)

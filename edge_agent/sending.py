@@ -5,15 +5,19 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
+
 from federated.messages import Grant, Message, Offer, Receipt
 from federated.transfer import cut, numbers
 from federated.within import within
 
-from .order import Meta, round_folder
+from .order import Meta, read_update, result_of, update_file
 from .outbox import Outbox
 from .status import Status
 
 log = logging.getLogger(__name__)
+OFFER_BYTES = 512
+"""What an offer takes beside the data in it, at most."""
 TRIES = 5
 """Unanswered offers after which the broker is suspected aloud."""
 
@@ -36,10 +40,10 @@ class Sender:
     async def run(self) -> None:
         """For ever."""
         while True:
-            for folder, meta in self.outbox.due():
+            for result, meta in self.outbox.due():
                 try:
-                    await self._send(folder, meta)
-                except OSError as error:
+                    await self._send(result, meta)
+                except (OSError, msgspec.MsgspecError) as error:
                     log.warning("update of round %d: %s", meta.round, error)
             self.mail.clear()
             if not self.outbox.due():
@@ -55,14 +59,16 @@ class Sender:
         elif isinstance(message, Receipt):
             self._settle(message)
 
-    async def _send(self, folder: Path, meta: Meta) -> None:
+    async def _send(self, result: Path, meta: Meta) -> None:
         """Offer, send what is granted, until a receipt; every wait has an end, and then it starts over."""
         queue = self._answers[meta.blob.digest] = asyncio.Queue()
-        data = (folder / "update").read_bytes()
+        _, data = read_update(update_file(result))
         tries = 0
         try:
-            while (folder / "update").exists():
-                await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature))
+            while update_file(result).exists():
+                # Small updates travel with their first offer; if that is not answered, the coordinator says what it lacks.
+                small = meta.inline and not tries and len(data) + OFFER_BYTES <= meta.blob.chunk
+                await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature, data if small else b""))
                 try:
                     while True:
                         answer = await within(self.answer_s * min(6, 1 + tries), queue.get())
@@ -80,9 +86,8 @@ class Sender:
             self._answers.pop(meta.blob.digest, None)
 
     def _settle(self, receipt: Receipt) -> None:
-        folder = round_folder(self.outbox.jobs, receipt.job, receipt.round)
+        result = result_of(self.outbox.jobs, receipt.job, receipt.round)
         if not receipt.accepted:
             log.error("the coordinator refused the update of round %d: %s", receipt.round, receipt.reason)
             self.status.fail(receipt.reason)
-        if folder.exists():
-            self.outbox.drop(folder)
+        self.outbox.drop(result)

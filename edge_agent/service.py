@@ -8,11 +8,11 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from federated.bus import Bus
 from federated.errors import Refused, WireError
-from federated.files import digest_of, write_atomic
+from federated.files import digest_of
 from federated.messages import (
     Assignment,
     DatasetOffer,
@@ -36,13 +36,15 @@ from .config import AgentConfig
 from .engine import Engine, EngineFailed
 from .fetch import Fetcher
 from .identity import Identity
-from .order import Order, round_folder
+from .order import Order, result_of
 from .outbox import Outbox
 from .sending import Sender
 from .status import Status
 
 log = logging.getLogger(__name__)
 VERSION = "0.1.0"
+SHORT_S = 1.0
+"""A phase that is over sooner is not worth a message."""
 
 
 class Agent:
@@ -66,6 +68,8 @@ class Agent:
         self._superseded = asyncio.Event()
         self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._telling: asyncio.TimerHandle | None = None
+        self._adapter = ""
 
     async def run(self) -> None:
         """Connect, and work until cancelled."""
@@ -85,6 +89,7 @@ class Agent:
             await self.engine.stop()
             await self.bus.stop()
             self.status.write(state="stopped")
+            self.status.flush()
 
     def _connected(self) -> None:
         self._welcome.clear()
@@ -187,32 +192,28 @@ class Agent:
                 continue
             job, raw, key = self._assignment
             self._superseded.clear()
-            folder = round_folder(self.outbox.jobs, job.job, job.round)
+            result = result_of(self.outbox.jobs, job.job, job.round)
             if key in self._handled:
                 continue
             self._handled[key] = None
-            if not self.outbox.finished(folder):
-                self._handled[key] = await self._one(job, raw, folder)
+            if not self.outbox.finished(result):
+                self._handled[key] = await self._one(job, raw, result)
 
-    async def _one(self, job: Assignment, raw: bytes, folder: Path) -> Report | None:
+    async def _one(self, job: Assignment, raw: bytes, result: Path) -> Report | None:
         """Carry out one assignment; every way it can fail ends in a report, which is returned."""
         try:
             dataset, model = consent.check(job, self.config)
             self._within_budget(job)
             self._phase(job, "downloading")
-            await self.say(Report(job.job, job.round, "downloading"))
             blobs = await self._fetched(job)
             if blobs is None:
                 return None
-            envelope = self.config.home / "assignment"
-            write_atomic(envelope, raw)
             self._phase(job, "training")
-            await self.say(Report(job.job, job.round, "training"))
             order = Order(
                 home=str(self.config.home),
-                envelope=str(envelope),
+                envelope=raw,
                 blobs=blobs,
-                folder=str(folder),
+                result=str(result),
                 dataset=dataset,
                 model=model,
                 threads=int(self.profile["threads"]),
@@ -220,6 +221,7 @@ class Agent:
                 chunk=min(self.config.link.packet_bytes, self.bus.packet),
                 require=self.config.require,
                 slots=self.config.worker.slots,
+                inline=job.inline,
             )
             await self.engine.run(order, lambda told: self.status.set(**told))
             if job.job in self._over:
@@ -228,7 +230,6 @@ class Agent:
             self._phase(job, "sending")
             self.fetcher.forget({b.digest for b in job.blobs.values()})
             self.sender.mail.set()
-            self._spawn(self._on_adapter(), "on-adapter")
             return None
         except (Refused, EngineFailed, WireError, OSError) as error:
             code = getattr(error, "code", "consent" if isinstance(error, Refused) else "job")
@@ -241,7 +242,8 @@ class Agent:
         """The assignment's blobs as files; None if other work, or the end of the job, came first."""
 
         async def every() -> dict[str, str]:
-            return {k: str(await self.fetcher.get(b)) for k, b in job.blobs.items()}
+            paths = await asyncio.gather(*(self.fetcher.get(b) for b in job.blobs.values()))
+            return dict(zip(job.blobs, map(str, paths), strict=True))
 
         fetch, other = asyncio.create_task(every(), name="fetch"), asyncio.create_task(self._superseded.wait(), name="superseded")
         try:
@@ -273,13 +275,27 @@ class Agent:
                 f"{self.status.counters.today / 1e6:.0f} MB went over the link today, {self.config.allow.mb_per_day:.0f} are allowed"
             )
 
-    def _phase(self, job: Assignment, state: str) -> None:
+    def _phase(self, job: Assignment, state: Literal["downloading", "training", "sending"]) -> None:
+        """Where the round stands: on disk, and said to the coordinator where it lasts."""
+        if self._telling:
+            self._telling.cancel()
+        if state != "sending":
+            report = Report(job.job, job.round, state)
+            self._telling = asyncio.get_running_loop().call_later(SHORT_S, lambda: self._spawn(self.say(report), "report"))
         r = job.recipe
         self.status.write(state=state, job=job.job, round=job.round, rounds=job.rounds, arm=job.say, bits=r.bits, prune=r.prune)
 
-    async def _on_adapter(self) -> None:
+    def _look_for_adapter(self) -> None:
+        """Has the worker put another adapter in place? Then the owner's command is run."""
         if not self.config.on_adapter:
             return
+        link = self.config.home / "adapter" / "current"
+        now = os.readlink(link) if link.is_symlink() else link.read_text() if link.exists() else ""
+        if now and now != self._adapter:
+            self._spawn(self._on_adapter(), "on-adapter")
+        self._adapter = now
+
+    async def _on_adapter(self) -> None:
         try:
             process = await asyncio.create_subprocess_exec(
                 *self.config.on_adapter, env={**os.environ, "RANKFLEET_ADAPTER": str(self.config.home / "adapter" / "current")}
@@ -294,3 +310,5 @@ class Agent:
             await asyncio.sleep(1.0)
             if self.status.count():
                 self.status.write(resumed_down=self.fetcher.resumed)
+            self.status.flush()
+            self._look_for_adapter()

@@ -14,6 +14,7 @@ from federated.files import write_atomic
 from .outbox import Counters
 
 log = logging.getLogger(__name__)
+OFTEN_S = 1.0
 
 
 class Status:
@@ -24,6 +25,7 @@ class Status:
         self.facts: dict[str, Any] = {"state": "connecting", **facts}
         self.counters = Counters.load(home / "counters.json")
         self._seen = (0, 0)
+        self._stale, self._written = True, -OFTEN_S
 
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]
@@ -49,18 +51,31 @@ class Status:
         moved, self._seen = now != self._seen, now
         counters.up, counters.down, counters.today = counters.up + up, counters.down + down, counters.today + up + down
         if moved:
-            counters.save(self.home / "counters.json")
+            try:
+                counters.save(self.home / "counters.json")
+            except OSError as error:
+                log.warning("counters: %s", error)
         return moved
 
     def write(self, **facts: Any) -> None:
-        """To disk; a full disk is logged, never fatal."""
+        """Remember facts and bring them to disk, now or, where that was done a moment ago, with the next `flush`."""
+        self.facts |= facts
+        self._stale = True
+        if time.monotonic() - self._written > OFTEN_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """To disk, if anything is new; a full disk is logged, never fatal."""
+        if not self._stale:
+            return
+        self._stale, self._written = False, time.monotonic()
         c = self.counters
         self.facts |= {
-            **facts, "connected": self.bus.connected.is_set(), "bytes_up": c.up, "bytes_down": c.down,
+            "connected": self.bus.connected.is_set(), "bytes_up": c.up, "bytes_down": c.down,
             "pid": os.getpid(), "at": time.time(),
             "jobs_done": c.jobs_done, "job_done_at": c.done_at, "problem": getattr(self.bus, "problem", ""),
         }  # fmt: skip
         try:
-            write_atomic(self.home / "status.json", msgspec.json.encode(self.facts))
+            write_atomic(self.home / "status.json", msgspec.json.encode(self.facts), durable=False)
         except OSError as error:
             log.warning("status: %s", error)

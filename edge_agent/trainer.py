@@ -140,10 +140,15 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(list(params.values()), MAX_NORM)
         return value
 
+    def samples(self, prompts: list[str]) -> list[str]:
+        """Answers of the adapter as it stands, where the task can give any."""
+        return self.task.samples(self.base.model, prompts) if hasattr(self.task, "samples") else []
+
     @torch.inference_mode()
-    def measure(self, examples: Examples, head: dict[str, Tensor] | None = None, batch: int = 32) -> dict[str, float]:
+    def measure(self, examples: Examples, head: dict[str, Tensor] | None = None) -> dict[str, float]:
         """Sums over `examples` with the adapter as it stands: loss, its square, right answers, count."""
         head = head if head is not None else self.head
+        batch = min(32, 4 * self.job.recipe.batch)
         total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
         for at in range(0, len(examples), batch):
             made = self.task.collate(examples[at : at + batch])

@@ -16,8 +16,8 @@ from . import system
 from .order import Order
 
 
-def main() -> None:
-    """Serve orders until standard input ends."""
+def main(make: Any = None) -> None:
+    """Serve orders until standard input ends. `make` builds another worker than the training one (benchmarks)."""
     system.die_with_parent()
     system.low_priority()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -30,14 +30,25 @@ def main() -> None:
     _silence()
     from .rounds import Worker
 
-    worker = Worker()
+    worker = (make or Worker)()
     say(answers, {"event": "ready", "rss_mb": system.peak_rss_mb()})
-    while (line := orders()) is not None:
+    while True:
+        if (line := orders(worker.idle_in())) is None:
+            _quietly(worker.idle)
+            continue
         try:
             worker.run(msgspec.json.decode(line, type=Order), lambda told: say(answers, {"event": "progress", **told}))
             say(answers, {"event": "done"})
         except Exception as error:
             say(answers, {"event": "failed", **_reason(error)})
+
+
+def _quietly(work: Any) -> None:
+    """What must not end the worker if it fails."""
+    try:
+        work()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _silence() -> None:
@@ -70,7 +81,7 @@ def _reader(stream: IO[str]) -> Any:
     """Lines through a thread, so that the end of the stream ends the process even in the middle of a step."""
     import queue
 
-    lines: queue.Queue[str | None] = queue.Queue()
+    lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
         for line in stream:
@@ -78,7 +89,15 @@ def _reader(stream: IO[str]) -> Any:
         os._exit(0)
 
     threading.Thread(target=read, name="orders", daemon=True).start()
-    return lines.get
+
+    def get(wait_s: float | None) -> str | None:
+        """The next line; None after `wait_s` without one."""
+        try:
+            return lines.get(timeout=wait_s)
+        except queue.Empty:
+            return None
+
+    return get
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ class Offer(Message, tag="offer", frozen=True):
     round: int
     blob: Blob
     signature: bytes
+    data: bytes = b""
+    """The whole update, where the assignment allows that and it fits into a packet."""
 
 
 class Report(Message, tag="report", frozen=True):
@@ -133,6 +135,10 @@ class Task(msgspec.Struct, frozen=True):
     labels: list[str] = []
     max_length: int = 128
     template: str = ""
+    tolerance: float = 0.5
+    """Regression: how far off still counts as right."""
+    samples: list[str] = []
+    """Prompts of the job (never of a device) whose answers go into the report."""
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -171,6 +177,8 @@ class Assignment(Message, tag="assignment", frozen=True):
     seed: int
     say: str = ""
     """Why this arm, in one sentence."""
+    inline: bool = False
+    """A small update may travel with its offer: the coordinator has room for all of them."""
 
 
 class Done(Message, tag="done", frozen=True):

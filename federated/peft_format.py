@@ -29,26 +29,79 @@ def load(base, folder=pathlib.Path(__file__).parent):
         batch = tokenizer(texts, padding=True, truncation=True, max_length=task["max_length"], return_tensors="pt")
         hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
         logits = (hidden * mask).sum(1) / mask.sum(1) @ head["head.weight"].T + head["head.bias"]
-        return [task["labels"][i] for i in logits.argmax(-1)]
+        return [task["labels"][i] for i in logits.argmax(-1)] if task["labels"] else logits[:, 0].tolist()
     return predict
 '''
 
 
-def write_adapter(folder: Path, pairs: Mapping[str, LowRank], dense: Tensors, *, scale: float, base: str, task: dict[str, Any]) -> None:
-    """Write `adapter_config.json`, `adapter_model.safetensors`, `head.safetensors`, `task.json` and `load.py`."""
-    used = {m: p for m, p in sorted(pairs.items()) if np.any(p.B)} or dict(sorted(pairs.items())[:1])
+LOAD_MERGED = '''"""Loads this model and its head with plain transformers: `predict = load()`, `predict(["some text"])`."""
+import json, pathlib, torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+def load(folder=pathlib.Path(__file__).parent):
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    saved, task = load_file(folder / "head" / "head.safetensors"), json.loads((folder / "task.json").read_text())
+    @torch.inference_mode()
+    def predict(texts):
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=task["max_length"], return_tensors="pt")
+        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+        logits = (hidden * mask).sum(1) / mask.sum(1) @ saved["head.weight"].T + saved["head.bias"]
+        return [task["labels"][i] for i in logits.argmax(-1)] if task["labels"] else logits[:, 0].tolist()
+    return predict
+'''
+LOAD_CAUSAL = '''"""Loads this adapter with plain transformers and peft: `answer = load("path/to/base")`, `answer("Instruction: …")`."""
+import pathlib, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+def load(base, folder=pathlib.Path(__file__).parent):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    @torch.inference_mode()
+    def answer(prompt, tokens=64):
+        batch = tokenizer(prompt, return_tensors="pt")
+        made = model.generate(**batch, max_new_tokens=tokens, do_sample=False)
+        return tokenizer.decode(made[0, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+    return answer
+'''
+
+
+def used_pairs(pairs: Mapping[str, LowRank]) -> dict[str, LowRank]:
+    """The pairs that change anything; one of them where none does, so that the files stay readable."""
+    return {m: p for m, p in sorted(pairs.items()) if np.any(p.B)} or dict(sorted(pairs.items())[:1])
+
+
+def head_files(dense: Tensors, task: dict[str, Any], program: str) -> dict[str, bytes]:
+    """What lies beside the weights: the head, what it means, and how to load it."""
+    where = "head/head.safetensors" if program == LOAD_MERGED else "head.safetensors"
+    files = {"task.json": json.dumps(task, indent=1).encode(), "load.py": program.encode()}
+    if dense:
+        files[where] = save({k: np.ascontiguousarray(v, np.float32) for k, v in dense.items()}, {"format": "pt"})
+    return files
+
+
+def write_adapter(
+    folder: Path, pairs: Mapping[str, LowRank], dense: Tensors, *, scale: float, base: str, task: dict[str, Any], transposed: bool = False
+) -> None:
+    """Write `adapter_config.json`, `adapter_model.safetensors`, `head.safetensors`, `task.json` and `load.py`.
+
+    `transposed`: the base keeps its linear maps as (in, out), as GPT-2 does.
+    """
+    used = used_pairs(pairs)
+    causal = task.get("kind") == "causal_lm"
     ranks = {m: int(p.A.shape[0]) for m, p in used.items()}
     top = max(ranks.values())
     config = {
         "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION",
+        "task_type": "CAUSAL_LM" if causal else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": top,
         "lora_alpha": scale * top,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "target_modules": sorted(used),
         "rank_pattern": {m: r for m, r in ranks.items() if r != top},
         "alpha_pattern": {m: scale * r for m, r in ranks.items() if r != top},
@@ -60,6 +113,5 @@ def write_adapter(folder: Path, pairs: Mapping[str, LowRank], dense: Tensors, *,
         weights[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(pair.B, np.float32)
     write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
     write_atomic(folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
-    write_atomic(folder / "head.safetensors", save({k: np.ascontiguousarray(v, np.float32) for k, v in dense.items()}, {"format": "pt"}))
-    write_atomic(folder / "task.json", json.dumps(task, indent=1).encode())
-    write_atomic(folder / "load.py", LOAD.encode())
+    for name, data in head_files(dense, task, LOAD_CAUSAL if causal else LOAD).items():
+        write_atomic(folder / name, data)

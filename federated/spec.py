@@ -4,6 +4,9 @@ Canonical coordinates are those of the unpruned base. A device works on compact 
 columns of `A` that belong to pruned channels are absent. Index lists (`Masks`) connect the two.
 """
 
+import math
+from functools import cached_property
+
 import msgspec
 
 
@@ -29,7 +32,7 @@ class Dense(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
 
 
-class Spec(msgspec.Struct, frozen=True):
+class Spec(msgspec.Struct, frozen=True, dict=True):
     """Everything a device's adapter consists of, by module or tensor name."""
 
     pairs: dict[str, Pair]
@@ -37,12 +40,20 @@ class Spec(msgspec.Struct, frozen=True):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name → compact shape, of the trained tensors, in sorted order."""
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {k: d.shape for k, d in self.dense.items()}
         for module, pair in self.pairs.items():
             if pair.trained:
                 found[f"{module}.A"] = (pair.rank, pair.kept_in)
                 found[f"{module}.B"] = (pair.kept_out, pair.rank)
         return dict(sorted(found.items()))
+
+    def bytes(self) -> int:
+        """Bytes of the trained tensors as fp32."""
+        return 4 * sum(math.prod(s) for s in self.shapes().values())
 
 
 def module_of(name: str) -> str:

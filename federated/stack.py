@@ -113,7 +113,7 @@ class ServerSide:
 
     def receive(self, update: Update, number: int) -> Update:
         """Decode one update: `send` undone in reverse order."""
-        delta = update.delta
+        delta = dict(update.delta)
         for n, m in reversed(self.stack.using("receive")):
             delta = m.receive(delta, update, self.context(n, number, update.device))
         return replace(update, delta=delta)

@@ -1,22 +1,29 @@
 """Content-addressed transfer in small pieces, resumable on both sides.
 
 A piece on the wire: version (u8), first 8 bytes of the blob's digest, number (u32), CRC-32 of the data (u32), data.
-A half-arrived blob is a log of such records on disk: a kill at any instant loses at most the piece being written, and a torn
-record at the end is cut off when the log is opened.
+A half-arrived blob is a file with its pieces in place and a log of which are there: a kill at any instant loses at most the
+half second before it, and what a power cut left behind is checked piece by piece.
 """
 
+import hashlib
+import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from .errors import WireError
-from .files import digest_of, digest_of_file, sync_folder, write_atomic
+from .files import digest_of, digest_of_file, sync_folder
 from .messages import PROTOCOL, Blob, Ranges
 
 PIECE = struct.Struct(">B8sII")
-RECORD = struct.Struct(">III")
+RECORD = struct.Struct(">II")
+"""Number and CRC-32 of a piece that is there."""
 MAX_RANGES = 256
+HOLD_S, HOLD_BYTES = 0.5, 4 << 20
+"""Pieces stay in memory so long, and so many, before they are written: on a fast link a blob is one write."""
 
 
 def piece(blob: Blob, number: int, data: bytes) -> bytes:
@@ -62,48 +69,74 @@ def numbers(spans: Ranges, below: int) -> Iterator[int]:
 
 
 class Assembly:
-    """A blob that is arriving, as a log on disk."""
+    """A blob that is arriving: pieces in their places in `<digest>.part`, and in `<digest>.have` a log of which are there."""
 
-    def __init__(self, folder: Path, blob: Blob) -> None:
-        self.blob, self.path = blob, folder / f"{blob.digest}.part"
-        self.target = folder / blob.digest
-        self.have: dict[int, int] = {}
+    def __init__(self, folder: Path, blob: Blob, *, durable: bool = True, hold_bytes: int = HOLD_BYTES) -> None:
+        self.hold_bytes = hold_bytes
+        self.blob, self.target, self.durable = blob, folder / blob.digest, durable
+        self.path, self.log = folder / f"{blob.digest}.part", folder / f"{blob.digest}.have"
+        self.have: set[int] = set()
         self.repeated = 0
+        self._hash, self._hashed = hashlib.sha256(), 0
+        self._fresh: dict[int, bytes] = {}
+        self._since = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
+        if self.log.exists():
             self._replay()
         self.resumed = len(self.have)
 
     def _replay(self) -> None:
-        at, size = 0, self.path.stat().st_size
-        with self.path.open("rb") as log:
-            while at + RECORD.size <= size:
-                number, crc, length = RECORD.unpack(log.read(RECORD.size))
-                data = log.read(length) if length <= self.blob.chunk else b""
-                if len(data) != length or zlib.crc32(data) != crc or number >= self.blob.chunks:
-                    break
-                self.have[number] = at + RECORD.size
-                at += RECORD.size + length
-        if at < size:
-            with self.path.open("r+b") as log:
-                log.truncate(at)
+        """What the log names and the file really holds; a torn record or piece is as if it had not come."""
+        if not self.path.exists():
+            self.log.unlink(missing_ok=True)
+            return
+        log = self.log.read_bytes()
+        whole = len(log) // RECORD.size * RECORD.size
+        with self.path.open("rb") as part:
+            for number, crc in RECORD.iter_unpack(log[:whole]):
+                if number < self.blob.chunks and zlib.crc32(self._read(part, number)) == crc:
+                    self.have.add(number)
+        if whole < len(log):
+            os.truncate(self.log, whole)
+
+    def _read(self, part: IO[bytes], number: int) -> bytes:
+        part.seek(number * self.blob.chunk)
+        return part.read(self._length(number))
+
+    def _length(self, number: int) -> int:
+        return self.blob.size - number * self.blob.chunk if number == self.blob.chunks - 1 else self.blob.chunk
 
     def add(self, number: int, data: bytes) -> bool:
         """Keep one piece; False for one that is here already. Raises WireError for a piece that cannot belong here."""
-        last = number == self.blob.chunks - 1
-        want = self.blob.size - number * self.blob.chunk if last else self.blob.chunk
-        if number >= self.blob.chunks or len(data) != want:
+        if not 0 <= number < self.blob.chunks or len(data) != self._length(number):
             raise WireError(
                 f"chunk {number} with {len(data):,} bytes does not fit a blob of {self.blob.chunks} chunks of {self.blob.chunk:,} bytes"
             )
         if number in self.have:
             self.repeated += 1
             return False
-        with self.path.open("ab") as log:
-            at = log.tell()
-            log.write(RECORD.pack(number, zlib.crc32(data), len(data)) + data)
-        self.have[number] = at + RECORD.size
+        self._fresh[number] = data
+        self.have.add(number)
+        if number == self._hashed:
+            self._hash.update(data)
+            self._hashed += 1
+        now = time.monotonic()
+        if not self.complete and (now - self._since > HOLD_S or len(self._fresh) * self.blob.chunk > self.hold_bytes):
+            self.save()
         return True
+
+    def save(self) -> None:
+        """Bring pieces that are only in memory to disk, in place, and then into the log."""
+        self._since = time.monotonic()
+        if not self._fresh:
+            return
+        with self.path.open("r+b" if self.path.exists() else "w+b") as part:
+            for number, data in self._fresh.items():
+                part.seek(number * self.blob.chunk)
+                part.write(data)
+        with self.log.open("ab") as log:
+            log.write(b"".join(RECORD.pack(number, zlib.crc32(data)) for number, data in self._fresh.items()))
+        self._fresh.clear()
 
     def missing(self) -> Ranges:
         """What has not arrived."""
@@ -115,22 +148,35 @@ class Assembly:
         return len(self.have) == self.blob.chunks
 
     def finish(self) -> Path:
-        """Check the digest and put the blob in its place, durably. Raises WireError and starts over if it is wrong."""
-        with self.path.open("rb") as log:
-            pieces = []
-            for number in range(self.blob.chunks):
-                log.seek(self.have[number])
-                last = number == self.blob.chunks - 1
-                pieces.append(log.read(self.blob.size - number * self.blob.chunk if last else self.blob.chunk))
-        data = b"".join(pieces)
-        if digest_of(data) != self.blob.digest:
-            self.path.unlink(missing_ok=True)
-            self.have.clear()
+        """Check the digest and put the blob in its place, durably if so wished. Raises WireError and starts over if it is wrong."""
+        with self.path.open("r+b" if self.path.exists() else "w+b") as part:
+            for number, data in self._fresh.items():
+                part.seek(number * self.blob.chunk)
+                part.write(data)
+            self._fresh.clear()
+            while self._hashed < self.blob.chunks:
+                self._hash.update(self._read(part, self._hashed))
+                self._hashed += 1
+            if self.durable:
+                part.flush()
+                os.fsync(part.fileno())
+        right = self._hash.hexdigest() == self.blob.digest
+        self._hash, self._hashed = hashlib.sha256(), 0
+        if not right:
+            self.forget()
             raise WireError(f"blob {self.blob.digest[:12]} arrived with another digest", "it is fetched again")
-        write_atomic(self.target, data)
-        self.path.unlink(missing_ok=True)
-        sync_folder(self.path.parent)
+        os.replace(self.path, self.target)
+        self.log.unlink(missing_ok=True)
+        if self.durable:
+            sync_folder(self.path.parent)
         return self.target
+
+    def forget(self) -> None:
+        """Start over."""
+        self.path.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
+        self.have.clear()
+        self._fresh.clear()
 
 
 def stored(folder: Path, digest: str) -> Path | None:

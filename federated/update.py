@@ -31,7 +31,8 @@ class Update:
 
     device: str
     weight: float
-    delta: Tensors
+    delta: Mapping[str, Array]
+    """Compact deltas by name; those of stored updates are decoded when they are first looked at."""
     spec: Spec
     view: Tensors
     masks: Masks = field(default_factory=dict)
@@ -45,7 +46,7 @@ class Update:
 
     def holds(self, module: str) -> bool:
         """Did this device send anything for that pair?"""
-        return f"{module}.A" in self.delta or f"{module}.B" in self.delta
+        return module in self._modules
 
     def deltas(self, module: str) -> tuple[Array, Array]:
         """(dB, dA) of one pair, zeros where a factor did not travel."""
@@ -82,11 +83,15 @@ class Update:
 
     def modules(self) -> list[str]:
         """Pairs that this update moves, sorted."""
-        return sorted({module_of(k) for k in self.delta if module_of(k) in self.spec.pairs})
+        return sorted(self._modules)
 
     def dense(self) -> Tensors:
         """Deltas of tensors outside the pairs (heads), as sent."""
         return {k: t for k, t in self.delta.items() if k in self.spec.dense}
+
+    @cached_property
+    def _modules(self) -> frozenset[str]:
+        return frozenset(module_of(k) for k in self.delta if module_of(k) in self.spec.pairs)
 
     @cached_property
     def _norm(self) -> float:
@@ -94,8 +99,13 @@ class Update:
             return norm(self.delta)
         square = norm(self.dense()) ** 2
         for module in self.modules():
-            b, a = (t.astype(np.float64) for t in replace(self, factor=1.0).factors(module))
-            square += float(np.sum((b.T @ b) * (a @ a.T)))
+            db, da = self.deltas(module)
+            a0, b1 = self.view[f"{module}.A"], self.view[f"{module}.B"] + db
+            # ‖dB·A₀ + B₁·dA‖² from r×r products alone.
+            left = np.concatenate([db, b1], axis=1)
+            right = np.concatenate([a0, da], axis=0)
+            gram = (left.T @ left) * (right @ right.T)
+            square += self.spec.pairs[module].scale ** 2 * float(gram.sum(dtype=np.float64))
         return float(np.sqrt(max(square, 0.0)))
 
     def norm(self) -> float:

@@ -33,16 +33,20 @@ class _Header(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 def encode(tensors: Mapping[str, Array], meta: Any = None) -> bytes:
     """One frame. Raises WireError for a dtype that does not travel."""
-    rows, blobs = [], []
+    rows: list[tuple[str, str, tuple[int, ...]]] = []
+    blobs: list[bytes | memoryview] = []
     for name, array in tensors.items():
         kind = _NAMES.get(array.dtype.newbyteorder("<"))
         if kind is None:
             raise WireError(f"`{name}` has dtype {array.dtype}, which does not travel", f"use one of {sorted(DTYPES)}")
         rows.append((name, kind, array.shape))
-        blobs.append(np.ascontiguousarray(array, dtype=DTYPES[kind]).tobytes())
+        blobs.append(np.ascontiguousarray(array, dtype=DTYPES[kind]).reshape(-1).view(np.uint8).data)
     header = msgspec.msgpack.encode(_Header(rows, meta))
-    body = b"".join([struct.pack("<I", len(header)), header, *blobs])
-    return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+    body = [struct.pack("<I", len(header)), header, *blobs]
+    crc = 0
+    for part in body:
+        crc = zlib.crc32(part, crc)
+    return b"".join([MAGIC, struct.pack("<I", crc), *body])
 
 
 def decode(data: bytes | memoryview, *, limit: int = MAX_BYTES, finite: bool = False) -> tuple[Tensors, Any]:

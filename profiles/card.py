@@ -104,13 +104,27 @@ def _count(shape: list[int]) -> int:
     return n
 
 
+class Entry(msgspec.Struct, frozen=True):
+    """Where a tensor lies in a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    offset: int
+
+
 def header(file: Path) -> dict[str, list[int]]:
     """Tensor name → shape, from a safetensors file's header."""
+    return {k: e.shape for k, e in entries(file).items()}
+
+
+def entries(file: Path) -> dict[str, Entry]:
+    """Tensor name → dtype, shape and place in the file. Raises ValueError for another kind of file."""
     with file.open("rb") as f:
         (size,) = struct.unpack("<Q", f.read(8))
         if size > 100_000_000:
             raise ValueError(f"{file}: header of {size:,} bytes is not a safetensors header")
-        return {k: v["shape"] for k, v in json.loads(f.read(size)).items() if k != "__metadata__"}
+        found = json.loads(f.read(size))
+    return {k: Entry(v["dtype"], v["shape"], 8 + size + v["data_offsets"][0]) for k, v in found.items() if k != "__metadata__"}
 
 
 def model_digest(folder: Path) -> str:

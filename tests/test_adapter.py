@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coordinator import store
-from coordinator.export import load, to_peft
+from coordinator.export import load, write
 from coordinator.job import Plan
 from edge_agent.adapter import as_tensor
 from edge_agent.model import Base
@@ -27,7 +27,7 @@ async def test_plain_peft_predicts_the_same(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny) as world:
         name = await world.run(job(rounds=4, arms=arms, policy={"name": "ucb1"}, training={"lr": 0.05}))
         config = world.coordinator.config
-        number = to_peft(config, name, tmp_path / "out")
+        number = write(config, name, tmp_path / "out")
         version, spec = load(config, name, number)
     plan = Plan(spec, read_card(tiny))
     base = Base(tiny, [m.name for m in plan.modules], 32, {})

@@ -153,7 +153,7 @@ async def forged_update(home: Path, model: Path, tensors: dict[str, Any], messag
         async def forged(job_: Any, raw: bytes, folder: Path) -> None:
             data = encode(tensors, {"examples": 5})
             blob = blob_of(data, 2000)
-            signature = identity.private_key(home / "d0").sign(manifest(job_.job, job_.round, "d0", blob.digest)) if sign else b"x" * 64
+            signature = identity.signer(home / "d0").sign(manifest(job_.job, job_.round, "d0", blob.digest)) if sign else b"x" * 64
             await agent.say(Offer(job_.job, job_.round, blob, signature))
             await asyncio.sleep(0.2)
             for n in range(blob.chunks):

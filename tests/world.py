@@ -76,6 +76,53 @@ def tiny_vit(folder: Path) -> Path:
     return folder
 
 
+CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} [SEP] {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+
+
+def tiny_llama(folder: Path, family: str = "llama") -> Path:
+    """A two-layer causal model from a config, with a tokenizer that has a chat template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = [*WORDS, "Instruction", "Input", "Answer", "user", "assistant", ":"]
+    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    config = (
+        GPT2Config(
+            vocab_size=len(vocab), n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3, initializer_range=0.3
+        )
+        if family == "gpt2"
+        else LlamaConfig(
+            vocab_size=len(vocab),
+            hidden_size=16,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=2,
+            eos_token_id=3,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+        )
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def questions(count: int, seed: int) -> list[dict[str, str]]:
+    """The answer depends on whether there is an input: what a random two-layer model can learn in a minute."""
+    rng = random.Random(seed)
+    said = [" ".join(rng.choice(WORDS[:6]) for _ in range(2)) for _ in range(count)]
+    return [{"instruction": t, "input": rng.choice(WORDS[8:]) if i % 2 else "", "output": WORDS[6 + i % 2]} for i, t in enumerate(said)]
+
+
 def rows(count: int, seed: int, tilt: int = 0) -> list[dict[str, str]]:
     """Sentences whose label is the group that most of their words come from."""
     rng = random.Random(seed)
@@ -122,6 +169,7 @@ class InlineEngine:
         await asyncio.sleep(0)
         try:
             self.worker.run(order, progress)
+            self.worker.idle()
         except (DoesNotFit, MemoryError) as error:
             raise EngineFailed("memory", str(error)) from None
         except Refused as error:

@@ -12,6 +12,7 @@ class TaskEngine(Protocol):
     """Between rows and the training loop; methods see only the batches, dictionaries of tensors."""
 
     fields: list[str]
+    """Columns that rows have; those in an attribute `optional` may be missing."""
 
     def encode(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows as examples that `collate` can join."""

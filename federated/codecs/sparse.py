@@ -80,32 +80,32 @@ def encode(values: Array, keep: float) -> tuple[bytes, Array]:
         raise WireError("the update holds NaN or infinity")
     count = max(1, int(keep * values.size))
     step = np.float32(top / 127 or 1.0)
-    chosen = np.zeros(values.size, bool)
-    if count < values.size:
-        chosen[np.argpartition(size, values.size - count)[values.size - count :]] = True
-    else:
-        chosen[:] = True
-    levels = np.rint(values[chosen] / step).astype(np.int8)
-    chosen[chosen] = levels != 0
-    levels = levels[levels != 0]
+    # Whatever rounds to zero does not travel, so half a step is always part of the threshold. Indices beat boolean masks tenfold.
+    least = np.partition(size, values.size - count)[values.size - count] if count < values.size else np.float32(0)
+    place = np.flatnonzero(size >= max(least, step * np.float32(0.5)))
+    levels = np.rint(values[place] / step).astype(np.int8)
+    if not levels.all():
+        place, levels = place[levels != 0], levels[levels != 0]
+    chosen = np.zeros(values.size, np.uint8)
+    chosen[place] = 1
     index = deflate(np.packbits(chosen).tobytes())
     decoded = np.zeros(values.size, np.float32)
-    decoded[chosen] = levels * step
+    decoded[place] = levels * step
     return struct.pack("<fI", step, len(index)) + index + deflate(levels.tobytes()), decoded
 
 
-def decode(data: bytes, size: int) -> Array:
+def decode(data: bytes | memoryview, size: int) -> Array:
     """The inverse of `encode` for `size` values. Raises WireError on anything that `encode` does not write."""
     if len(data) < 8:
         raise WireError(f"a sparse tensor of {len(data)} bytes is too short")
     step, length = struct.unpack("<fI", data[:8])
-    chosen = np.unpackbits(np.frombuffer(inflate(data[8 : 8 + length], (size + 7) // 8), np.uint8), count=size).astype(bool)
-    count = int(chosen.sum())
-    levels = np.frombuffer(inflate(data[8 + length :], count), np.int8)
+    bits = np.unpackbits(np.frombuffer(inflate(data[8 : 8 + length], (size + 7) // 8), np.uint8), count=size)
+    place = np.flatnonzero(bits.view(bool))
+    levels = np.frombuffer(inflate(data[8 + length :], len(place)), np.int8)
     if not np.isfinite(step):
         raise WireError(f"scale of a sparse tensor is {step}")
     out = np.zeros(size, np.float32)
-    out[chosen] = levels * np.float32(step)
+    out[place] = levels * np.float32(step)
     return out
 
 
@@ -115,7 +115,7 @@ def deflate(data: bytes) -> bytes:
     return coder.compress(data) + coder.flush()
 
 
-def inflate(data: bytes, size: int) -> bytes:
+def inflate(data: bytes | memoryview, size: int) -> bytes:
     """Exactly `size` bytes, or WireError; never more memory than that."""
     coder = zlib.decompressobj(-15)
     try:

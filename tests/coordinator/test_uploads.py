@@ -52,7 +52,7 @@ def test_pieces_nobody_asked_for_are_dropped(tmp_path: Path) -> None:
     desk.uploads.chunk("a", b"rubbish that is long enough")
     foreign = blob_of(b"y" * 3000, 1017)
     desk.uploads.chunk("a", cut(b"y" * 3000, foreign, 0))
-    assert desk.uploads.live["a"].assembly.have == {}
+    assert desk.uploads.live["a"].assembly.have == set()
     assert desk.uploads.corrupt == 1
 
 
@@ -77,6 +77,7 @@ def test_an_offer_after_a_kill_is_granted_only_what_is_missing(tmp_path: Path) -
     desk = Desk(tmp_path)
     blob = desk.offer("a", data)
     desk.uploads.chunk("a", cut(data, blob, 2))
+    desk.uploads.save()
     again = Desk(tmp_path)
     again.offer("a", data)
     assert again.grants[0][1].missing == [(0, 2), (3, 5)]

@@ -14,7 +14,7 @@ from edge_agent.adapter import Adapted
 from edge_agent.config import Dataset
 from edge_agent.data import Shard
 from edge_agent.model import Base
-from edge_agent.order import Meta, commit, last_state, round_folder
+from edge_agent.order import Meta, commit, last_state, read_update, result_of, state_file, update_file
 from edge_agent.outbox import Counters, Outbox
 from edge_agent.quantise import NF4, QuantLinear, pack_nf4, unpack_nf4
 from federated.errors import Refused
@@ -179,23 +179,36 @@ def test_unreadable_files(tmp_path: Path, name: str, message: str) -> None:
 
 
 def test_update_and_state_are_committed_together(tmp_path: Path) -> None:
-    folder = round_folder(tmp_path / "jobs", "j", 2)
+    result = result_of(tmp_path / "jobs", "j", 2)
     blob = blob_of(b"update", 1000)
-    commit(folder, b"update", b"state", Meta("j", 2, blob, b"s"))
+    commit(result, b"update", b"state", Meta("j", 2, blob, b"s"))
     outbox = Outbox(tmp_path)
     assert [m.round for _, m in outbox.due()] == [2]
-    assert last_state(round_folder(tmp_path / "jobs", "j", 3)) == folder / "state"
-    assert last_state(folder) is None
-    outbox.drop(folder)
+    assert read_update(update_file(result)) == (Meta("j", 2, blob, b"s"), b"update")
+    assert last_state(result_of(tmp_path / "jobs", "j", 3)) == state_file(result)
+    assert last_state(result) is None
+    outbox.drop(result)
     assert outbox.due() == []
-    assert (folder / "state").exists()
+    assert outbox.finished(result)
 
 
-def test_a_damaged_update_is_thrown_away_and_trained_again(tmp_path: Path) -> None:
-    folder = round_folder(tmp_path / "jobs", "j", 0)
-    commit(folder, b"update", b"state", Meta("j", 0, Blob("00" * 32, 6, 100), b"s"))
+def test_an_update_whose_state_was_lost_is_trained_again(tmp_path: Path) -> None:
+    result = result_of(tmp_path / "jobs", "j", 0)
+    commit(result, b"update", b"state", Meta("j", 0, blob_of(b"update", 100), b"s"))
+    state_file(result).unlink()
     assert Outbox(tmp_path).due() == []
-    assert not folder.exists()
+    assert not Outbox(tmp_path).finished(result)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xff\xff\xff", b"\x05\0\0\0zzzzz", None])
+def test_a_damaged_update_is_thrown_away_and_trained_again(tmp_path: Path, data: bytes | None) -> None:
+    result = result_of(tmp_path / "jobs", "j", 0)
+    commit(result, b"update", b"state", Meta("j", 0, Blob("00" * 32, 6, 100), b"s"))
+    if data is not None:
+        update_file(result).write_bytes(data)
+    assert Outbox(tmp_path).due() == []
+    assert not update_file(result).exists()
+    assert not Outbox(tmp_path).finished(result)
 
 
 def test_counters_survive_and_forgive(tmp_path: Path) -> None:
@@ -209,10 +222,10 @@ async def test_a_worker_over_its_memory_is_stopped_and_the_next_order_gets_a_new
     from edge_agent.engine import EngineFailed, ProcessEngine
     from edge_agent.order import Order
 
-    order = Order(str(tmp_path), str(tmp_path / "none"), {}, str(tmp_path / "r000000"), Dataset("x"), "m", 1, 10.0, 1000)
+    order = Order(str(tmp_path), b"", {}, str(tmp_path / "r000000"), Dataset("x"), "m", 1, 10.0, 1000)
     engine = ProcessEngine(memory_mb=None, idle_s=60)
     try:
-        with pytest.raises(EngineFailed, match="No such file") as failed:
+        with pytest.raises(EngineFailed, match="not a message") as failed:
             await engine.run(order, lambda told: None)
         assert failed.value.code == "crash"
         first = engine._process
@@ -230,7 +243,7 @@ async def test_a_worker_over_its_memory_is_stopped_and_the_next_order_gets_a_new
                 reason = str(error)
         assert "was stopped" in reason
         engine.memory_mb = None
-        with pytest.raises(EngineFailed, match="No such file"):
+        with pytest.raises(EngineFailed, match="not a message"):
             await engine.run(order, lambda told: None)
     finally:
         await engine.stop()

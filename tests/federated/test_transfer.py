@@ -63,14 +63,32 @@ def test_resumes_after_a_kill_and_cuts_a_torn_record(tmp_path: Path) -> None:
     first = Assembly(tmp_path, blob)
     for n in (0, 4, 2):
         first.add(n, data[n * 100 : n * 100 + 100])
-    with first.path.open("ab") as log:
-        log.write(b"\0\0\0\5torn")
+    first.save()
+    with first.log.open("ab") as log:
+        log.write(b"\0\0\0\5to")
     again = Assembly(tmp_path, blob)
     assert again.resumed == 3
     assert again.missing() == [(1, 2), (3, 4), (5, 10)]
     for n in (1, 3, *range(5, 10)):
         again.add(n, data[n * 100 : n * 100 + 100])
     assert again.finish().read_bytes() == data
+
+
+def test_a_power_cut_that_kept_the_log_and_lost_a_piece(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes(1000)
+    blob = blob_of(data, 117)
+    first = Assembly(tmp_path, blob)
+    for n in range(8):
+        first.add(n, data[n * 100 : n * 100 + 100])
+    first.save()
+    with first.path.open("r+b") as part:
+        part.seek(300)
+        part.write(bytes(100))
+        part.truncate(750)
+    again = Assembly(tmp_path, blob)
+    assert again.missing() == [(3, 4), (7, 10)]
+    first.path.unlink()
+    assert Assembly(tmp_path, blob).missing() == [(0, 10)]
 
 
 def test_wrong_content_starts_over(tmp_path: Path) -> None:

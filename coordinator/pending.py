@@ -1,0 +1,49 @@
+"""Assignments that are open, in memory: who is still out, and since when.
+
+The ledger is the truth; this spares asking it for every message.
+"""
+
+from typing import NamedTuple
+
+Key = tuple[str, int, str]
+"""(job, round, device)."""
+
+
+class Open(NamedTuple):
+    """One open assignment."""
+
+    sent_at: float
+    purpose: str
+
+
+class Pending:
+    """Open assignments of the rounds that may still be answered."""
+
+    def __init__(self) -> None:
+        self._open: dict[Key, Open] = {}
+        self._out: dict[tuple[str, int], int] = {}
+
+    def add(self, job: str, round: int, device: str, sent_at: float, purpose: str) -> None:
+        """A device was told what to do."""
+        if (job, round, device) not in self._open:
+            self._out[job, round] = self._out.get((job, round), 0) + 1
+        self._open[job, round, device] = Open(sent_at, purpose)
+
+    def get(self, key: Key) -> Open | None:
+        """The assignment, while nobody has answered it."""
+        return self._open.get(key)
+
+    def done(self, key: Key) -> None:
+        """It was answered, one way or the other."""
+        if self._open.pop(key, None) is not None:
+            self._out[key[:2]] -= 1
+
+    def out(self, job: str, round: int) -> int:
+        """How many have not answered."""
+        return self._out.get((job, round), 0)
+
+    def close(self, job: str, round: int) -> None:
+        """The round is over; what still comes is looked up in the ledger."""
+        for key in [k for k in self._open if k[:2] == (job, round)]:
+            del self._open[key]
+        self._out.pop((job, round), None)

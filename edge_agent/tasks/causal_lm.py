@@ -1,0 +1,155 @@
+"""Instruction tuning of a causal language model: next-token loss on answer tokens alone.
+
+Rows have `instruction`, `output` and maybe `input`; or, with `template: chat`, `messages` (role and content), rendered by the
+tokenizer's own chat template, where every assistant turn is an answer. Logits are made for columns with an answer token only.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from federated.errors import Refused
+from federated.messages import Task
+
+TEMPLATE = "Instruction: {instruction}\nInput: {input}\nAnswer: "
+PLAIN = "Instruction: {instruction}\nAnswer: "
+IGNORED = -100
+SAMPLE_TOKENS = 48
+Tokens = tuple[list[int], list[bool]]
+"""Ids, and which of them are to be learnt."""
+
+
+class Engine:
+    """Prompts and answers as tokens, batches, losses; and samples for the report."""
+
+    def __init__(self, task: Task, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.length, self.template = task.max_length, task.template
+        self.chat = task.template == "chat"
+        if self.chat and not getattr(self.tokenizer, "chat_template", None):
+            raise Refused(
+                "`template: chat` needs a tokenizer with a chat template", "leave `template` out, or write one with {instruction}"
+            )
+        self.fields = ["messages"] if self.chat else ["instruction", "output", "input"]
+        self.optional = {"input"}
+        self.skipped = 0
+
+    def encode(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Ids and answer masks, cut at the job's length; rows without an answer are left out and counted."""
+        found = []
+        for row in rows:
+            ids, learnt = self._cut(*(self._turns(row["messages"]) if self.chat else self._pair(row)))
+            if any(learnt[1:]):
+                found.append({"ids": ids, "learnt": learnt})
+            else:
+                self.skipped += 1
+        return found
+
+    def prompt(self, row: dict[str, Any]) -> str:
+        """What stands before the answer."""
+        given = str(row.get("input") or "").strip()
+        template = self.template or (TEMPLATE if given else PLAIN)
+        return template.replace("{instruction}", str(row["instruction"]).strip()).replace("{input}", given)
+
+    def _pair(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        prompt = list(self.tokenizer(self.prompt(row))["input_ids"])
+        end = self.tokenizer.eos_token_id
+        if end is not None and prompt[-1:] == [end]:
+            prompt.pop()
+        answer = list(self.tokenizer(str(row["output"]).strip(), add_special_tokens=False)["input_ids"])
+        if answer and end is not None:
+            answer.append(end)
+        return prompt, answer
+
+    def _cut(self, ids: list[int], answer: list[int] | list[bool]) -> Tokens:
+        """A prompt loses its beginning, down to half of the length; an answer its end."""
+        if self.chat:
+            return ids[: self.length], [bool(a) for a in answer[: self.length]]
+        keep = max(self.length // 2, self.length - len(answer))
+        prompt = ids[-keep:]
+        whole = [*prompt, *(int(a) for a in answer)][: self.length]
+        return whole, [i >= len(prompt) for i in range(len(whole))]
+
+    def _turns(self, messages: Any) -> tuple[list[int], list[bool]]:
+        """A conversation by the tokenizer's template; the tokens that each assistant turn adds are learnt."""
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise Refused("`messages` of a row is not a list of {role, content}")
+        said = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
+        ids: list[int] = []
+        learnt: list[bool] = []
+        for n, message in enumerate(said):
+            if message["role"] != "assistant":
+                continue
+            try:
+                before = self._render(said[:n], True)
+                after = self._render(said[: n + 1], False)
+            except Exception as error:
+                raise Refused(f"the tokenizer's chat template does not take a row: {error}") from None
+            learnt = [*learnt, *[False] * (len(before) - len(ids)), *[True] * (len(after) - max(len(before), len(ids)))][: len(after)]
+            ids = after
+        return ids, learnt
+
+    def _render(self, messages: list[dict[str, str]], answer_follows: bool) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer_follows, tokenize=False)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Right-padded; `labels` are the ids where they are learnt, `IGNORED` elsewhere."""
+        longest = max(len(e["ids"]) for e in examples)
+        ids = torch.full((len(examples), longest), self.tokenizer.pad_token_id or 0, dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for row, e in enumerate(examples):
+            tokens = torch.tensor(e["ids"])
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+            labels[row, : len(tokens)] = torch.where(torch.tensor(e["learnt"]), tokens, IGNORED)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def forward(self, model: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
+        """Logits (batch, columns, vocabulary) of the columns before an answer token."""
+        kept = self._columns(batch)
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        logits: torch.Tensor = model(**given, logits_to_keep=kept).logits
+        return (logits if logits.shape[1] == len(kept) else logits[:, kept]).float()
+
+    def _columns(self, batch: dict[str, Any]) -> torch.Tensor:
+        found: torch.Tensor = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
+        return found
+
+    def _targets(self, batch: dict[str, Any]) -> torch.Tensor:
+        targets: torch.Tensor = batch["labels"][:, 1:][:, self._columns(batch)]
+        return targets
+
+    def losses(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """Mean cross-entropy over each example's answer tokens, (batch,)."""
+        targets = self._targets(batch)
+        each = cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        loss: torch.Tensor = each.sum(1) / (targets != IGNORED).sum(1).clamp_min(1)
+        return loss
+
+    def correct(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        """Share of each example's answer tokens that would be guessed, (batch,)."""
+        targets = self._targets(batch)
+        right = (scores.argmax(-1) == targets) & (targets != IGNORED)
+        share: torch.Tensor = right.sum(1).float() / (targets != IGNORED).sum(1).clamp_min(1)
+        return share
+
+    @torch.inference_mode()
+    def samples(self, model: Any, prompts: list[str]) -> list[str]:
+        """What the model answers to the job's own prompts, greedily."""
+        found = []
+        for prompt in prompts:
+            text = (
+                self._render([{"role": "user", "content": prompt}], True)
+                if self.chat
+                else self._pair({"instruction": prompt, "output": ""})[0]
+            )
+            ids = torch.tensor([text[-self.length :]])
+            made = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+            )  # fmt: skip
+            found.append(str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip())
+        return found
