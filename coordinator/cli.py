@@ -90,7 +90,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 async def _service(config: "CoordinatorConfig") -> None:
-    from federated.mqtt import MqttBus
+    from federated.mqtt import MqttBus, tls_context, without_password
 
     from .api import Api
     from .broker import BrokerChild
@@ -106,10 +106,12 @@ async def _service(config: "CoordinatorConfig") -> None:
         await broker.start()
     url = config.broker.url or (broker.url if broker else "")
     public = config.broker.advertise or config.broker.url or (broker.public_url if broker else "")
-    service = Service(config, MqttBus(url, f"rf-{config.fleet}-coordinator"), public)
+    b = config.broker
+    tls = tls_context(b.ca_file, b.cert_file, b.key_file) if b.ca_file or b.cert_file else None
+    service = Service(config, MqttBus(url, f"rf-{config.fleet}-coordinator", tls=tls, proxy=b.proxy), public)
     await service.start()
     runner = await Api(service).start(config.home, config.api_port)
-    print(f"coordinator of fleet `{config.fleet}` runs; broker {url}{f' ({broker.kind})' if broker else ''}", flush=True)
+    print(f"coordinator of fleet `{config.fleet}` runs; broker {without_password(url)}{f' ({broker.kind})' if broker else ''}", flush=True)
     try:
         await ended.wait()
     finally:

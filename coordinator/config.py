@@ -17,8 +17,28 @@ class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 1883
     """Port of its own broker; 0 takes a free one."""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    """TLS to a broker at `mqtts://` or `wss://`: its authority, and a client certificate; empty: the system's authorities, none."""
+    proxy: str = ""
+    """`http://user:password@host:port` or `socks5://…` on the way to `url`."""
     advertise: str = ""
     """Address that claim tokens carry; empty: `url`, or this machine's name where the broker listens on all addresses."""
+
+
+class ModelFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """HTTPS server for base models, for devices whose YAML says `models: {NAME: coordinator}`."""
+
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """0 takes a free one."""
+    advertise: str = ""
+    """Address that devices are told; empty: this machine's name where it listens on all addresses."""
+    cert_file: str = ""
+    key_file: str = ""
+    """PEM; empty: a certificate is made, and devices pin it."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +66,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Port of the HTTP API on loopback; 0 takes a free one, which is written to `api.json` with its token."""
     models: dict[str, str] = {}
     """Name of a base model → folder. The coordinator reads shapes from it, and weights to order channels for pruning."""
+    model_files: ModelFiles = ModelFiles()
     limits: Limits = Limits()
 
     @property

@@ -69,39 +69,46 @@ def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = No
     else:
         task = {**msgspec.to_builtins(spec.task), "version": version.number}
         write_adapter(
-            to, version.pairs, version.dense, scale=spec.adapter.scale, base=spec.model, task=task, transposed=_transposed(config, spec)
+            to,
+            version.pairs,
+            version.dense,
+            scale=spec.adapter.scale,
+            base=spec.model,
+            task=task,
+            transposed=is_transposed(Path(config.models.get(spec.model, ""))),
         )
     return version.number
 
 
-def _transposed(config: CoordinatorConfig, spec: JobSpec) -> bool:
-    file = Path(config.models.get(spec.model, "")) / "config.json"
+def is_transposed(base: Path) -> bool:
+    """Does this base keep its linear maps as (in, out)? GPT-2 does."""
+    file = base / "config.json"
     return file.exists() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "gpt2"
 
 
 def merged(version: Version, spec: JobSpec, base: Path, to: Path) -> None:
     """A whole model folder: W + s·B·A in every adapted map, in the dtype of the checkpoint, the head beside it."""
     to.mkdir(parents=True, exist_ok=True)
-    pairs = used_pairs(version.pairs)
+    pairs, transposed = used_pairs(version.pairs), is_transposed(base)
     for file in sorted(p for p in base.iterdir() if p.is_file() and p.suffix in (".safetensors", ".json", ".txt", ".model", ".jinja")):
         shutil.copyfile(file, to / file.name)
         if file.suffix == ".safetensors":
             for name, entry in entries(file).items():
                 if (pair := pairs.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
-                    _add(to / file.name, entry, pair, spec.adapter.scale)
+                    _add(to / file.name, entry, pair, spec.adapter.scale, transposed)
     if version.dense:
         for name, data in head_files(version.dense, {**msgspec.to_builtins(spec.task), "version": version.number}, LOAD_MERGED).items():
             write_atomic(to / name, data)
 
 
-def _add(file: Path, entry: Entry, pair: LowRank, scale: float) -> None:
-    """W + s·B·A, in place. GPT-2 keeps its maps transposed."""
+def _add(file: Path, entry: Entry, pair: LowRank, scale: float, transposed: bool) -> None:
+    """W + s·B·A, in place."""
     kinds = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
     if entry.dtype not in kinds:
         raise ConfigError(f"{file.name} holds weights as {entry.dtype}, which cannot be added to", "export as peft instead")
     stored = np.memmap(file, dtype=kinds[entry.dtype], mode="r+", offset=entry.offset, shape=tuple(entry.shape))
     change = scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
-    change = change if change.shape == stored.shape else change.T
+    change = change.T if transposed else change
     if entry.dtype == "BF16":
         stored[:] = to_bf16((stored.astype(np.uint32) << 16).view(np.float32) + change.astype(np.float32))
     else:

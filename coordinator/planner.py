@@ -9,7 +9,7 @@ import numpy as np
 
 from bandit.arms import Arm, expand
 from bandit.policy import Choice
-from federated.messages import Assignment, Blob, Recipe
+from federated.messages import Assignment, Blob, ModelSource, Recipe
 from federated.spec import Dense, Pair, Spec
 from federated.stack import ServerSide, seed_of
 from federated.tensors import Tensors
@@ -27,8 +27,10 @@ from .registry import Registry, Version
 class Planner:
     """One per job. Views and masks are made once per class of devices and shared by digest."""
 
-    def __init__(self, job: str, plan: Plan, model_folder: Path, registry: Registry, blobs: Blobs) -> None:
-        self.job, self.plan, self.registry, self.blobs = job, plan, registry, blobs
+    def __init__(
+        self, job: str, plan: Plan, model_folder: Path, registry: Registry, blobs: Blobs, source: ModelSource | None = None
+    ) -> None:
+        self.job, self.plan, self.registry, self.blobs, self.source = job, plan, registry, blobs, source
         prunes = max(plan.spec.arms.prune) > 0
         self._scores = channels.importance(model_folder, plan.card) if prunes else {}
         self._masks: dict[float, Masks] = {}
@@ -121,6 +123,7 @@ class Planner:
             seed=seed_of(spec.seed, self.job) % 2**31,
             say=f"{arm.text()}: {why}",
             inline=inline,
+            source=self.source,
         )
 
     def _blobs(

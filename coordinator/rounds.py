@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bandit.tuner import NoArm, Tuner
-from federated.messages import Assignment, read_assignment
+from federated.messages import Assignment, ModelSource, read_assignment
 from federated.stack import ServerSide
 from federated.within import within
 from profiles.device import DeviceProfile
@@ -55,11 +55,12 @@ class JobRunner:
         fleet: Fleet,
         limits: Limits,
         pending: Pending,
+        source: ModelSource | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = job, plan, ledger, home, blobs, fleet, clock
         self.registry = Registry(home / "jobs" / job)
-        self.planner = Planner(job, plan, model_folder, self.registry, blobs)
+        self.planner = Planner(job, plan, model_folder, self.registry, blobs, source)
         self.server = ServerSide(plan.stack, job, plan.spec.rounds)
         self.tuner = self.new_tuner({})
         self.changed = asyncio.Event()

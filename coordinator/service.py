@@ -38,6 +38,7 @@ from .config import CoordinatorConfig
 from .fleet import Devices
 from .job import JobSpec, Plan, read_job
 from .keys import Keys
+from .model_server import ModelServer
 from .pending import Pending
 from .receiving import Receiving
 from .rounds import JobRunner
@@ -63,6 +64,7 @@ class Service:
         self.live: dict[str, dict[str, Any]] = {}
         self.receiving = Receiving(home, config.limits, self.ledger, self.devices, self.pending, self.send, self.changed, self.live)
         self.uploads = self.receiving.uploads
+        self.models = ModelServer(config.model_files, home, self.devices.key)
         self.runner: JobRunner | None = None
         self.bytes_in: dict[str, int] = {}
         self.dropped = 0
@@ -77,6 +79,8 @@ class Service:
         self.bus.on_connect.append(self._connected)
         await self.bus.subscribe(self.topics.device("+", "up"), self._take)
         await self.bus.subscribe(self.topics.device("+", "chunk"), self._chunk)
+        if self.config.model_files.enabled:
+            await self.models.start()
         await self.bus.start()
         self._spawn(self._jobs(), "jobs")
         self._spawn(self._flushing(), "flush")
@@ -89,6 +93,7 @@ class Service:
         self.receiving.stop()
         self.flush()
         await self.bus.stop()
+        await self.models.stop()
         self.ledger.close()
 
     def _spawn(self, work: Any, name: str) -> asyncio.Task[Any]:
@@ -214,6 +219,7 @@ class Service:
                 blobs=self.blobs,
                 limits=self.config.limits,
                 pending=self.pending,
+                source=self.models.offer(plan.card.digest, Path(self.config.models[plan.spec.model])),
                 model_folder=Path(self.config.models[plan.spec.model]),
             )
             await self.runner.run()

@@ -63,10 +63,21 @@ def _run(args: argparse.Namespace) -> int:
     config = _config(args)
     who = identity.load(config.home)
     profile, bits_ms = _known(config, probe)
-    bus = MqttBus(who.broker, f"rf-{who.fleet}-{who.device}", keepalive_s=config.link.keepalive_s, packet=config.link.packet_bytes)
+    bus = MqttBus(
+        config.link.broker or who.broker, f"rf-{who.fleet}-{who.device}", keepalive_s=config.link.keepalive_s,
+        packet=config.link.packet_bytes, tls=_tls(config), proxy=config.link.proxy,
+    )  # fmt: skip
     engine = ProcessEngine(memory_mb=config.worker.memory_mb, idle_s=config.worker.idle_s)
     asyncio.run(_serve(Agent(who, config, bus, engine, profile, bits_ms)))
     return 0
+
+
+def _tls(config: Any) -> Any:
+    """The TLS context that the YAML asks for; None: the system's."""
+    from federated.mqtt import tls_context
+
+    link = config.link
+    return tls_context(link.ca_file, link.cert_file, link.key_file) if link.ca_file or link.cert_file else None
 
 
 def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
@@ -190,7 +201,8 @@ def _leave(args: argparse.Namespace) -> int:
         who = identity.load(config.home)
 
         async def tell() -> None:
-            bus = MqttBus(who.broker, f"rf-{who.fleet}-{who.device}-leave")
+            url = config.link.broker or who.broker
+            bus = MqttBus(url, f"rf-{who.fleet}-{who.device}-leave", tls=_tls(config), proxy=config.link.proxy)
             await bus.start()
             try:
                 message = seal(Leave(), who.device, who.link_key)

@@ -26,7 +26,9 @@ class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: tuple[str, ...] = ("*",)
     methods: tuple[str, ...] = ("*",)
     mb_per_day: Annotated[float, Meta(gt=0)] = 500.0
-    """Bytes up and down in a day, in MB."""
+    """Bytes up and down over MQTT in a day, in MB."""
+    model_mb: Annotated[float, Meta(gt=0)] = 8000.0
+    """Largest base model that is fetched."""
 
 
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +41,14 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     delay_ms: Annotated[float, Meta(ge=0)] = 0.0
     answer_s: Annotated[float, Meta(gt=0)] = 5.0
     """How long to wait for the other side before asking again."""
+    broker: str = ""
+    """Another address of the broker than the claim token named, such as `wss://broker.example/mqtt`."""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+    """TLS: the broker's authority, and a client certificate; empty: the system's authorities, none."""
+    proxy: str = ""
+    """`http://user:password@host:port` or `socks5://…` on the way to the broker."""
 
 
 class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,7 +70,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_budget_mb: Annotated[float, Meta(gt=0)] | None = None
     datasets: dict[str, Dataset] = {}
     models: dict[str, str] = {}
-    """Name of a base model → folder, or `hub:organisation/name`."""
+    """Name of a base model → folder, `hub:organisation/name`, or `coordinator` to fetch it from there."""
     allow: Allow = Allow()
     require: tuple[Any, ...] = ()
     """Stack entries that are put behind a job's own stack."""

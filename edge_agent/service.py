@@ -32,6 +32,7 @@ from federated.topics import Topics
 from federated.within import within
 
 from . import consent
+from .bases import Bases
 from .config import AgentConfig
 from .engine import Engine, EngineFailed
 from .fetch import Fetcher
@@ -61,6 +62,9 @@ class Agent:
         self.sender = Sender(self.outbox, self.status, self.say, lambda kind, payload: self._publish(kind, payload), config.link.answer_s)
         self.fetcher = Fetcher(bus, self.topics, config.home / "blobs", self.say, config.link.answer_s)
         self.fetcher.kbps = config.link.down_kbps
+        self.bases = Bases(
+            config.home, identity, config.allow.model_mb, lambda done, total: self.status.set(model_mb=[done >> 20, total >> 20])
+        )
         self._assignment: tuple[Assignment, bytes, str] | None = None
         self._handled: dict[str, Report | None] = {}
         self._welcome = asyncio.Event()
@@ -208,6 +212,7 @@ class Agent:
             blobs = await self._fetched(job)
             if blobs is None:
                 return None
+            model = await asyncio.to_thread(self.bases.folder, job, model)
             self._phase(job, "training")
             order = Order(
                 home=str(self.config.home),

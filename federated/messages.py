@@ -127,6 +127,18 @@ class Receipt(Message, tag="receipt", frozen=True):
     reason: str = ""
 
 
+class ModelSource(msgspec.Struct, frozen=True):
+    """Where a base model can be fetched: an HTTPS server, and SHA-256 of the certificate that it shows."""
+
+    url: str
+    pin: str
+
+
+def model_ticket(key: bytes, path: str, at: str) -> str:
+    """What a device shows to the model server: it knows the fleet's link key."""
+    return hmac.new(key, f"rankfleet model {PROTOCOL}\n{path}\n{at}\n".encode(), hashlib.sha256).hexdigest()
+
+
 class Task(msgspec.Struct, frozen=True):
     """What a job learns, in words that every device understands its own way."""
 
@@ -179,6 +191,8 @@ class Assignment(Message, tag="assignment", frozen=True):
     """Why this arm, in one sentence."""
     inline: bool = False
     """A small update may travel with its offer: the coordinator has room for all of them."""
+    source: ModelSource | None = None
+    """Where a device without the base model finds it."""
 
 
 class Done(Message, tag="done", frozen=True):
