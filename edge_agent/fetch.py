@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from federated.within import within
 
 log = logging.getLogger(__name__)
 MAX_BLOB = 2 << 30
+SLACK, LONGEST_S = 4.0, 120.0
+"""How much longer than usual a piece may take before it is asked for again, and the longest wait."""
 
 
 class Fetcher:
@@ -22,6 +25,8 @@ class Fetcher:
     def __init__(self, bus: Bus, topics: Topics, folder: Path, say: Callable[[Want], Awaitable[None]], answer_s: float) -> None:
         self.bus, self.topics, self.folder, self.say, self.answer_s = bus, topics, folder, say, answer_s
         self.resumed = 0
+        self._piece_s = 0.0
+        """How long a piece takes on this link, smoothed."""
         self.kbps: float | None = None
 
     async def get(self, blob: Blob) -> Path:
@@ -51,14 +56,20 @@ class Fetcher:
             await self.bus.unsubscribe(topic)
 
     async def _complete(self, blob: Blob, assembly: Assembly, news: asyncio.Event) -> Path:
+        wait = 0.0
         while True:
             while not assembly.complete:
                 await self.say(Want(blob.digest, assembly.missing()))
                 while not assembly.complete:
                     news.clear()
+                    asked = time.monotonic()
                     try:
-                        await within(self.answer_s, news.wait())
+                        await within(max(self.answer_s, wait, SLACK * self._piece_s), news.wait())
+                        self._piece_s += 0.3 * (time.monotonic() - asked - self._piece_s)
+                        wait = 0.0
                     except asyncio.TimeoutError:
+                        # A slow link is not asked for the same pieces again and again: they are already queued for it.
+                        wait = min(LONGEST_S, 2 * max(wait, self.answer_s))
                         assembly.save()
                         break
             try:

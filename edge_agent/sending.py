@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,6 +19,8 @@ from .status import Status
 log = logging.getLogger(__name__)
 OFFER_BYTES = 512
 """What an offer takes beside the data in it, at most."""
+IN_FLIGHT = 2
+"""Pieces under way: the link is never idle, and a cut loses little."""
 TRIES = 5
 """Unanswered offers after which the broker is suspected aloud."""
 
@@ -30,7 +33,7 @@ class Sender:
         outbox: Outbox,
         status: Status,
         say: Callable[[Message], Awaitable[None]],
-        publish: Callable[[str, bytes], Awaitable[None]],
+        publish: Callable[[str, bytes], Coroutine[Any, Any, bool]],
         answer_s: float,
     ) -> None:
         self.outbox, self.status, self.say, self.publish, self.answer_s = outbox, status, say, publish, answer_s
@@ -75,8 +78,8 @@ class Sender:
                         if isinstance(answer, Receipt):
                             self._settle(answer)
                             return
-                        for number in numbers(answer.missing, meta.blob.chunks):
-                            await self.publish("chunk", cut(data, meta.blob, number))
+                        if not await self._pieces(data, meta, list(numbers(answer.missing, meta.blob.chunks))):
+                            break
                 except asyncio.TimeoutError:
                     tries += 1
                     if tries == TRIES:
@@ -84,6 +87,18 @@ class Sender:
                         log.error("no receipt after %d tries: %s", tries, self.status["last_error"])
         finally:
             self._answers.pop(meta.blob.digest, None)
+
+    async def _pieces(self, data: bytes, meta: Meta, wanted: list[int]) -> bool:
+        """Send pieces, two at a time, so that the link is never idle; False where the connection was lost in between."""
+        sending: set[asyncio.Task[bool]] = set()
+        while wanted or sending:
+            while wanted and len(sending) < IN_FLIGHT:
+                sending.add(asyncio.create_task(self.publish("chunk", cut(data, meta.blob, wanted.pop(0))), name="piece"))
+            done, sending = await asyncio.wait(sending, return_when=asyncio.FIRST_COMPLETED)
+            if not all(t.result() for t in done):
+                await asyncio.gather(*sending)
+                return False
+        return True
 
     def _settle(self, receipt: Receipt) -> None:
         result = result_of(self.outbox.jobs, receipt.job, receipt.round)

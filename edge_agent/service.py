@@ -72,6 +72,7 @@ class Agent:
         self._superseded = asyncio.Event()
         self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._narrow = asyncio.Lock()
         self._telling: asyncio.TimerHandle | None = None
         self._adapter = ""
 
@@ -134,11 +135,14 @@ class Agent:
         """Seal and publish one message."""
         await self._publish("up", seal(message, self.identity.device, self.identity.link_key))
 
-    async def _publish(self, kind: str, payload: bytes) -> None:
+    async def _publish(self, kind: str, payload: bytes) -> bool:
+        """False for a piece whose connection was lost: the coordinator will say whether it came."""
         link = self.config.link
         if link.up_kbps or link.delay_ms:
-            await asyncio.sleep(link.delay_ms / 1e3 + (len(payload) * 8 / (link.up_kbps * 1e3) if link.up_kbps else 0.0))
-        await self.bus.publish(self.topics.device(self.identity.device, kind), payload)
+            async with self._narrow:
+                await asyncio.sleep(len(payload) * 8 / (link.up_kbps * 1e3) if link.up_kbps else 0.0)
+            await asyncio.sleep(link.delay_ms / 1e3)
+        return await self.bus.publish(self.topics.device(self.identity.device, kind), payload, again=kind != "chunk")
 
     def _take(self, topic: str, payload: bytes) -> None:
         """A message of the coordinator; anything unreadable is logged and dropped."""

@@ -38,8 +38,8 @@ class Bus(Protocol):
     async def unsubscribe(self, pattern: str) -> None:
         """Stop delivering `pattern`."""
 
-    async def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
-        """Wait until a broker has taken the message; over lost connections too."""
+    async def publish(self, topic: str, payload: bytes, retain: bool = False, again: bool = True) -> bool:
+        """Wait until a broker has taken the message; over lost connections too, unless not `again`: then False."""
 
 
 class MemoryBroker:
@@ -99,11 +99,12 @@ class MemoryBus:
         """Forget the handler."""
         self.handlers.pop(pattern, None)
 
-    async def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
+    async def publish(self, topic: str, payload: bytes, retain: bool = False, again: bool = True) -> bool:
         """Hand the message to the broker."""
         await self.connected.wait()
         self.sent += len(payload)
         self.broker.deliver(topic, payload, retain)
+        return True
 
     def take(self, topic: str, payload: bytes) -> None:
         """Called by the broker."""

@@ -30,6 +30,8 @@ CONNECT_S = 20.0
 AGREE_S = 20.0
 """How long a broker may take over CONNACK."""
 IN_FLIGHT = 16
+HEADER, MIN_PACKET = 256, 256
+"""A broker's cap is on the whole packet: topic and properties are counted in."""
 LONGEST_PAUSE_S = 30.0
 ACK_S = 120.0
 """A PUBACK that is so late never comes: some brokers drop a packet without a word."""
@@ -282,7 +284,7 @@ class MqttBus:
     def _up(self, client: paho.Client, limit: int | None) -> None:
         if client is not self._client:
             return
-        self.packet = min(self.packet, limit) if limit else self.packet
+        self.packet = min(self.packet, max(MIN_PACKET, limit - HEADER)) if limit else self.packet
         self._agreed, self.problem = True, ""
         self.connected.set()
         for call in self.on_connect:
@@ -333,8 +335,11 @@ class MqttBus:
         if self._handlers.pop(pattern, None) and self._client and self.connected.is_set():
             self._client.unsubscribe(pattern)
 
-    async def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
-        """QoS 1; returns after the broker's PUBACK, which proves nothing more than that a broker took it."""
+    async def publish(self, topic: str, payload: bytes, retain: bool = False, again: bool = True) -> bool:
+        """QoS 1; returns after the broker's PUBACK, which proves nothing more than that a broker took it.
+
+        When the connection is lost before, the message is published once more; without `again` the answer is False.
+        """
         while True:
             await self.connected.wait()
             client = self._client
@@ -346,4 +351,6 @@ class MqttBus:
             future: asyncio.Future[bool] = self._loop.create_future()
             self._waiting[info.mid] = (future, self._loop.time())
             if await future:
-                return
+                return True
+            if not again:
+                return False

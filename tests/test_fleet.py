@@ -46,7 +46,7 @@ async def test_kill_both_sides_in_mid_run(tmp_path: Path, tiny: Path) -> None:
         for number in (0, 1, 2):
             await world.until(
                 lambda n=number: any(  # type: ignore[misc]
-                    r["state"] == "received" for r in world.coordinator.ledger.rows(store.assignments, job=name, round=n)
+                    r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(store.assignments, job=name, round=n)
                 )
             )
             await world.kill_agent("d1")
@@ -65,17 +65,19 @@ async def test_resume_after_a_kill_in_mid_upload(tmp_path: Path, tiny: Path) -> 
         sent = 0
         publish = agent._publish
 
-        async def slow(kind: str, payload: bytes) -> None:
+        async def slow(kind: str, payload: bytes) -> bool:
             nonlocal sent
             if kind == "chunk":
                 sent += 1
                 if sent > 3:
                     await asyncio.sleep(3600)
-            await publish(kind, payload)
+            return await publish(kind, payload)
 
         agent._publish = slow  # type: ignore[method-assign]
         name = world.coordinator.submit(job(rounds=1))
-        await world.until(lambda: sent > 3)
+        uploads = world.coordinator.uploads
+        await world.until(lambda: sent > 3 and "d0" in uploads.live and len(uploads.live["d0"].assembly.have) == 3)
+        uploads.save()
         await world.kill_agent("d0")
         await world.kill_coordinator()
         await world.start_coordinator()
@@ -163,10 +165,10 @@ async def test_a_sleeping_device_does_not_hold_the_round_and_its_late_update_is_
         agent, _ = world.agents["d0"]
         publish, asleep = agent._publish, True
 
-        async def sleepy(kind: str, payload: bytes) -> None:
+        async def sleepy(kind: str, payload: bytes) -> bool:
             while asleep and kind == "chunk":
                 await asyncio.sleep(0.05)
-            await publish(kind, payload)
+            return await publish(kind, payload)
 
         agent._publish = sleepy  # type: ignore[method-assign]
         name = world.coordinator.submit(job(rounds=4, deadline_s=2, quorum=0.6))

@@ -226,13 +226,17 @@ class World:
         assert self.service is not None
         return self.service
 
+    def bus(self, name: str) -> Any:
+        """A connection for one of the programs."""
+        return MemoryBus(self.broker)
+
     async def start_coordinator(self) -> None:
         config = CoordinatorConfig(
             data_dir=str(self.home / "coordinator"),
             models={"tiny": str(self.model)},
             limits=Limits(packet_bytes=self.packet, gather_ms=1, nudge_s=0.5),
         )
-        self.service = Service(config, MemoryBus(self.broker), "mqtt://localhost")
+        self.service = Service(config, self.bus("coordinator"), "mqtt://localhost")
         await self.service.start()
 
     async def kill_coordinator(self) -> None:
@@ -259,7 +263,7 @@ class World:
         agent = Agent(
             identity.load(self.home / name),
             self.agent_config(name),
-            MemoryBus(self.broker),
+            self.bus(name),
             InlineEngine(),
             msgspec.to_builtins(profile),
             {},

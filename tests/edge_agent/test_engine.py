@@ -227,7 +227,7 @@ async def test_a_worker_over_its_memory_is_stopped_and_the_next_order_gets_a_new
     try:
         with pytest.raises(EngineFailed, match="not a message") as failed:
             await engine.run(order, lambda told: None)
-        assert failed.value.code == "crash"
+        assert failed.value.code == "job"
         first = engine._process
         assert first is not None
         with pytest.raises(EngineFailed):
