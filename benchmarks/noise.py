@@ -50,7 +50,8 @@ def _agent(path: Path, engine: Any) -> Any:
 
     config = load(path, AgentConfig)
     who = identity.load(config.home)
-    bus = MqttBus(who.broker, f"rf-{who.fleet}-{who.device}", packet=config.link.packet_bytes)
+    link = config.link
+    bus = MqttBus(link.broker or who.broker, f"rf-{who.fleet}-{who.device}", packet=link.packet_bytes, keepalive_s=link.keepalive_s)
     return Agent(who, config, bus, engine, msgspec.to_builtins(probe.profile(config)), {})
 
 

@@ -1,5 +1,7 @@
 """A worker that does everything but train: it adds a slice of a seeded noise table to the adapter that it is given."""
 
+import os
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ class NoiseTrainer:
 
     def run(self, start: Tensors, down: dict[str, Tensors]) -> Tensors:
         """`start` plus noise that depends on device and round."""
+        time.sleep(float(os.environ.get("RANKFLEET_NOISE_S", 0)))
         size = sum(t.size for t in start.values())
         at = seed_of(self.client.device, self.job.round) % (len(_TABLE) - size)
         moved = {}

@@ -45,6 +45,8 @@ class Bench:
     def __init__(self, home: Path, count: int, broker: str, stack: list[str], program: str = "benchmarks.noise") -> None:
         self.home, self.count, self.stack, self.program = home, count, stack, program
         self.model = model(home / "model")
+        self.adapter: dict[str, Any] = {"targets": ["all"], "max_depth": 6}
+        self.link: dict[str, Any] = {}
         self.config = self._write(
             "coordinator.yaml",
             {
@@ -81,10 +83,12 @@ class Bench:
                 f"fleet/{name}.yaml",
                 {
                     "state_dir": str(state), "profile": "laptop-x86-16gb", "threads": 1, "models": {"minilm": str(self.model)},
-                    "datasets": {"noise": {"path": "none"}}, "allow": {"mb_per_day": 1e6}, "link": {"answer_s": 30},
+                    "datasets": {"noise": {"path": "none"}}, "allow": {"mb_per_day": 1e6}, "link": {"answer_s": 30, **self.link},
                     "worker": {"slots": 2},
                 },
             )  # fmt: skip
+        for path in (self.home / "fleet").glob("*.yaml"):
+            self.prepare(path)
         if self.count <= 4:
             files = [str(p) for p in sorted((self.home / "fleet").glob("*.yaml"))]
             real = self.program == "edge_agent"
@@ -103,6 +107,9 @@ class Bench:
             except subprocess.TimeoutExpired:
                 process.kill()
 
+    def prepare(self, path: Path) -> None:
+        """Last changes to an agent's YAML."""
+
     def until(self, done: Any, seconds: float) -> None:
         """Poll gently."""
         end = time.time() + seconds
@@ -116,8 +123,9 @@ class Bench:
         text = yaml.safe_dump(
             {
                 "name": "noise", "model": "minilm", "rounds": rounds, "task": {"dataset": "noise", "labels": ["a", "b"]},
-                "adapter": {"targets": ["all"], "max_depth": 6}, "policy": {"name": "fixed"}, "stack": self.stack, "deadline_s": 0,
-                "arms": {"ranks": [8], "depths": [6], "bits": [32], "steps": [1]}, "training": {"evaluate": 1, "probe": 1},
+                "adapter": self.adapter, "policy": {"name": "fixed"}, "stack": self.stack, "deadline_s": 0,
+                "arms": {"ranks": [8], "depths": [self.adapter.get("max_depth", 3)], "bits": [32], "steps": [1]},
+                "training": {"evaluate": 1, "probe": 1},
             }
         )  # fmt: skip
         return str(self.client.post("/jobs", text)["job"])

@@ -1,4 +1,4 @@
-"""`coordinator`: serve, submit, jobs, cancel, pause, resume, rounds, devices, invite, arms, methods, versions, export, doctor."""
+"""`coordinator`: serve, submit, jobs, cancel, pause, resume, rounds, watch, devices, invite, arms, methods, versions, export, doctor."""
 
 import argparse
 import asyncio
@@ -40,6 +40,13 @@ def build() -> argparse.ArgumentParser:
     for name, text in (("cancel", "stop a job for good"), ("pause", "open no further round"), ("resume", "go on")):
         verb(name, _change, text, f"coordinator {name} docs-1", "job")
     verb("rounds", _rounds, "what each device did in each round", "coordinator rounds docs-1", "job")
+    watch = verb(
+        "watch", _watch, "follow a job; draw it, or write it for TensorBoard and MLflow", "coordinator watch docs-1 --png job.png", "job"
+    )
+    watch.add_argument("--png", type=Path, help="picture that is replaced after every round")
+    watch.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder for TensorBoard")
+    watch.add_argument("--mlflow", metavar="URI", help="MLflow server or folder")
+    watch.add_argument("--once", action="store_true", help="show and write what there is, and end")
     verb("devices", _devices, "the fleet", "coordinator devices --json")
     verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device")
     verb("arms", _arms, "arms that a job used; with `explain`, why", "coordinator arms docs-1 explain", "job").add_argument(
@@ -171,6 +178,23 @@ def _rounds(args: argparse.Namespace) -> int:
     ]
     cli.show(args, answer, cli.table(rows) + "".join(f"\n{e['device'] or 'job'}: {e['text']}" for e in answer["events"][-10:]))
     return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from . import sinks
+    from .watch import follow
+
+    wanted: list[sinks.Sink] = []
+    if args.png:
+        wanted.append(sinks.Picture(args.png))
+    if args.tensorboard:
+        wanted.append(sinks.TensorBoard(args.tensorboard))
+    if args.mlflow:
+        wanted.append(sinks.MLflow(args.mlflow))
+    try:
+        return int(follow(_client(args), args.job, wanted, once=args.once) == "failed")
+    except KeyboardInterrupt:
+        return 0
 
 
 def _devices(args: argparse.Namespace) -> int:
