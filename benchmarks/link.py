@@ -64,6 +64,7 @@ async def transfer(home: Path) -> dict[str, float]:
     open_share = 1 - STALL / STALL_EVERY
     return {
         "goodput_fraction": 2 * useful * 8 / (RATE * open_share * took),
+        "repeated_fraction": (up + down) / (2 * useful) - 1,
         "repeated_fraction_up": up / useful - 1,
         "repeated_fraction_down": down / useful - 1,
         "cuts": relay.cuts,

@@ -75,7 +75,7 @@ class Api:
             {
                 "ok": s.bus.connected.is_set(),
                 "broker": s.broker_url,
-                "problem": getattr(s.bus, "problem", ""),
+                "problem": s.problem or getattr(s.bus, "problem", ""),
                 "dropped": s.dropped,
                 "corrupt_chunks": s.uploads.corrupt,
                 "job": s.runner.job if s.runner else "",

@@ -64,7 +64,7 @@ def tell(
             ],
         )  # fmt: skip
     for device, assignment in made.items():
-        run.pending.add(run.job, number, device, now, assignment.purpose)
+        run.pending.add(run.job, number, device, 0.0, assignment.purpose)
         run.note_blobs(number, assignment)
     for blob, count in Counter(b.digest for a in made.values() for b in a.blobs.values()).items():
         run.blobs.expect(blob, count)
@@ -110,7 +110,7 @@ def repeat(run: "JobRunner", number: int) -> None:
             run.blobs.know(blob)
         run.note_blobs(number, assignment)
         if row["state"] == "assigned":
-            run.pending.add(run.job, number, row["device"], row["sent_at"], assignment.purpose)
+            run.pending.add(run.job, number, row["device"], run.clock() - row["sent_at"], assignment.purpose)
             run.fleet.publish(row["device"], assignment)
 
 
@@ -121,8 +121,9 @@ async def install_everywhere(run: "JobRunner") -> None:
         install(run, run.version, number)
     else:
         repeat(run, number)
-    end = run.clock() + INSTALL_S
-    while run.clock() < end:
+    end = run.ticks() + INSTALL_S
+    run.nudges.start(run.ticks())
+    while run.ticks() < end:
         if not run.pending.out(run.job, number):
             break
         run.nudges.send(run, number)

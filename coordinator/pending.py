@@ -3,17 +3,26 @@
 The ledger is the truth; this spares asking it for every message.
 """
 
+import time
 from typing import NamedTuple
 
 Key = tuple[str, int, str]
 """(job, round, device)."""
 
 
+LONGEST_S = 30 * 86_400.0
+
+
 class Open(NamedTuple):
     """One open assignment."""
 
-    sent_at: float
+    tick: float
+    """`time.monotonic` when the device was told."""
     purpose: str
+
+    def seconds(self) -> float:
+        """How long ago that was."""
+        return max(0.001, time.monotonic() - self.tick)
 
 
 class Pending:
@@ -23,11 +32,11 @@ class Pending:
         self._open: dict[Key, Open] = {}
         self._out: dict[tuple[str, int], int] = {}
 
-    def add(self, job: str, round: int, device: str, sent_at: float, purpose: str) -> None:
-        """A device was told what to do."""
+    def add(self, job: str, round: int, device: str, age_s: float, purpose: str) -> None:
+        """A device was told what to do, `age_s` ago."""
         if (job, round, device) not in self._open:
             self._out[job, round] = self._out.get((job, round), 0) + 1
-        self._open[job, round, device] = Open(sent_at, purpose)
+        self._open[job, round, device] = Open(time.monotonic() - min(max(0.0, age_s), LONGEST_S), purpose)
 
     def get(self, key: Key) -> Open | None:
         """The assignment, while nobody has answered it."""

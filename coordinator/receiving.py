@@ -129,7 +129,7 @@ class Receiving:
             state="failed" if report.state == "failed" else "refused",
             reason=report.reason,
             telemetry=store.text({"code": report.code}),
-            seconds=max(0.001, time.time() - row.sent_at),
+            seconds=row.seconds(),
         )
         self.pending.done(key)
         self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
@@ -175,11 +175,11 @@ class Receiving:
 
     def _store(self, batch: list[Arrival]) -> list[dict[str, Any] | Exception]:
         """In the disk's thread: files first, then one transaction."""
-        now, folders, rows = time.time(), set(), []
+        folders, rows = set(), []
         answers: list[dict[str, Any] | Exception] = []
         for arrival in batch:
             try:
-                told, sent_at, folder = self._place(arrival)
+                told, seconds, folder = self._place(arrival)
             except (WireError, OSError) as error:
                 if isinstance(error, WireError) and arrival.path:
                     arrival.path.unlink(missing_ok=True)
@@ -191,7 +191,7 @@ class Receiving:
             rows.append(
                 {
                     "j": job, "r": round, "d": device, "digest": arrival.offer.blob.digest, "telemetry": store.text(told),
-                    "seconds": max(0.001, now - sent_at), "resumed": arrival.resumed,
+                    "seconds": seconds, "resumed": arrival.resumed,
                 }
             )  # fmt: skip
         for folder in folders:
@@ -205,7 +205,7 @@ class Receiving:
         return answers
 
     def _place(self, arrival: Arrival) -> tuple[dict[str, Any], float, Path]:
-        """Check one update and put its file in place. Returns (its report, when it was asked for, the folder)."""
+        """Check one update and put its file in place. Returns (its report, seconds since it was asked for, the folder)."""
         job, round, device = arrival.key
         offer, public = arrival.offer, self.devices.public(device)
         if not public or not verify(public, offer.signature, manifest(job, round, device, offer.blob.digest)):
@@ -217,9 +217,9 @@ class Receiving:
             row = self.ledger.row(store.assignments, job=job, round=round, device=device)
             if row is None:
                 raise WireError(f"no assignment of round {round} is known")
-            asked_at, purpose = float(row["sent_at"]), incoming.purpose(row["body"])
+            seconds, purpose = max(0.001, time.time() - float(row["sent_at"])), incoming.purpose(row["body"])
         else:
-            asked_at, purpose = asked
+            seconds, purpose = asked.seconds(), asked.purpose
         target = self.home / "updates" / job / f"r{round:06d}" / device
         target.parent.mkdir(parents=True, exist_ok=True)
         if purpose == "install":
@@ -229,7 +229,7 @@ class Receiving:
             os.replace(arrival.path, target)
         else:
             _write(target, data)
-        return told, asked_at, target.parent
+        return told, seconds, target.parent
 
 
 def _write(target: Path, data: bytes) -> None:

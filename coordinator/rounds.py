@@ -57,6 +57,7 @@ class JobRunner:
         pending: Pending,
         source: ModelSource | None = None,
         clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = job, plan, ledger, home, blobs, fleet, clock
         self.registry = Registry(home / "jobs" / job)
@@ -65,6 +66,8 @@ class JobRunner:
         self.tuner = self.new_tuner({})
         self.changed = asyncio.Event()
         self.limits, self.pending = limits, pending
+        # `clock` is written down; all waiting goes by `ticks`, which no correction of the clock can move.
+        self.ticks = ticks
         self.nudges = waiting.Nudges(limits.nudge_s)
         self.examples: dict[str, float] = {}
         """Device → how many examples it last trained on."""

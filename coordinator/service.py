@@ -1,6 +1,7 @@
 """`coordinator serve`: hears devices, runs jobs one after the other, answers the CLI. Nothing that arrives can end it."""
 
 import asyncio
+import errno
 import logging
 import secrets
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import bindparam, update
+from sqlalchemy.exc import OperationalError
 
 from federated.bus import Bus
 from federated.claim import Claim, link_key, write_claim
@@ -46,6 +48,9 @@ from .rounds import JobRunner
 log = logging.getLogger(__name__)
 ENDED = ("finished", "failed", "cancelled")
 FLUSH_S = 5.0
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+RETRY_S = 10.0
+"""After a disk that was full, or a database that was away."""
 
 
 class Service:
@@ -68,6 +73,7 @@ class Service:
         self.runner: JobRunner | None = None
         self.bytes_in: dict[str, int] = {}
         self.dropped = 0
+        self.problem = ""
         self._retained: dict[str, bytes] = {}
         self._cards: dict[str, ModelCard] = {}
         self._news = asyncio.Event()
@@ -218,6 +224,7 @@ class Service:
                 fleet=self,
                 blobs=self.blobs,
                 limits=self.config.limits,
+                clock=lambda: time.time(),
                 pending=self.pending,
                 source=self.models.offer(plan.card.digest, Path(self.config.models[plan.spec.model])),
                 model_folder=Path(self.config.models[plan.spec.model]),
@@ -232,10 +239,17 @@ class Service:
             state, reason = "failed", str(error)
             log.error("job %s failed: %s", job, error)
         except Exception as error:
+            if isinstance(error, OperationalError) or (isinstance(error, OSError) and error.errno in PASSING):
+                # A disk that is full or a database that is away: nothing is lost, the job goes on when there is room again.
+                self.problem = f"job {job} waits: {error.__cause__ or error}"
+                log.error("%s", self.problem)
+                await asyncio.sleep(RETRY_S)
+                return
             state, reason = "failed", f"{type(error).__name__}: {error}"
             log.exception("job %s failed", job)
         finally:
             self.runner = None
+        self.problem = ""
         self._end(job, state, reason)
 
     def _end(self, job: str, state: str, reason: str) -> None:
@@ -290,7 +304,7 @@ class Service:
             try:
                 self.uploads.save()
                 self.flush()
-            except OSError as error:
+            except (OSError, OperationalError) as error:
                 log.error("the disk does not take what arrived: %s", error)
 
     def flush(self) -> None:

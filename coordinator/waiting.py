@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5
 LOOK_S = 1.0
+LONG_S = 30 * 86_400.0
+"""A round that seems older than this was opened under another clock."""
 
 
 class Nudges:
@@ -26,17 +28,17 @@ class Nudges:
     def __init__(self, patience_s: float) -> None:
         self.patience_s = patience_s
         self._due: dict[tuple[int, str], tuple[float, float]] = {}
-        self._next = 0.0
+        self._next = self._began = 0.0
 
     def send(self, run: "JobRunner", number: int) -> None:
         """Nudge whoever is due."""
-        now = run.clock()
+        now = run.ticks()
         if now < self._next:
             return
         self._next = math.inf
         for row in run.ledger.rows(store.assignments, job=run.job, round=number, state="assigned"):
             key = (row["round"], row["device"])
-            due, wait = self._due.get(key, (row["sent_at"] + self.patience_s, self.patience_s))
+            due, wait = self._due.get(key, (self._began + self.patience_s, self.patience_s))
             if now >= due:
                 run.fleet.publish(row["device"], read_assignment(row["body"]))
                 due, wait = now + 2 * wait, min(2 * wait, 600.0)
@@ -47,18 +49,24 @@ class Nudges:
     def start(self, now: float) -> None:
         """A round opens: nobody is due before the patience has passed."""
         self._due.clear()
+        self._began = now
         self._next = now + self.patience_s
 
 
 async def until_closable(run: "JobRunner", number: int) -> None:
     """Returns when the round may close. Raises ConfigError when every device failed again and again."""
     for _ in range(ATTEMPTS):
-        run.nudges.start(run.clock())
+        began = run.ticks()
+        run.nudges.start(began)
+        row = run.ledger.row(store.rounds, job=run.job, number=number)
+        # What passed before a restart is known by the clock alone; a clock that was set back counts as nothing.
+        before = max(0.0, run.clock() - float(row["opened"])) if row is not None else 0.0
+        before = before if before < LONG_S else 0.0
         looked = -math.inf
         while True:
             # As long as somebody is out and no rule but the clock could close the round, the ledger is asked once a second.
-            if run.server.stack.using("ready") or not run.pending.out(run.job, number) or run.clock() - looked >= LOOK_S:
-                looked = run.clock()
+            if run.server.stack.using("ready") or not run.pending.out(run.job, number) or run.ticks() - looked >= LOOK_S:
+                looked = run.ticks()
                 row = run.ledger.row(store.rounds, job=run.job, number=number)
                 assert row is not None
                 if row["state"] == "closing":
@@ -68,7 +76,7 @@ async def until_closable(run: "JobRunner", number: int) -> None:
                 )
                 if all(r["state"] in ("failed", "refused") for r in rows):
                     break
-                if may_close(run, rows, row, number):
+                if may_close(run, rows, row, number, before + run.ticks() - began):
                     return
             run.nudges.send(run, number)
             await run.change(min(LOOK_S, run.nudges.patience_s))
@@ -76,15 +84,14 @@ async def until_closable(run: "JobRunner", number: int) -> None:
     raise ConfigError(f"round {number}: every device failed {ATTEMPTS} times; the last reason: {rows[-1]['reason']}")
 
 
-def may_close(run: "JobRunner", rows: "Sequence[RowMapping]", row: RowMapping, number: int) -> bool:
-    """Everybody answered, a method says so, or quorum and deadline are met."""
+def may_close(run: "JobRunner", rows: "Sequence[RowMapping]", row: RowMapping, number: int, waited: float) -> bool:
+    """Everybody answered, a method says so, or quorum and deadline are met `waited` seconds after the opening."""
     spec = run.plan.spec
     arrived = sum(1 for r in rows if r["state"] == "received")
     still_out = sum(1 for r in rows if r["state"] == "assigned")
     if run.server.ready(arrived, len(rows), number) or not still_out:
         return arrived >= 1
     limit = 2 * float(row["expected_s"]) + 30 if spec.deadline_s == "auto" else float(spec.deadline_s)
-    waited = run.clock() - float(row["opened"])
     if not limit or waited < limit or arrived < min(spec.min_devices, len(rows)):
         return False
     return arrived >= spec.quorum * len(rows) or (arrived >= 1 and waited >= 3 * limit)
