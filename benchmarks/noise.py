@@ -8,6 +8,7 @@ Identity, signatures, codecs, outbox, fsync, receipts: the code that is shipped.
 
 import argparse
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from edge_agent.order import Order
 
 
 class InlineEngine:
-    """The worker's code in the loop itself: threads of one interpreter would only hand its lock to and fro."""
+    """The worker's code in this process, in two threads, so that one may compute while the other waits for the disk."""
+
+    pool = ThreadPoolExecutor(2)
 
     cards: dict[str, Any] = {}
 
@@ -31,9 +34,8 @@ class InlineEngine:
         loop = asyncio.get_running_loop()
         if self.later:
             self.later.cancel()
-        await asyncio.sleep(0)
-        self.worker.run(order, lambda told: None)
-        self.later = loop.call_later(self.worker.idle_in() or 0.0, self.worker.idle)
+        await loop.run_in_executor(self.pool, self.worker.run, order, lambda told: None)
+        self.later = loop.call_later(self.worker.idle_in() or 0.0, lambda: loop.run_in_executor(self.pool, self.worker.idle))
 
     async def stop(self) -> None:
         """Nothing runs on."""

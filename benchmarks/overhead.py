@@ -225,6 +225,10 @@ def main() -> None:
             found[name] = None
             found[f"{name}_error"] = str(error)[-500:]
         print(found[name], flush=True)
+    if not args.only or "flwr" in args.only:
+        from .flwr_peer import measure
+
+        found |= measure(home / "flwr")
     report("overhead", [{"figure": k, "value": v} for k, v in found.items()], **{k: v for k, v in found.items() if v is not None})
     if not args.keep:
         shutil.rmtree(home, ignore_errors=True)

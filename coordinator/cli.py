@@ -98,11 +98,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 async def _service(config: "CoordinatorConfig") -> None:
     from federated.mqtt import MqttBus, tls_context, without_password
+    from federated.topics import checked
 
     from .api import Api
     from .broker import BrokerChild
     from .service import Service
 
+    checked(config.fleet, "fleet")
     config.home.mkdir(parents=True, exist_ok=True)
     ended = asyncio.Event()
     if sys.platform != "win32":

@@ -44,7 +44,8 @@ class ModelFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What may be under way at once, and how large things may be."""
 
-    packet_bytes: Annotated[int, Meta(ge=256, le=120_000)] = 120_000
+    packet_bytes: Annotated[int, Meta(ge=256, le=120_000)] = 60_000
+    """Pieces that devices fetch. On a link that is cut, half a piece is lost each time."""
     outstanding_mb: Annotated[float, Meta(gt=0)] = 64.0
     outstanding_chunks: Annotated[int, Meta(ge=1)] = 400
     update_mb: Annotated[float, Meta(gt=0)] = 512.0

@@ -63,6 +63,18 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     sync_folder(folder.parent)
 
 
+def sync_files(paths: list[Path]) -> None:
+    """Bring files that were just written to disk, and their names."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    for folder in {p.parent for p in paths}:
+        sync_folder(folder)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable, where the system can."""
     with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from .files import write_atomic
+from .files import sync_files, write_atomic
 from .tensors import Tensors
 from .update import LowRank
 
@@ -111,7 +111,12 @@ def write_adapter(
     for module, pair in used.items():
         weights[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(pair.A, np.float32)
         weights[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(pair.B, np.float32)
-    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1).encode())
-    write_atomic(folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
-    for name, data in head_files(dense, task, LOAD_CAUSAL if causal else LOAD).items():
-        write_atomic(folder / name, data)
+    files = {
+        "adapter_config.json": json.dumps(config, indent=1).encode(),
+        "adapter_model.safetensors": save(weights, {"format": "pt"}),
+        **head_files(dense, task, LOAD_CAUSAL if causal else LOAD),
+    }
+    for name, data in files.items():
+        write_atomic(folder / name, data, durable=False)
+    # A version is only pointed to after this: all of it is on disk, at the price of one wait for each file and not three.
+    sync_files([folder / name for name in files])

@@ -3,11 +3,15 @@
 import asyncio
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coordinator import store
 from coordinator.export import load
+from coordinator.registry import Registry
 from federated.bus import MemoryBroker
+from federated.messages import read_assignment
+from federated.wire import open_frame
 
 from .world import World, job
 
@@ -207,3 +211,20 @@ async def test_a_paused_job_opens_no_round_until_it_is_resumed(tmp_path: Path, t
         await world.until(lambda: len(world.coordinator.ledger.rows(store.rounds, job=name)) > there)
         world.coordinator.cancel(name)
         await world.until(lambda: world.job_state(name) == "cancelled")
+
+
+async def test_a_single_device_is_followed_exactly(tmp_path: Path, tiny: Path) -> None:
+    """Version 1 is what the device ended with, and what it is shown next is that too: s is in neither twice."""
+    arms = {"ranks": [4], "depths": [2], "bits": [32], "steps": [4], "batch": 4}
+    async with World(tmp_path, tiny, devices=1) as world:
+        name = await world.run(job(rounds=2, arms=arms))
+        rows = world.coordinator.ledger.rows(store.assignments, job=name)
+        views = [open_frame(world.coordinator.blobs.path(read_assignment(r["body"]).blobs["view"].digest))[0] for r in rows[:2]]
+        sent, _ = open_frame(tmp_path / "coordinator" / "updates" / name / "r000000" / "d0")
+        version = Registry(tmp_path / "coordinator" / "jobs" / name).load(1)
+    for module, pair in version.pairs.items():
+        b, a = (views[0][f"{module}.{s}"] + sent[f"d/{module}.{s}"] for s in "BA")
+        assert np.linalg.norm(b @ a) > 0
+        for got in (pair.B @ pair.A, views[1][f"{module}.B"] @ views[1][f"{module}.A"]):
+            assert np.linalg.norm(got - b @ a) < 1e-4 * np.linalg.norm(b @ a)
+    assert np.allclose(version.dense["head.weight"], views[0]["head.weight"] + sent["d/head.weight"], atol=1e-6)

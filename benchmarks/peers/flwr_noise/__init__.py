@@ -1,0 +1,1 @@
+"""flwr's side of a benchmark; runs in its own environment."""
