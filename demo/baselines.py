@@ -20,7 +20,7 @@ from edge_agent.trainer import Trainer
 from federated.messages import Assignment, Recipe
 from federated.method import Round
 from federated.spec import Dense, Pair, Spec
-from federated.stack import ClientSide, Stack
+from federated.stack import ClientSide, ServerSide, Stack
 from federated.tensors import Tensors
 from federated.update import Update
 from profiles.card import ModelCard
@@ -144,7 +144,7 @@ def _alone(plan: Plan, version: Version, arm: Arm, number: int, base: Base, task
     start = {k: tensors[k] for k in spec.shapes()}
     trained = Trainer(base, task, job, client, examples).run(client.begin(start), {})
     update = Update("alone", 1.0, {k: trained[k] - tensors[k] for k in trained}, spec, {k: tensors[k] for k in tensors}, masks)
-    return apply.step(version, dict(aggregate.product([update])), number)
+    return apply.next_version(ServerSide(Stack({}), "local", plan.spec.rounds), version, [update], 1, number)[0]
 
 
 def features(evaluator: Evaluator, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

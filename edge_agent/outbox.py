@@ -1,5 +1,6 @@
 """Updates that wait for the coordinator's receipt, and the bytes that they cost. All on disk, all safe against a kill."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -15,25 +16,29 @@ class Outbox:
 
     def __init__(self, home: Path) -> None:
         self.jobs = home / "jobs"
-        self._sound: dict[Path, Meta] = {}
-        """Results whose bytes were checked in this life of the service."""
+        self._due: dict[Path, Meta] | None = None
+        """What is due, once the folder has been looked through; kept up to date from then on."""
 
     def due(self) -> list[tuple[Path, Meta]]:
         """Results without a receipt, oldest first. A damaged one is removed: it will be trained again."""
-        found = []
-        for file in sorted(self.jobs.glob("*/r??????.update")):
-            result = file.with_suffix("")
-            if result not in self._sound:
-                if not self.finished(result):
-                    continue
-                try:
-                    self._sound[result] = read_update(file)[0]
-                except (OSError, msgspec.MsgspecError):
-                    file.unlink(missing_ok=True)
-                    state_file(result).unlink(missing_ok=True)
-                    continue
-            found.append((result, self._sound[result]))
-        return found
+        if self._due is None:
+            self._due = {}
+            for file in self.jobs.glob("*/r??????.update"):
+                self.add(file.with_suffix(""))
+        return sorted(self._due.items(), key=lambda item: str(item[0]))
+
+    def add(self, result: Path) -> None:
+        """A round was finished here, in this life of the service or an earlier one."""
+        if self._due is None:
+            self.due()
+            return
+        if not self.finished(result):
+            return
+        try:
+            self._due[result] = read_update(update_file(result))[0]
+        except (OSError, msgspec.MsgspecError):
+            update_file(result).unlink(missing_ok=True)
+            state_file(result).unlink(missing_ok=True)
 
     def finished(self, result: Path) -> bool:
         """Was this round trained here already?"""
@@ -42,15 +47,19 @@ class Outbox:
     def drop(self, result: Path) -> None:
         """The coordinator has it: the update goes, state stays for the next round, that of older rounds goes."""
         update_file(result).unlink(missing_ok=True)
-        self._sound.pop(result, None)
-        for old in result.parent.glob("r??????.state"):
-            if old.name < result.name and not old.with_suffix(".update").exists():
-                old.unlink(missing_ok=True)
+        if self._due is not None:
+            self._due.pop(result, None)
+        names = set(os.listdir(result.parent)) if result.parent.exists() else set()
+        for name in names:
+            old = name.removesuffix(".state")
+            if name.endswith(".state") and old < result.name and f"{old}.update" not in names:
+                (result.parent / name).unlink(missing_ok=True)
 
     def forget(self, job: str) -> None:
         """A job has ended for good: nothing of it stays."""
         shutil.rmtree(self.jobs / job, ignore_errors=True)
-        self._sound = {f: m for f, m in self._sound.items() if m.job != job}
+        if self._due is not None:
+            self._due = {f: m for f, m in self._due.items() if m.job != job}
 
 
 class Counters(msgspec.Struct):

@@ -93,8 +93,12 @@ class LocalRound:
         self.told: dict[str, Any] = {"version": job.version, "bits": job.recipe.bits}
         self.serves: Callable[[], None] = lambda: None
         self.state = known
-        path = last_state(Path(order.result))
-        state = None if path is None else known[1] if known and known[0] == path else thaw(path.read_bytes())
+        result = Path(order.result)
+        if known and known[0].parent == result.parent and known[0].name < result.name:
+            state: dict[str, Any] | None = known[1]
+        else:
+            path = last_state(result)
+            state = thaw(path.read_bytes()) if path else None
         stack = _required(Stack(build_stack(job.stack), job.space), order, job)
         self.client = ClientSide(
             stack, job.job, Round(job.round, job.rounds), self.device, view.spec, steps=job.recipe.steps, lr=job.recipe.lr, down=view.down,

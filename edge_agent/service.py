@@ -93,6 +93,8 @@ class Agent:
                 task.cancel()
             await self.engine.stop()
             await self.bus.stop()
+            self.status.count()
+            self.status.save()
             self.status.write(state="stopped")
             self.status.flush()
 
@@ -237,6 +239,7 @@ class Agent:
                 self.outbox.forget(job.job)
                 return None
             self._phase(job, "sending")
+            self.outbox.add(result)
             self.fetcher.forget({b.digest for b in job.blobs.values()})
             self.sender.mail.set()
             return None

@@ -15,6 +15,8 @@ from .outbox import Counters
 
 log = logging.getLogger(__name__)
 OFTEN_S = 1.0
+SAVE_BYTES, SAVE_S = 4096, 10.0
+"""Counters go to disk when so much was counted, or so long ago: a kill forgets no more."""
 
 
 class Status:
@@ -26,6 +28,7 @@ class Status:
         self.counters = Counters.load(home / "counters.json")
         self._seen = (0, 0)
         self._stale, self._written = True, -OFTEN_S
+        self._saved = (self.counters.up + self.counters.down, time.monotonic())
 
     def __getitem__(self, name: str) -> Any:
         return self.facts[name]
@@ -50,12 +53,18 @@ class Status:
         up, down = now[0] - self._seen[0], now[1] - self._seen[1]
         moved, self._seen = now != self._seen, now
         counters.up, counters.down, counters.today = counters.up + up, counters.down + down, counters.today + up + down
-        if moved:
-            try:
-                counters.save(self.home / "counters.json")
-            except OSError as error:
-                log.warning("counters: %s", error)
+        total = counters.up + counters.down
+        if abs(total - self._saved[0]) > SAVE_BYTES or (total != self._saved[0] and time.monotonic() - self._saved[1] > SAVE_S):
+            self.save()
         return moved
+
+    def save(self) -> None:
+        """Counters to disk; a full disk is logged, never fatal."""
+        self._saved = (self.counters.up + self.counters.down, time.monotonic())
+        try:
+            self.counters.save(self.home / "counters.json")
+        except OSError as error:
+            log.warning("counters: %s", error)
 
     def write(self, **facts: Any) -> None:
         """Remember facts and bring them to disk, now or, where that was done a moment ago, with the next `flush`."""

@@ -19,7 +19,7 @@ from .files import write_atomic
 from .tensors import Array, Tensors
 
 MAGIC = b"RFT1"
-DTYPES = {"f64": "<f8", "f32": "<f4", "f16": "<f2", "i8": "|i1", "u8": "|u1", "i32": "<i4", "i64": "<i8", "u32": "<u4"}
+DTYPES = {"f64": "<f8", "f32": "<f4", "f16": "<f2", "i8": "|i1", "i16": "<i2", "u8": "|u1", "i32": "<i4", "i64": "<i8", "u32": "<u4"}
 _NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
 MAX_BYTES = 4 << 30
 MAX_TENSORS = 100_000
