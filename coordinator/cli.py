@@ -178,8 +178,16 @@ def _rounds(args: argparse.Namespace) -> int:
         for r in answer["rounds"]
         for d in r["devices"]
     ]
-    cli.show(args, answer, cli.table(rows) + "".join(f"\n{e['device'] or 'job'}: {e['text']}" for e in answer["events"][-10:]))
+    events = "".join(f"\n{e['device'] or 'job'}: {e['text']}" for e in answer["events"][-10:])
+    cli.show(args, answer, cli.table(rows) + events + _samples(answer))
     return 0
+
+
+def _samples(answer: dict[str, Any]) -> str:
+    """What the first and the last measured version said to the job's own prompts."""
+    told = [(r["round"], d["telemetry"]["samples"]) for r in answer["rounds"] for d in r["devices"][:1] if d["telemetry"].get("samples")]
+    ends = [told[0], told[-1]] if len(told) > 1 else told
+    return "".join(f"\nversion {number}, sample {n + 1}: {text!r}" for number, texts in ends for n, text in enumerate(texts))
 
 
 def _watch(args: argparse.Namespace) -> int:

@@ -97,6 +97,7 @@ def test_every_verb_has_an_example_and_json(program: str) -> None:
             "serve",
             "submit",
             "jobs",
+            "watch",
             "cancel",
             "pause",
             "resume",

@@ -3,15 +3,18 @@
 import asyncio
 import base64
 import contextlib
+import os
+import shutil
 import signal
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from benchmarks.slow_link import SlowLink
@@ -329,3 +332,52 @@ def test_bad_tls_files(tmp_path: Path) -> None:
 def test_passwords_are_not_shown() -> None:
     assert without_password("mqtts://joe:secret@host:8883") == "mqtts://joe@host:8883"
     assert without_password("mqtt://host") == "mqtt://host"
+
+
+@pytest.fixture
+def far_away() -> Iterator[tuple[list[str], str]]:
+    """A network namespace behind a link of 2 Mbit/s: (how to run something there, this side's address). Skips where none can be had."""
+    name, net = f"rf{os.getpid()}", f"10.{os.getpid() % 200 + 20}.7"
+    here, there = f"{net}.1", f"{net}.2"
+    steps = [
+        f"ip netns add {name}", f"ip link add {name}h type veth peer name {name}n", f"ip link set {name}n netns {name}",
+        f"ip addr add {here}/24 dev {name}h", f"ip link set {name}h up", f"ip netns exec {name} ip addr add {there}/24 dev {name}n",
+        f"ip netns exec {name} ip link set {name}n up", f"ip netns exec {name} ip link set lo up",
+        f"tc qdisc add dev {name}h root tbf rate 2mbit burst 32kbit latency 400ms",
+        f"ip netns exec {name} tc qdisc add dev {name}n root tbf rate 2mbit burst 32kbit latency 400ms",
+    ]  # fmt: skip
+    try:
+        for step in steps:
+            done = subprocess.run(step.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {step}: {done.stderr.strip()}")
+        yield ["ip", "netns", "exec", name], here
+    except FileNotFoundError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        if shutil.which("ip"):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            subprocess.run(["ip", "link", "del", f"{name}h"], capture_output=True, check=False)
+
+
+@needs_mosquitto
+async def test_an_agent_in_a_network_of_its_own(tmp_path: Path, tiny: Path, far_away: tuple[list[str], str]) -> None:
+    """A real agent process that only it can call out from: its network has one narrow link and no way in for the coordinator."""
+    run_there, here = far_away
+    async with Mosquitto(tmp_path / "m", "allow_anonymous true", f"listener {(port := free_port())} {here}") as broker:
+        world = OverMqtt(tmp_path / "w", tiny, f"mqtt://127.0.0.1:{broker.port}", devices=2, packet=20_000)
+        async with world:
+            await world.kill_agent("d1")
+            agent = {
+                "state_dir": str(tmp_path / "w" / "d1"), "profile": "laptop-x86-16gb", "threads": 1, "models": {"tiny": str(tiny)},
+                "datasets": {"words": {"path": str(world.data["d1"])}}, "link": {"broker": f"mqtt://{here}:{port}", "answer_s": 2},
+            }  # fmt: skip
+            (tmp_path / "d1.yaml").write_text(yaml.safe_dump(agent))
+            command = [*run_there, sys.executable, "-W", "ignore", "-m", "edge_agent", "run", "--config", str(tmp_path / "d1.yaml")]
+            process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+            try:
+                name = await world.run(job(rounds=2, stack=["sparse"]), 120)
+                assert world.counted(name)[:4] == ["counted"] * 4
+            finally:
+                process.terminate()
+                process.wait(20)

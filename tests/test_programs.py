@@ -123,6 +123,12 @@ def test_a_job_from_the_command_line(programs: Programs, tmp_path: Path) -> None
     programs.coordinator("versions", "promote", "toy-1", "2")
     programs.coordinator("export", "toy-1", "--to", str(tmp_path / "out"))
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    programs.coordinator("export", "toy-1", "--to", str(tmp_path / "whole"), "--format", "merged")
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+    shown = programs.coordinator("watch", "toy-1", "--once", "--png", str(tmp_path / "job.png"), "--tensorboard", str(tmp_path / "tb"))
+    assert "toy-1: finished, 3 rounds closed" in shown
+    assert (tmp_path / "job.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tb" / "toy-1").iterdir())
     assert "no job `nope`" in programs.coordinator("rounds", "nope", code=1)
     assert "is finished" in programs.coordinator("cancel", "toy-1", code=1)
     status = json.loads(programs.run("edge_agent", "status", "--config", str(programs.agents["d0"]), "--json"))
