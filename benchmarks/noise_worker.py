@@ -12,7 +12,7 @@ from edge_agent.order import Order
 from federated.stack import seed_of
 from federated.tensors import Tensors
 
-_TABLE = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(1e-3)
+_TABLE = np.random.default_rng(0).standard_normal(1 << 19, np.float32) * np.float32(1e-3)
 
 
 class NoiseTrainer:

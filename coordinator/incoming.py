@@ -52,10 +52,8 @@ class Keeper:
 
     def get(self, key: int, make: Callable[[], Tensors]) -> Tensors:
         """What `make` gives, from memory where it is."""
-        if key in self.pinned:
-            return self.pinned[key]
-        if key in self.recent:
-            return self.recent[key]
+        if (held := self.pinned.get(key) or self.recent.get(key)) is not None:
+            return held
         made = make()
         size = sum(t.nbytes for t in made.values())
         if size <= self._free:

@@ -9,6 +9,8 @@ number of devices, and no bit depends on the order of arrival. Small matrices ar
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,8 +19,9 @@ from federated.update import LowRank, Update
 
 from .aggregate import DENSE, FLOOR, Term, balanced, by_qr
 
-BLOCK, BLOCK_BYTES = 16, 22 << 20
-"""Updates that are decoded at once, and how much they may take."""
+T = TypeVar("T")
+BLOCK, BLOCK_BYTES = 16, 11 << 20
+"""Updates that are summed at once, and how much they may take; the next block is decoded meanwhile."""
 RANDOM = 16
 """Random directions of the sketch."""
 MISSED = 4e-3
@@ -192,7 +195,7 @@ def product(updates: Iterable[Update], old: Mapping[str, LowRank], devices: int)
     modules: dict[str, Module] = {}
     used: list[Update] = []
     dense: dict[str, list[Array | float]] = {}
-    for block in _blocks(updates):
+    for block in ahead(_blocks(updates)):
         used += block
         for u in block:
             for k, t in u.dense().items():
@@ -224,6 +227,23 @@ def _blocks(updates: Iterable[Update]) -> Iterator[list[Update]]:
         yield block
 
 
+def _loaded(blocks: Iterator[list[Update]]) -> Iterator[list[Update]]:
+    """Blocks whose updates are decoded already."""
+    for block in blocks:
+        for u in block:
+            len(u.delta)
+        yield block
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next one is made in another thread while one is used."""
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
 def _by_module(
     block: Sequence[Update], old: Mapping[str, LowRank], devices: int, modules: dict[str, Module]
 ) -> Iterator[tuple[str, list[Update]]]:
@@ -248,7 +268,7 @@ def _pass(modules: Mapping[str, Module], used: Sequence[Update], way: str) -> No
     factors = {
         (n, o): (m.q_of(c) if way == "left" else c.omega) for n, m in modules.items() for o, c in m.classes.items()
     }  # fmt: skip
-    for block in _blocks(used):
+    for block in ahead(_loaded(_blocks(used))):
         groups: dict[str, list[Update]] = {}
         for u in block:
             groups.setdefault(u.origin or u.device, []).append(u)
