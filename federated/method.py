@@ -155,7 +155,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return delta
 
     def receive(self, delta: "Tensors", update: "Update", ctx: ServerContext) -> "Tensors":
-        """[server] Undo `send` for one update; runs in the reverse order of `send`."""
+        """[server] Undo `send` for one update; runs in the reverse order of `send`.
+
+        It may run more than once for an update, and in any order of devices, so it must not change `ctx.state`.
+        """
         return delta
 
     def ready(self, arrived: int, invited: int, ctx: ServerContext) -> bool:

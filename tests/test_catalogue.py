@@ -4,12 +4,15 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from coordinator import store
-from federated.catalogue import build_stack, modules
+from federated.catalogue import build_stack, entries, modules
 from federated.errors import Conflict
-from federated.stack import Stack
+from federated.stack import ServerSide, Stack
+from federated.update import Update
+from federated.wire import freeze
 
 from .world import World, job
 
@@ -94,3 +97,25 @@ async def test_beside_awkward_neighbours(tmp_path: Path, tiny: Path, name: str) 
                 versions = world.coordinator.ledger.rows(store.versions, job=done)
                 assert versions[0]["digest"] != versions[-1]["digest"], f"{stack} moved nothing"
                 await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("name", [e.name for e in entries() if "receive" in e.hooks])
+async def test_decoding_again_gives_the_same_and_changes_nothing(
+    name: str, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine decodes an update as often as its memory makes it."""
+    real, times = ServerSide.receive, [0]
+
+    def twice(self: ServerSide, update: Update, number: int) -> Update:
+        before = freeze(self.state)
+        first, second = real(self, update, number), real(self, update, number)
+        assert freeze(self.state) == before
+        assert first.delta.keys() == second.delta.keys()
+        assert all(np.array_equal(t, second.delta[k]) for k, t in first.delta.items())
+        times[0] += 1
+        return second
+
+    monkeypatch.setattr(ServerSide, "receive", twice)
+    async with World(tmp_path, tiny, devices=2) as world:
+        await world.run(job(rounds=2, stack=[name]))
+    assert times[0] >= 4
