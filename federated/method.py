@@ -157,7 +157,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def receive(self, delta: "Tensors", update: "Update", ctx: ServerContext) -> "Tensors":
         """[server] Undo `send` for one update; runs in the reverse order of `send`.
 
-        It may run more than once for an update, and in any order of devices, so it must not change `ctx.state`.
+        It may run more than once for an update: what it keeps in `ctx.state` must be the same after the second time.
         """
         return delta
 

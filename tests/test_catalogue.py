@@ -107,9 +107,9 @@ async def test_decoding_again_gives_the_same_and_changes_nothing(
     real, times = ServerSide.receive, [0]
 
     def twice(self: ServerSide, update: Update, number: int) -> Update:
-        before = freeze(self.state)
-        first, second = real(self, update, number), real(self, update, number)
-        assert freeze(self.state) == before
+        first, once = real(self, update, number), freeze(self.state)
+        second = real(self, update, number)
+        assert freeze(self.state) == once
         assert first.delta.keys() == second.delta.keys()
         assert all(np.array_equal(t, second.delta[k]) for k, t in first.delta.items())
         times[0] += 1
