@@ -80,7 +80,8 @@ class SlowLink:
         with contextlib.suppress(ConnectionError, OSError):
             arriving = asyncio.create_task(self._arrive(queue, writer))
             try:
-                while block := await reader.read(4096):
+                # What the relay itself has buffered behind a cut never was on the link.
+                while (block := await reader.read(4096)) and not writer.is_closing():
                     now = self.loop.time()
                     start = max(now, self._free[way]) + self._stalled(now)
                     self._free[way] = start + (len(block) * 8 / self.rate if self.rate else 0.0)
