@@ -67,6 +67,7 @@ async def test_a_merged_classifier_loads_without_peft(tmp_path: Path, tiny: Path
         write(world.coordinator.config, name, tmp_path / "adapter")
     texts = [r["text"] for r in rows(20, 7)]
     said = []
+    pytest.importorskip("peft")
     for folder, args in (("whole", ()), ("adapter", (tiny,))):
         sys.path.insert(0, str(tmp_path / folder))
         try:
