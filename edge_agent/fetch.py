@@ -25,9 +25,17 @@ class Fetcher:
     def __init__(self, bus: Bus, topics: Topics, folder: Path, say: Callable[[Want], Awaitable[None]], answer_s: float) -> None:
         self.bus, self.topics, self.folder, self.say, self.answer_s = bus, topics, folder, say, answer_s
         self.resumed = 0
+        self._connection = 0
+        self._waiting: set[asyncio.Event] = set()
         self._piece_s = 0.0
         """How long a piece takes on this link, smoothed."""
         self.kbps: float | None = None
+
+    def wake(self) -> None:
+        """The connection is new: what was under way is lost, and asked for at once."""
+        self._connection += 1
+        for news in self._waiting:
+            news.set()
 
     async def get(self, blob: Blob) -> Path:
         """The blob's file, fetched if it is not here. Tries until it has every piece."""
@@ -47,11 +55,13 @@ class Fetcher:
             except (WireError, OSError) as error:
                 log.warning("a piece of %s was dropped: %s", blob.digest[:12], error)
 
+        self._waiting.add(news)
         topic = self.topics.blob(blob.digest)
         await self.bus.subscribe(topic, take)
         try:
             return await self._complete(blob, assembly, news)
         finally:
+            self._waiting.discard(news)
             assembly.save()
             await self.bus.unsubscribe(topic)
 
@@ -60,7 +70,8 @@ class Fetcher:
         while True:
             while not assembly.complete:
                 await self.say(Want(blob.digest, assembly.missing()))
-                while not assembly.complete:
+                connection = self._connection
+                while not assembly.complete and connection == self._connection:
                     news.clear()
                     asked = time.monotonic()
                     try:

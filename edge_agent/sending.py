@@ -38,7 +38,7 @@ class Sender:
     ) -> None:
         self.outbox, self.status, self.say, self.publish, self.answer_s = outbox, status, say, publish, answer_s
         self.mail = asyncio.Event()
-        self._answers: dict[str, asyncio.Queue[Grant | Receipt]] = {}
+        self._answers: dict[str, asyncio.Queue[Grant | Receipt | None]] = {}
 
     async def run(self) -> None:
         """For ever."""
@@ -54,6 +54,12 @@ class Sender:
                     self.status.write(state="idle")
                 await self.mail.wait()
 
+    def wake(self) -> None:
+        """The connection is new: whoever waits for an answer asks again."""
+        for queue in self._answers.values():
+            queue.put_nowait(None)
+        self.mail.set()
+
     def answer(self, message: Grant | Receipt) -> None:
         """The coordinator's answer, for the upload that it is about."""
         queue = self._answers.get(message.digest)
@@ -66,15 +72,18 @@ class Sender:
         """Offer, send what is granted, until a receipt; every wait has an end, and then it starts over."""
         queue = self._answers[meta.blob.digest] = asyncio.Queue()
         _, data = read_update(update_file(result))
-        tries = 0
+        tries, offered = 0, False
         try:
             while update_file(result).exists():
                 # Small updates travel with their first offer; if that is not answered, the coordinator says what it lacks.
-                small = meta.inline and not tries and len(data) + OFFER_BYTES <= meta.blob.chunk
+                small = meta.inline and not offered and len(data) + OFFER_BYTES <= meta.blob.chunk
                 await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature, data if small else b""))
+                offered = True
                 try:
                     while True:
                         answer = await within(self.answer_s * min(6, 1 + tries), queue.get())
+                        if answer is None:
+                            break
                         if isinstance(answer, Receipt):
                             self._settle(answer)
                             return

@@ -101,7 +101,8 @@ class Agent:
     def _connected(self) -> None:
         self._welcome.clear()
         self._spawn(self._greet(), "hello")
-        self.sender.mail.set()
+        self.sender.wake()
+        self.fetcher.wake()
 
     async def _greet(self) -> None:
         """Say hello until somebody answers."""
