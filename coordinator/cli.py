@@ -97,7 +97,8 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 async def _service(config: "CoordinatorConfig") -> None:
-    from federated.mqtt import MqttBus, tls_context, without_password
+    from federated.address import tls_context, without_password
+    from federated.mqtt import MqttBus
     from federated.topics import checked
 
     from .api import Api

@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _tls(config: Any) -> Any:
     """The TLS context that the YAML asks for; None: the system's."""
-    from federated.mqtt import tls_context
+    from federated.address import tls_context
 
     link = config.link
     return tls_context(link.ca_file, link.cert_file, link.key_file) if link.ca_file or link.cert_file else None

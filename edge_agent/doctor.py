@@ -6,10 +6,10 @@ import shutil
 import socket
 from pathlib import Path
 
+from federated.address import parse_url
 from federated.cli import Finding, finding
 from federated.errors import RankfleetError
 from federated.loader import load
-from federated.mqtt import parse_url
 
 from . import identity, probe
 from .config import AgentConfig

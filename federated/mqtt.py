@@ -13,19 +13,16 @@ import ssl
 import threading
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-import msgspec
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
+from .address import parse_proxy, parse_url
 from .bus import PACKET, Handler
-from .errors import ConfigError
 from .topics import matches
 from .within import within
 
 log = logging.getLogger(__name__)
-PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 CONNECT_S = 20.0
 AGREE_S = 20.0
 """How long a broker may take over CONNACK."""
@@ -35,73 +32,6 @@ HEADER, MIN_PACKET = 256, 256
 LONGEST_PAUSE_S = 30.0
 ACK_S = 120.0
 """A PUBACK that is so late never comes: some brokers drop a packet without a word."""
-
-
-class BrokerURL(msgspec.Struct, frozen=True):
-    """`mqtt[s]://[user:password@]host[:port]`, or `ws[s]://…/path`."""
-
-    scheme: str
-    host: str
-    port: int
-    user: str = ""
-    password: str = ""
-    path: str = "/mqtt"
-
-
-def parse_url(url: str) -> BrokerURL:
-    """Raises ConfigError for anything that is not a broker's address."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"broker address {url!r}: {error}", "mqtt://host:1883") from None
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise ConfigError(f"broker address {url!r} is not understood", "mqtt://host:1883, mqtts://, ws:// or wss://")
-    return BrokerURL(
-        parts.scheme,
-        parts.hostname,
-        port or PORTS[parts.scheme],
-        unquote(parts.username or ""),
-        unquote(parts.password or ""),
-        parts.path or "/mqtt",
-    )
-
-
-def without_password(url: str) -> str:
-    """The address as it may be shown and logged."""
-    parts = urlsplit(url)
-    host = f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
-    return parts._replace(netloc=f"{parts.username}@{host}" if parts.username else host).geturl()
-
-
-def tls_context(ca_file: str = "", cert_file: str = "", key_file: str = "") -> ssl.SSLContext:
-    """TLS with the system's authorities or `ca_file`, and a client certificate if there is one. Raises ConfigError."""
-    try:
-        context = ssl.create_default_context(cafile=ca_file or None)
-        if cert_file:
-            context.load_cert_chain(cert_file, key_file or None)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"TLS files {ca_file or 'of the system'} {cert_file}: {error}", "PEM files that this user may read") from None
-    return context
-
-
-def parse_proxy(url: str) -> dict[str, Any]:
-    """`http://[user:password@]host:port` or `socks5://…` as paho takes it. Raises ConfigError."""
-    try:
-        import socks
-    except ImportError:
-        raise ConfigError("a proxy needs PySocks", "pip install PySocks") from None
-    parts = urlsplit(url)
-    kinds = {"http": socks.HTTP, "socks5": socks.SOCKS5}
-    if parts.scheme not in kinds or not parts.hostname or not parts.port:
-        raise ConfigError(f"proxy {without_password(url)!r} is not understood", "http://user:password@host:3128 or socks5://host:1080")
-    return {
-        "proxy_type": kinds[parts.scheme],
-        "proxy_addr": parts.hostname,
-        "proxy_port": parts.port,
-        "proxy_username": unquote(parts.username) if parts.username else None,
-        "proxy_password": unquote(parts.password) if parts.password else None,
-    }
 
 
 class MqttBus:

@@ -21,9 +21,10 @@ from benchmarks.slow_link import SlowLink
 from coordinator import store
 from coordinator.broker import free_port, mosquitto
 from coordinator.model_server import make_certificate
+from federated.address import parse_proxy, tls_context, without_password
 from federated.bus import MemoryBroker
 from federated.errors import ConfigError
-from federated.mqtt import MqttBus, parse_proxy, tls_context, without_password
+from federated.mqtt import MqttBus
 
 from .world import World, job
 

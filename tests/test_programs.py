@@ -18,8 +18,9 @@ import yaml
 
 from coordinator.broker import BrokerChild, mosquitto
 from coordinator.config import Broker
+from federated.address import parse_url
 from federated.errors import ConfigError
-from federated.mqtt import MqttBus, parse_url
+from federated.mqtt import MqttBus
 
 from .world import job, rows
 
