@@ -16,7 +16,7 @@ from sqlalchemy import bindparam, update
 
 from federated.errors import WireError
 from federated.files import digest_of, sync_folder
-from federated.messages import Grant, Message, Offer, Receipt, Report, manifest
+from federated.messages import Message, Offer, Receipt, Report, manifest
 
 from . import incoming, store
 from .config import Limits
@@ -58,7 +58,7 @@ class Receiving:
         self.home, self.ledger, self.devices, self.pending, self.send, self.changed, self.live = (
             home, ledger, devices, pending, send, changed, live,
         )  # fmt: skip
-        self.uploads = Uploads(home / "spool", limits, lambda d, g: self._granted(d, g), self._assembled, self.put_aside)
+        self.uploads = Uploads(home / "spool", limits, send, self._assembled, self.put_aside)
         self.limits = limits
         self._queue: list[Arrival] = []
         self._waiting: set[Key] = set()
@@ -72,9 +72,6 @@ class Receiving:
             self._task.cancel()
         self._disk.shutdown(wait=True)
 
-    def _granted(self, device: str, grant: Grant) -> None:
-        self.send(device, grant)
-
     def offered(self, device: str, offer: Offer) -> None:
         """A device has an update: take it, grant it, or say what became of it."""
         key = (offer.job, offer.round, device)
@@ -82,7 +79,7 @@ class Receiving:
             return
         if self.pending.get(key) is None and not self._still_wanted(key, offer):
             return
-        if offer.data and self._held + len(offer.data) <= HELD_BYTES:
+        if offer.data and self._held + len(offer.data) <= HELD_BYTES and len(offer.data) <= self.limits.update_mb * 1e6:
             if len(offer.data) != offer.blob.size or digest_of(offer.data) != offer.blob.digest:
                 raise WireError(f"the update of round {offer.round} is not what its offer says")
             self._take(Arrival(key, offer, offer.data, None, 0))

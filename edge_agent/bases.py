@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import ssl
 import time
 from collections.abc import Callable
@@ -47,12 +46,6 @@ class Bases:
             raise Refused(f"the coordinator serves no files, and this device has no folder for `{job.model}`", "set `model_files` there")
         self._fetch(job.source, job.model_digest, target)
         return str(target)
-
-    def forget(self, keep: str) -> None:
-        """Remove models but for one."""
-        for path in self.home.glob("*") if self.home.exists() else ():
-            if path.name.removesuffix(".part") != keep:
-                shutil.rmtree(path, ignore_errors=True)
 
     def _fetch(self, source: ModelSource, digest: str, target: Path) -> None:
         part = target.with_name(target.name + ".part")

@@ -78,7 +78,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link: Link = Link()
     worker: WorkerLimits = WorkerLimits()
     on_adapter: tuple[str, ...] = ()
-    """Command that is run when a new adapter lies in `<state_dir>/adapter/current`."""
+    """Command that is run when a new adapter lies in `<state_dir>/adapter/current`: at a job's end, and in between at most every 30 s."""
 
     @property
     def home(self) -> Path:

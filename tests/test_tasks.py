@@ -50,6 +50,11 @@ def test_only_the_answer_is_learnt(llama: Path) -> None:
     assert learnt == ["moon [SEP]", "bird tree [SEP]"]
 
 
+def test_braces_in_a_row_are_text(llama: Path) -> None:
+    task = lm(llama, template="{instruction} | {input} {other}")
+    assert task.prompt({"instruction": "a {input}", "input": "{instruction}"}) == "a {input} | {instruction} {other}"
+
+
 def test_long_prompts_lose_their_beginning_and_long_answers_their_end(llama: Path) -> None:
     task = lm(llama, max_length=10)
     (long_prompt,) = task.encode([{"instruction": "red " * 30, "output": "moon"}])

@@ -27,11 +27,22 @@ WORDS = ["red", "green", "blue", "sun", "moon", "star", "cat", "dog", "bird", "t
 LABELS = ["colour", "sky", "animal", "land"]
 
 
+def word_tokenizer(words: list[str], **special: str) -> Any:
+    """One token for each word, behind [PAD], [UNK], [CLS] and [SEP]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = {"pad_token": "[PAD]", "unk_token": "[UNK]", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **known)
+
+
 def tiny_bert(folder: Path, layers: int = 2) -> Path:
     """Random weights, seeded; 16 wide, 40 channels."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     config = BertConfig(
@@ -46,12 +57,7 @@ def tiny_bert(folder: Path, layers: int = 2) -> Path:
         pad_token_id=0,
     )
     BertModel(config).save_pretrained(folder)
-    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
+    word_tokenizer(WORDS).save_pretrained(folder)
     return folder
 
 
@@ -82,19 +88,16 @@ CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} [SEP] {% endfor %}
 def tiny_llama(folder: Path, family: str = "llama") -> Path:
     """A two-layer causal model from a config, with a tokenizer that has a chat template."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     torch.manual_seed(0)
     words = [*WORDS, "Instruction", "Input", "Answer", "user", "assistant", ":"]
-    vocab = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    size = len(words) + 4
     config = (
-        GPT2Config(
-            vocab_size=len(vocab), n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3, initializer_range=0.3
-        )
+        GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3, initializer_range=0.3)
         if family == "gpt2"
         else LlamaConfig(
-            vocab_size=len(vocab),
+            vocab_size=size,
             hidden_size=16,
             intermediate_size=40,
             num_hidden_layers=2,
@@ -108,9 +111,7 @@ def tiny_llama(folder: Path, family: str = "llama") -> Path:
         )
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]")
+    tokenizer = word_tokenizer(words, eos_token="[SEP]")
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     return folder

@@ -4,6 +4,7 @@ Rows have `instruction`, `output` and maybe `input`; or, with `template: chat`, 
 tokenizer's own chat template, where every assistant turn is an answer. Logits are made for columns with an answer token only.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from federated.messages import Task
 TEMPLATE = "Instruction: {instruction}\nInput: {input}\nAnswer: "
 PLAIN = "Instruction: {instruction}\nAnswer: "
 IGNORED = -100
+_FIELD = re.compile(r"\{(instruction|input)\}")
 SAMPLE_TOKENS = 48
 Tokens = tuple[list[int], list[bool]]
 """Ids, and which of them are to be learnt."""
@@ -41,7 +43,7 @@ class Engine:
         """Ids and answer masks, cut at the job's length; rows without an answer are left out and counted."""
         found = []
         for row in rows:
-            ids, learnt = self._cut(*(self._turns(row["messages"]) if self.chat else self._pair(row)))
+            ids, learnt = self._turns(row["messages"]) if self.chat else self._pair(row)
             if any(learnt[1:]):
                 found.append({"ids": ids, "learnt": learnt})
             else:
@@ -52,26 +54,23 @@ class Engine:
         """What stands before the answer."""
         given = str(row.get("input") or "").strip()
         template = self.template or (TEMPLATE if given else PLAIN)
-        return template.replace("{instruction}", str(row["instruction"]).strip()).replace("{input}", given)
+        fields = {"instruction": str(row["instruction"]).strip(), "input": given}
+        # In one pass: braces in a row's own text are text.
+        return _FIELD.sub(lambda found: fields[found[1]], template)
 
-    def _pair(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
-        prompt = list(self.tokenizer(self.prompt(row))["input_ids"])
+    def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
+        ids = list(self.tokenizer(self.prompt(row))["input_ids"])
         end = self.tokenizer.eos_token_id
-        if end is not None and prompt[-1:] == [end]:
-            prompt.pop()
-        answer = list(self.tokenizer(str(row["output"]).strip(), add_special_tokens=False)["input_ids"])
-        if answer and end is not None:
-            answer.append(end)
-        return prompt, answer
+        return ids[:-1] if end is not None and ids[-1:] == [end] else ids
 
-    def _cut(self, ids: list[int], answer: list[int] | list[bool]) -> Tokens:
+    def _pair(self, row: dict[str, Any]) -> Tokens:
         """A prompt loses its beginning, down to half of the length; an answer its end."""
-        if self.chat:
-            return ids[: self.length], [bool(a) for a in answer[: self.length]]
-        keep = max(self.length // 2, self.length - len(answer))
-        prompt = ids[-keep:]
-        whole = [*prompt, *(int(a) for a in answer)][: self.length]
-        return whole, [i >= len(prompt) for i in range(len(whole))]
+        answer = list(self.tokenizer(str(row["output"]).strip(), add_special_tokens=False)["input_ids"])
+        if answer and self.tokenizer.eos_token_id is not None:
+            answer.append(self.tokenizer.eos_token_id)
+        prompt = self._prompt_ids(row)[-max(self.length // 2, self.length - len(answer)) :]
+        ids = [*prompt, *answer][: self.length]
+        return ids, [i >= len(prompt) for i in range(len(ids))]
 
     def _turns(self, messages: Any) -> tuple[list[int], list[bool]]:
         """A conversation by the tokenizer's template; the tokens that each assistant turn adds are learnt."""
@@ -90,7 +89,7 @@ class Engine:
                 raise Refused(f"the tokenizer's chat template does not take a row: {error}") from None
             learnt = [*learnt, *[False] * (len(before) - len(ids)), *[True] * (len(after) - max(len(before), len(ids)))][: len(after)]
             ids = after
-        return ids, learnt
+        return ids[: self.length], learnt[: self.length]
 
     def _render(self, messages: list[dict[str, str]], answer_follows: bool) -> list[int]:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer_follows, tokenize=False)
@@ -141,11 +140,8 @@ class Engine:
         """What the model answers to the job's own prompts, greedily."""
         found = []
         for prompt in prompts:
-            text = (
-                self._render([{"role": "user", "content": prompt}], True)
-                if self.chat
-                else self._pair({"instruction": prompt, "output": ""})[0]
-            )
+            asked = [{"role": "user", "content": prompt}]
+            text = self._render(asked, True) if self.chat else self._prompt_ids({"instruction": prompt})
             ids = torch.tensor([text[-self.length :]])
             made = model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
