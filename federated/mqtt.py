@@ -91,9 +91,9 @@ class MqttBus:
             self._lost.clear()
             try:
                 await self._connect()
-                await self._serve()
-                failed = 0
-            except (OSError, ValueError, paho.WebsocketConnectionError) as error:
+                # A broker that takes the connection and refuses us has failed like one that is not there.
+                failed = 0 if await self._serve() else failed + 1
+            except Exception as error:
                 failed += 1
                 self.problem = f"no connection to the broker at {self.url.host}:{self.url.port}: {error}"
             finally:
@@ -119,9 +119,9 @@ class MqttBus:
         self._loop.add_reader(self._watched, self._read, client)
         self._write(client)
 
-    async def _serve(self) -> None:
-        """Until the connection is lost. Raises OSError where a broker takes it and then says nothing."""
-        client, since = self._client, self._loop.time()
+    async def _serve(self) -> bool:
+        """Until the connection is lost: was it ever up? Raises OSError where a broker takes it and then says nothing."""
+        client, since, up = self._client, self._loop.time(), False
         while not self._lost.is_set() and client is not None:
             if not self._threaded:
                 client.loop_misc()
@@ -130,6 +130,8 @@ class MqttBus:
             self._give_up_on(self._loop.time() - ACK_S)
             with contextlib.suppress(asyncio.TimeoutError):
                 await within(1.0, self._lost.wait())
+            up = up or self.connected.is_set()
+        return up
 
     def _give_up_on(self, before: float) -> None:
         """A PUBACK that old never comes; the message is published again."""

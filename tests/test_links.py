@@ -120,6 +120,17 @@ async def test_tls_with_user_and_password(tmp_path: Path, tiny: Path, protocol: 
         await stranger.stop()
 
 
+@needs_mosquitto
+async def test_a_broker_that_refuses_is_not_hammered(tmp_path: Path) -> None:
+    async with Mosquitto(tmp_path / "m", "allow_anonymous false") as broker:
+        bus = MqttBus(f"mqtt://127.0.0.1:{broker.port}", "x")
+        await bus.start()
+        await asyncio.sleep(4)
+        await bus.stop()
+    tries = (tmp_path / "m" / "m.log").read_text().count("New connection from") - 1
+    assert 2 <= tries <= 8
+
+
 class Proxy:
     """An HTTP proxy that knows CONNECT and one user."""
 
