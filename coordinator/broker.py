@@ -72,6 +72,8 @@ class BrokerChild:
 
     async def start(self) -> None:
         """Start the child and wait until it listens. Raises ConfigError where it cannot."""
+        await asyncio.to_thread(self._end_orphan)
+        await self._port_is_free()
         self._task = asyncio.create_task(self._keep(), name="broker")
         for _ in range(200):
             await asyncio.sleep(0.05)
@@ -80,8 +82,34 @@ class BrokerChild:
             if self.restarts > 3:
                 break
         await self.stop()
+        raise ConfigError(f"the {self.kind} broker does not listen on {self.host}:{self.port}", "its own log says why")
+
+    def _end_orphan(self) -> None:
+        """The broker of a coordinator that was killed still runs, and holds the port: it is known by our folder in its command."""
+        import psutil
+
+        with contextlib.suppress(OSError, ValueError, psutil.Error):
+            process = psutil.Process(int((self.home / "broker.pid").read_text()))
+            if str(self.home) in " ".join(process.cmdline()):
+                process.kill()
+                process.wait(5)
+
+    async def _port_is_free(self) -> None:
+        """Asked before the child is started: somebody else who answers on the port would look like it."""
+        for _ in range(20):
+            with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
+                if sys.platform != "win32":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((self.host, self.port))
+                except OSError as error:
+                    reason = error
+                else:
+                    return
+            # The broker of a coordinator that was killed may need a moment to notice.
+            await asyncio.sleep(0.1)
         raise ConfigError(
-            f"the {self.kind} broker does not listen on {self.host}:{self.port}",
+            f"no broker can listen on {self.host}:{self.port}: {reason.strerror}",
             "is the port in use? set `broker.port` to another one, or 0",
         )
 
@@ -100,6 +128,7 @@ class BrokerChild:
             self.process = await asyncio.create_subprocess_exec(
                 *self.command(), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
             )
+            write_atomic(self.home / "broker.pid", str(self.process.pid).encode(), durable=False)
             code = await self.process.wait()
             self.restarts += 1
             log.warning("the %s broker ended with code %s and is started again", self.kind, code)

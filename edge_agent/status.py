@@ -15,7 +15,7 @@ from .outbox import Counters
 
 log = logging.getLogger(__name__)
 OFTEN_S = 1.0
-SAVE_BYTES, SAVE_S = 4096, 10.0
+SAVE_BYTES, SAVE_S = 1 << 20, 10.0
 """Counters go to disk when so much was counted, or so long ago: a kill forgets no more."""
 
 
