@@ -237,12 +237,15 @@ def test_programs_start_in_a_blink() -> None:
 async def test_the_broker_of_a_killed_coordinator_is_replaced(tmp_path: Path) -> None:
     first = BrokerChild(Broker(kind="mosquitto"), tmp_path)
     await first.start()
-    assert first._task and first.process
+    assert first._task
+    assert first.process
     first._task.cancel()  # what a kill -9 leaves: a broker that nobody watches
     second = BrokerChild(Broker(kind="mosquitto", port=first.port), tmp_path)
     try:
         await second.start()
-        assert second.process and second.process.pid != first.process.pid and second.restarts == 0
+        assert second.process
+        assert second.process.pid != first.process.pid
+        assert second.restarts == 0
         assert await asyncio.wait_for(first.process.wait(), 5) != 0
     finally:
         await second.stop()
