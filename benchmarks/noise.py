@@ -1,32 +1,50 @@
 """Agents that do everything but train: each round adds a slice of a seeded noise table to the adapter.
 
     python -m benchmarks.noise run agent.yaml     one real agent with a worker process of its own
-    python -m benchmarks.noise fleet FOLDER       one coroutine for each `FOLDER/*.yaml`, in this process
+    python -m benchmarks.noise fleet FOLDER       one coroutine for each `FOLDER/*.yaml`, in this process, with two worker processes for all
 
 Identity, signatures, codecs, outbox, fsync, receipts: the code that is shipped. Only `Trainer` and the base model are replaced.
 """
 
 import argparse
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from edge_agent.order import Order
 
+WORKERS = 2
+"""A worker process for each agent, as shipped, would take 300 MB a hundred times; these hold the workers of all, each with its state."""
+_workers: dict[str, Any] = {}
 
-class InlineEngine:
-    """The worker's code in this process, in two threads, so that one may compute while the other waits for the disk."""
 
-    pool = ThreadPoolExecutor(2)
+def _run(order: Order) -> float | None:
+    """In a worker process: carry out one order; seconds until `_idle` has something to do."""
+    from .noise_worker import NoiseWorker
 
-    cards: dict[str, Any] = {}
+    worker = _workers.get(order.home)
+    if worker is None:
+        worker = _workers[order.home] = NoiseWorker()
+        worker._cards = next(iter(_workers.values()))._cards
+    worker.run(order, lambda told: None)
+    return cast("float | None", worker.idle_in())
 
-    def __init__(self) -> None:
-        from .noise_worker import NoiseWorker
 
-        self.worker = NoiseWorker()
-        self.worker._cards = self.cards
+def _idle(home: str) -> None:
+    _workers[home].idle()
+
+
+class SharedEngine:
+    """Stands where `ProcessEngine` stands: the worker's code in one of a few processes, always the same one for an agent."""
+
+    pools: ClassVar[list[ProcessPoolExecutor]] = []
+
+    def __init__(self, number: int) -> None:
+        if not self.pools:
+            self.pools.extend(ProcessPoolExecutor(1, get_context("spawn")) for _ in range(WORKERS))
+        self.pool = self.pools[number % WORKERS]
         self.later: asyncio.TimerHandle | None = None
 
     async def run(self, order: Order, progress: Any) -> None:
@@ -34,8 +52,8 @@ class InlineEngine:
         loop = asyncio.get_running_loop()
         if self.later:
             self.later.cancel()
-        await loop.run_in_executor(self.pool, self.worker.run, order, lambda told: None)
-        self.later = loop.call_later(self.worker.idle_in() or 0.0, lambda: loop.run_in_executor(self.pool, self.worker.idle))
+        idle_in = await loop.run_in_executor(self.pool, _run, order)
+        self.later = loop.call_later(idle_in or 0.0, lambda: loop.run_in_executor(self.pool, _idle, order.home))
 
     async def stop(self) -> None:
         """Nothing runs on."""
@@ -58,7 +76,7 @@ def _agent(path: Path, engine: Any) -> Any:
 
 
 async def _fleet(folder: Path) -> None:
-    await asyncio.gather(*(_agent(p, InlineEngine()).run() for p in sorted(folder.glob("*.yaml"))))
+    await asyncio.gather(*(_agent(p, SharedEngine(n)).run() for n, p in enumerate(sorted(folder.glob("*.yaml")))))
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from .uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
 HELD_BYTES = 16 << 20
-"""Updates that came with their offer and wait for the disk; when there are more, offers wait for a grant."""
+"""Updates in memory that wait for the disk; when there are more, offers wait for a grant, and pieces go to files."""
 COUNTED = ("received", "counted", "dropped")
 
 
@@ -58,7 +58,7 @@ class Receiving:
         self.home, self.ledger, self.devices, self.pending, self.send, self.changed, self.live = (
             home, ledger, devices, pending, send, changed, live,
         )  # fmt: skip
-        self.uploads = Uploads(home / "spool", limits, send, self._assembled, self.put_aside)
+        self.uploads = Uploads(home / "spool", limits, send, self._assembled, self.put_aside, lambda: self._held < HELD_BYTES)
         self.limits = limits
         self._queue: list[Arrival] = []
         self._waiting: set[Key] = set()
@@ -132,9 +132,10 @@ class Receiving:
         self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
         self.changed()
 
-    def _assembled(self, upload: Upload, path: Path) -> None:
-        offer = upload.offer
-        self._take(Arrival((offer.job, offer.round, upload.device), offer, b"", path, upload.resumed))
+    def _assembled(self, upload: Upload, content: bytes | Path) -> None:
+        offer, key = upload.offer, (upload.offer.job, upload.offer.round, upload.device)
+        data, path = (content, None) if isinstance(content, bytes) else (b"", content)
+        self._take(Arrival(key, offer, data, path, upload.resumed))
 
     def _take(self, arrival: Arrival) -> None:
         self._queue.append(arrival)

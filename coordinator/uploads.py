@@ -31,17 +31,19 @@ class Upload:
 
 
 class Uploads:
-    """All uploads of a fleet. `done` is called with each complete one and decides on the receipt."""
+    """All uploads of a fleet. `done` is called with each complete one, in memory or as a file, and decides on the
+    receipt; while there is no `room` in memory it is a file."""
 
     def __init__(
         self,
         folder: Path,
         limits: Limits,
         grant: Callable[[str, Grant], None],
-        done: Callable[[Upload, Path], None],
+        done: Callable[[Upload, bytes | Path], None],
         refuse: Callable[[str, Offer, str], None],
+        room: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.folder, self.limits, self._grant, self._done, self._refuse = folder, limits, grant, done, refuse
+        self.folder, self.limits, self._grant, self._done, self._refuse, self.room = folder, limits, grant, done, refuse, room
         self.live: dict[str, Upload] = {}
         self.waiting: list[str] = []
         self.corrupt = 0
@@ -107,13 +109,14 @@ class Uploads:
 
     def _finish(self, upload: Upload) -> None:
         try:
-            path = upload.assembly.finish()
+            # What came in one go is not written twice; the disk's thread puts it in its place.
+            content = (upload.assembly.whole() if self.room() else None) or upload.assembly.finish()
         except WireError:
             self.corrupt += 1
             self._pump(upload)
             return
         self.live.pop(upload.device, None)
-        self._done(upload, path)
+        self._done(upload, content)
         while self.waiting:
             next_one = self.live.get(self.waiting.pop(0))
             if next_one is not None:

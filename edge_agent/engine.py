@@ -63,6 +63,8 @@ class ProcessEngine:
                     raise EngineFailed("memory", f"the worker took more than {limit:.0f} MB and was stopped") from None
                 raise failed
             finally:
+                if watch.done() and not watch.cancelled():
+                    await self.stop()  # it was killed, and may have answered before: the next order must not find it dying
                 watch.cancel()
         except (BrokenPipeError, ConnectionResetError) as error:
             await self.stop()

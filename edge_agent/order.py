@@ -36,6 +36,9 @@ class Order(msgspec.Struct, frozen=True):
     inline: bool = False
 
 
+MAX_META = 1 << 16
+
+
 class Meta(msgspec.Struct, frozen=True):
     """Address and signature of an update, at the head of its file."""
 
@@ -71,6 +74,13 @@ def commit(result: Path, update: bytes, state: bytes, meta: Meta) -> None:
     """Put a finished round in its place, all or nothing."""
     head = msgspec.msgpack.encode(meta)
     write_in_order({update_file(result): struct.pack("<I", len(head)) + head + update, state_file(result): state})
+
+
+def read_meta(file: Path) -> Meta:
+    """What is known of an update. Raises OSError or msgspec.MsgspecError where its head is damaged."""
+    with file.open("rb") as opened:
+        size = struct.unpack("<I", opened.read(4).ljust(4, b"\0"))[0]
+        return msgspec.msgpack.decode(opened.read(min(size, MAX_META)), type=Meta)
 
 
 def read_update(file: Path) -> tuple[Meta, bytes]:

@@ -8,7 +8,7 @@ import msgspec
 
 from federated.files import write_atomic
 
-from .order import Meta, read_update, state_file, update_file
+from .order import Meta, read_meta, read_update, state_file, update_file
 
 
 class Outbox:
@@ -20,7 +20,7 @@ class Outbox:
         """What is due, once the folder has been looked through; kept up to date from then on."""
 
     def due(self) -> list[tuple[Path, Meta]]:
-        """Results without a receipt, oldest first. A damaged one is removed: it will be trained again."""
+        """Results without a receipt, oldest first. One whose head is damaged is removed: it will be trained again."""
         if self._due is None:
             self._due = {}
             for file in self.jobs.glob("*/r??????.update"):
@@ -35,10 +35,23 @@ class Outbox:
         if not self.finished(result):
             return
         try:
-            self._due[result] = read_update(update_file(result))[0]
+            self._due[result] = read_meta(update_file(result))
         except (OSError, msgspec.MsgspecError):
-            update_file(result).unlink(missing_ok=True)
-            state_file(result).unlink(missing_ok=True)
+            self._damaged(result)
+
+    def read(self, result: Path) -> bytes | None:
+        """The update, whole and as it was signed; None where it is damaged: then it is removed, and will be trained again."""
+        try:
+            return read_update(update_file(result))[1]
+        except (OSError, msgspec.MsgspecError):
+            self._damaged(result)
+            return None
+
+    def _damaged(self, result: Path) -> None:
+        update_file(result).unlink(missing_ok=True)
+        state_file(result).unlink(missing_ok=True)
+        if self._due is not None:
+            self._due.pop(result, None)
 
     def finished(self, result: Path) -> bool:
         """Was this round trained here already?"""

@@ -6,13 +6,11 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from federated.messages import Grant, Message, Offer, Receipt
 from federated.transfer import cut, numbers
 from federated.within import within
 
-from .order import Meta, read_update, result_of, update_file
+from .order import Meta, result_of, update_file
 from .outbox import Outbox
 from .status import Status
 
@@ -44,10 +42,10 @@ class Sender:
         """For ever."""
         while True:
             for result, meta in self.outbox.due():
-                try:
-                    await self._send(result, meta)
-                except (OSError, msgspec.MsgspecError) as error:
-                    log.warning("update of round %d: %s", meta.round, error)
+                if (data := self.outbox.read(result)) is None:
+                    log.error("the update of round %d is damaged on disk and is trained again when the coordinator asks", meta.round)
+                else:
+                    await self._send(result, meta, data)
             self.mail.clear()
             if not self.outbox.due():
                 if self.status["state"] == "sending":
@@ -68,10 +66,9 @@ class Sender:
         elif isinstance(message, Receipt):
             self._settle(message)
 
-    async def _send(self, result: Path, meta: Meta) -> None:
+    async def _send(self, result: Path, meta: Meta, data: bytes) -> None:
         """Offer, send what is granted, until a receipt; every wait has an end, and then it starts over."""
         queue = self._answers[meta.blob.digest] = asyncio.Queue()
-        _, data = read_update(update_file(result))
         tries, offered = 0, False
         try:
             while update_file(result).exists():

@@ -67,6 +67,7 @@ class Agent:
         )
         self._assignment: tuple[Assignment, bytes, str] | None = None
         self._handled: dict[str, Report | None] = {}
+        self._doing = ""
         self._welcome = asyncio.Event()
         self._over: set[str] = set()
         self._superseded = asyncio.Event()
@@ -96,7 +97,7 @@ class Agent:
             self.status.count()
             self.status.save()
             self.status.write(state="stopped")
-            self.status.flush()
+            self.status.flush(now=True)
 
     def _connected(self) -> None:
         self._welcome.clear()
@@ -176,12 +177,18 @@ class Agent:
     def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
         """New work; or a question about work that we know, which is answered with where it stands."""
         self._assignment = (job, raw, key)
-        if key not in self._handled:
+        if key not in self._handled or self._lost(job, key):
+            self._handled.pop(key, None)
             self._superseded.set()
             self._work.set()
             return
         self._spawn(self.say(self._handled[key] or Report(job.job, job.round, "training")), "report")
         self.sender.mail.set()
+
+    def _lost(self, job: Assignment, key: str) -> bool:
+        """Was this done, and its update found damaged on disk since?"""
+        done = key != self._doing and self._handled[key] is None
+        return done and not self.outbox.finished(result_of(self.outbox.jobs, job.job, job.round))
 
     async def _ended(self, message: Done) -> None:
         if self._assignment and self._assignment[0].job == message.job:
@@ -206,9 +213,10 @@ class Agent:
             result = result_of(self.outbox.jobs, job.job, job.round)
             if key in self._handled:
                 continue
-            self._handled[key] = None
+            self._handled[key], self._doing = None, key
             if not self.outbox.finished(result):
                 self._handled[key] = await self._one(job, raw, result)
+            self._doing = ""
 
     async def _one(self, job: Assignment, raw: bytes, result: Path) -> Report | None:
         """Carry out one assignment; every way it can fail ends in a report, which is returned."""

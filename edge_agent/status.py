@@ -14,8 +14,9 @@ from federated.files import write_atomic
 from .outbox import Counters
 
 log = logging.getLogger(__name__)
-OFTEN_S = 1.0
-SAVE_BYTES, SAVE_S = 1 << 20, 10.0
+OFTEN_S = 3.0
+"""Status is for people: cards wear out, and a journal that is busy makes every write wait."""
+SAVE_BYTES, SAVE_S = 16 << 20, 10.0
 """Counters go to disk when so much was counted, or so long ago: a kill forgets no more."""
 
 
@@ -70,12 +71,11 @@ class Status:
         """Remember facts and bring them to disk, now or, where that was done a moment ago, with the next `flush`."""
         self.facts |= facts
         self._stale = True
-        if time.monotonic() - self._written > OFTEN_S:
-            self.flush()
+        self.flush()
 
-    def flush(self) -> None:
-        """To disk, if anything is new; a full disk is logged, never fatal."""
-        if not self._stale:
+    def flush(self, now: bool = False) -> None:
+        """To disk, if anything is new and the last time was not a moment ago, or `now`; a full disk is logged, never fatal."""
+        if not self._stale or (not now and time.monotonic() - self._written <= OFTEN_S):
             return
         self._stale, self._written = False, time.monotonic()
         c = self.counters

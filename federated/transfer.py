@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from .errors import WireError
 from .files import digest_of, digest_of_file, sync_folder
@@ -147,6 +147,21 @@ class Assembly:
         """Has every piece arrived?"""
         return len(self.have) == self.blob.chunks
 
+    def whole(self) -> bytes | None:
+        """The content, where every piece came in this life and none has been written yet; None where `finish` must look at the disk.
+
+        Raises WireError and starts over if the digest is wrong.
+        """
+        if len(self._fresh) < self.blob.chunks:
+            return None
+        data = b"".join(self._fresh[n] for n in range(self.blob.chunks))
+        right = (self._hash.hexdigest() if self._hashed == self.blob.chunks else digest_of(data)) == self.blob.digest
+        self._restart_hash()
+        if not right:
+            self._wrong()
+        self.forget()
+        return data
+
     def finish(self) -> Path:
         """Check the digest and put the blob in its place, durably if so wished. Raises WireError and starts over if it is wrong."""
         with self.path.open("r+b" if self.path.exists() else "w+b") as part:
@@ -161,15 +176,21 @@ class Assembly:
                 part.flush()
                 os.fsync(part.fileno())
         right = self._hash.hexdigest() == self.blob.digest
-        self._hash, self._hashed = hashlib.sha256(), 0
+        self._restart_hash()
         if not right:
-            self.forget()
-            raise WireError(f"blob {self.blob.digest[:12]} arrived with another digest", "it is fetched again")
+            self._wrong()
         os.replace(self.path, self.target)
         self.log.unlink(missing_ok=True)
         if self.durable:
             sync_folder(self.path.parent)
         return self.target
+
+    def _restart_hash(self) -> None:
+        self._hash, self._hashed = hashlib.sha256(), 0
+
+    def _wrong(self) -> NoReturn:
+        self.forget()
+        raise WireError(f"blob {self.blob.digest[:12]} arrived with another digest", "it is fetched again")
 
     def forget(self) -> None:
         """Start over."""

@@ -167,3 +167,22 @@ async def test_a_full_disk_on_a_device_is_a_reported_failure(tmp_path: Path, tin
         assert row["state"] == "failed"
         assert "No space left on device" in row["reason"]
         assert states(world, name, 1) == dict.fromkeys(world.names, "counted")
+
+
+async def test_an_update_that_is_damaged_on_disk_is_trained_again_at_once(tmp_path: Path, tiny: Path) -> None:
+    async with World(tmp_path, tiny, devices=2) as world:
+        agent, _ = world.agents["d1"]
+        real, broken = agent.outbox.add, []
+
+        def add(result: Path) -> None:
+            if not broken:
+                broken.append(result)
+                update = edge_agent.order.update_file(result)
+                update.write_bytes(update.read_bytes()[:-1] + b"?")
+            real(result)
+
+        agent.outbox.add = add  # type: ignore[method-assign]
+        await world.run(job(rounds=2, stack=["sparse"]))
+        assert broken
+        assert agent.engine.runs == 4  # two rounds, one of them twice, and the installation
+        assert states(world, "toy-1", 0) == {"d0": "counted", "d1": "counted"}

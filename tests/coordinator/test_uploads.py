@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from coordinator.config import Limits
-from coordinator.uploads import Uploads, first
+from coordinator.uploads import Upload, Uploads, first
 from federated.messages import Grant, Offer
 from federated.transfer import blob_of, cut, numbers
 
@@ -13,6 +15,8 @@ class Desk:
     """An `Uploads` with its answers written down."""
 
     def __init__(self, folder: Path, **limits: Any) -> None:
+        self.room = True
+        self.content: list[bytes | Path] = []
         self.grants: list[tuple[str, Grant]] = []
         self.done: list[str] = []
         self.refused: list[str] = []
@@ -20,9 +24,14 @@ class Desk:
             folder,
             Limits(**limits),
             lambda d, g: self.grants.append((d, g)),
-            lambda u, p: self.done.append(u.device),
+            self._done,
             lambda d, o, reason: self.refused.append(reason),
+            lambda: self.room,
         )
+
+    def _done(self, upload: Upload, content: bytes | Path) -> None:
+        self.done.append(upload.device)
+        self.content.append(content)
 
     def offer(self, device: str, data: bytes, packet: int = 1017) -> Any:
         blob = blob_of(data, packet)
@@ -70,6 +79,35 @@ def test_reordered_doubled_and_corrupted_pieces(tmp_path: Path) -> None:
         desk.uploads.chunk("a", cut(data, blob, n))
     assert desk.done == ["a"]
     assert desk.uploads.corrupt == 1
+
+
+@pytest.mark.parametrize(("room", "saved"), [(True, False), (True, True), (False, False)])
+def test_what_came_in_one_go_stays_in_memory(tmp_path: Path, room: bool, saved: bool) -> None:
+    desk = Desk(tmp_path)
+    desk.room = room
+    data = bytes(range(256)) * 20
+    blob = desk.offer("a", data)
+    for n in range(blob.chunks):
+        desk.uploads.chunk("a", cut(data, blob, n))
+        if saved and n == 2:
+            desk.uploads.save()
+    (content,) = desk.content
+    if room and not saved:
+        assert content == data
+        assert not list((tmp_path / "a").iterdir())
+    else:
+        assert isinstance(content, Path)
+        assert content.read_bytes() == data
+
+
+def test_a_whole_upload_of_another_digest_starts_over(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    blob = desk.offer("a", b"x" * 2500)
+    for n in range(blob.chunks):
+        desk.uploads.chunk("a", cut(b"y" * 2500, blob, n))
+    assert desk.done == []
+    assert desk.uploads.corrupt == 1
+    assert desk.grants[-1][1].missing == [(0, blob.chunks)]
 
 
 def test_an_offer_after_a_kill_is_granted_only_what_is_missing(tmp_path: Path) -> None:

@@ -206,7 +206,9 @@ def test_a_damaged_update_is_thrown_away_and_trained_again(tmp_path: Path, data:
     commit(result, b"update", b"state", Meta("j", 0, Blob("00" * 32, 6, 100), b"s"))
     if data is not None:
         update_file(result).write_bytes(data)
-    assert Outbox(tmp_path).due() == []
+    outbox = Outbox(tmp_path)
+    assert [outbox.read(r) for r, _ in outbox.due()] in ([], [None])
+    assert outbox.due() == []
     assert not update_file(result).exists()
     assert not Outbox(tmp_path).finished(result)
 
