@@ -1,4 +1,7 @@
-"""amqtt as a process: `python -m coordinator.amqtt_broker HOST PORT`. MQTT 3.1.1 only; for machines without Mosquitto."""
+"""amqtt as a process: `python -m coordinator.amqtt_broker HOST PORT FLEET [CA CERT KEY CRL]`. MQTT 3.1.1 only.
+
+For machines without Mosquitto. With the four files every client needs a certificate, and may do what `access.py` allows it.
+"""
 
 import asyncio
 import contextlib
@@ -6,21 +9,29 @@ import logging
 import os
 import signal
 import sys
+from typing import Any
 
 from federated.within import within
 
 
-async def serve(host: str, port: int) -> None:
+def configuration(host: str, port: str, fleet: str, files: list[str]) -> dict[str, Any]:
+    """What amqtt's `Broker` takes."""
+    listener: dict[str, Any] = {"type": "tcp", "bind": f"{host}:{port}", "max_connections": 20000}
+    if not files:
+        plugins: dict[str, Any] = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
+    else:
+        ca, cert, key, crl = files
+        listener |= {"ssl": True, "cafile": ca, "certfile": cert, "keyfile": key}
+        plugins = {f"coordinator.amqtt_rules.{name}": {"fleet": fleet, "crl": crl} for name in ("Known", "Rules")}
+    return {"listeners": {"default": listener}, "plugins": plugins}
+
+
+async def serve(host: str, port: str, fleet: str, files: list[str]) -> None:
     """Until SIGTERM."""
     from amqtt.broker import Broker
 
     logging.disable(logging.CRITICAL)
-    broker = Broker(
-        {
-            "listeners": {"default": {"type": "tcp", "bind": f"{host}:{port}", "max_connections": 20000}},
-            "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
-        }
-    )
+    broker = Broker(configuration(host, port, fleet, files))
     await broker.start()
     ended = asyncio.Event()
     with contextlib.suppress(NotImplementedError):
@@ -33,4 +44,4 @@ async def serve(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2])))
+    asyncio.run(serve(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]))

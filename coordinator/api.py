@@ -52,6 +52,7 @@ class Api:
                 web.get("/jobs/{job}/progress", self.progress),
                 web.get("/devices", self.devices),
                 web.post("/devices/{device}/invite", self.invite),
+                web.post("/devices/{device}/revoke", self.revoke),
                 web.get("/jobs/{job}/arms", self.arms),
                 web.get("/jobs/{job}/versions", self.versions),
                 web.post("/jobs/{job}/versions/{number}/{verb}", self.version_verb),
@@ -77,6 +78,8 @@ class Api:
                 "broker": s.broker_url,
                 "problem": s.problem or getattr(s.bus, "problem", ""),
                 "dropped": s.dropped,
+                "repeated": s.repeated,
+                "certificates_refused": s.enrolment.refused,
                 "corrupt_chunks": s.uploads.corrupt,
                 "job": s.runner.job if s.runner else "",
             }
@@ -201,12 +204,23 @@ class Api:
     async def devices(self, request: web.Request) -> web.Response:
         """The fleet."""
         self.service.flush()
-        return _json([{**row, "live": self.service.live.get(row["device"], {})} for row in self.service.devices.table()])
+        ends = self.service.enrolment.ends()
+        return _json(
+            [
+                {**row, "certificate_ends": ends.get(row["device"]), "live": self.service.live.get(row["device"], {})}
+                for row in self.service.devices.table()
+            ]
+        )
 
     async def invite(self, request: web.Request) -> web.Response:
         """A claim token."""
         device = request.match_info["device"]
         return _json({"device": device, "token": self.service.invite(device)})
+
+    async def revoke(self, request: web.Request) -> web.Response:
+        """Shut a device out."""
+        device = request.match_info["device"]
+        return _json({"device": device, "done": "revoke", "by_hand": self.service.revoke(device)})
 
     async def arms(self, request: web.Request) -> web.Response:
         """Arms that were used, and what the tuner believes."""

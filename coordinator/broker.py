@@ -14,6 +14,7 @@ from pathlib import Path
 from federated.errors import ConfigError
 from federated.files import write_atomic
 
+from . import access
 from .config import Broker
 
 log = logging.getLogger(__name__)
@@ -37,37 +38,43 @@ def free_port() -> int:
 class BrokerChild:
     """Runs until `stop`, restarted with a growing pause when it ends."""
 
-    def __init__(self, config: Broker, home: Path) -> None:
+    def __init__(self, config: Broker, home: Path, fleet: str = "main", tls: access.Files | None = None) -> None:
         self.kind = config.kind if config.kind != "auto" else ("mosquitto" if mosquitto() else "amqtt")
         if self.kind == "mosquitto" and not mosquitto():
             raise ConfigError("broker.kind is mosquitto, and no mosquitto is installed", "apt install mosquitto, or `kind: amqtt`")
         if self.kind not in ("mosquitto", "amqtt"):
             raise ConfigError(f"broker.kind `{config.kind}` is not known", "auto, mosquitto or amqtt")
-        self.host, self.port, self.home = config.host, config.port or free_port(), home
+        standard = 1883 if tls is None else 8883
+        self.host, self.port, self.home = config.host, standard if config.port is None else config.port or free_port(), home
+        self.fleet, self.tls = fleet, tls
         self.process: asyncio.subprocess.Process | None = None
         self.restarts = 0
+        self._cut = False
         self._task: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
         """Address for clients on this machine."""
-        return f"mqtt://{LOOPBACK if self.host in EVERYWHERE else self.host}:{self.port}"
+        return f"{self._scheme}://{LOOPBACK if self.host in EVERYWHERE else self.host}:{self.port}"
 
     @property
     def public_url(self) -> str:
         """Address for devices."""
-        return f"mqtt://{socket.getfqdn() if self.host in EVERYWHERE else self.host}:{self.port}"
+        return f"{self._scheme}://{socket.getfqdn() if self.host in EVERYWHERE else self.host}:{self.port}"
+
+    @property
+    def _scheme(self) -> str:
+        return "mqtt" if self.tls is None else "mqtts"
 
     def command(self) -> list[str]:
         """What is run."""
         if self.kind == "amqtt":
-            return [sys.executable, "-m", "coordinator.amqtt_broker", self.host, str(self.port)]
-        conf = self.home / "mosquitto.conf"
-        write_atomic(
-            conf,
-            f"listener {self.port} {self.host}\nallow_anonymous true\npersistence false\n"
-            "max_queued_messages 10000\nlog_type error\n".encode(),
-        )
+            files = [str(p) for p in (self.tls.ca, self.tls.cert, self.tls.key, self.tls.crl)] if self.tls else []
+            return [sys.executable, "-m", "coordinator.amqtt_broker", self.host, str(self.port), self.fleet, *files]
+        conf, rules = self.home / "mosquitto.conf", self.home / "mosquitto.acl"
+        if self.tls:
+            write_atomic(rules, access.mosquitto_rules(self.fleet).encode(), 0o600)
+        write_atomic(conf, access.mosquitto_config(self.port, self.host, self.tls, rules).encode())
         return [mosquitto() or "mosquitto", "-c", str(conf)]
 
     async def start(self) -> None:
@@ -123,6 +130,13 @@ class BrokerChild:
             return True
         return False
 
+    def cut(self) -> None:
+        """End it, and with it every connection; it is started again at once, and reads anew who was revoked."""
+        if self.process is not None and self.process.returncode is None:
+            self._cut = True
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+
     async def _keep(self) -> None:
         while True:
             self.process = await asyncio.create_subprocess_exec(
@@ -130,6 +144,9 @@ class BrokerChild:
             )
             write_atomic(self.home / "broker.pid", str(self.process.pid).encode(), durable=False)
             code = await self.process.wait()
+            if self._cut:
+                self._cut = False
+                continue
             self.restarts += 1
             log.warning("the %s broker ended with code %s and is started again", self.kind, code)
             await asyncio.sleep(min(5.0, 0.2 * self.restarts))

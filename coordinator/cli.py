@@ -1,4 +1,4 @@
-"""`coordinator`: serve, submit, jobs, cancel, pause, resume, rounds, watch, devices, invite, arms, methods, versions, export, doctor."""
+"""`coordinator`: the service, and one verb for everything that an operator asks of it (`coordinator --help`)."""
 
 import argparse
 import asyncio
@@ -32,7 +32,9 @@ def build() -> argparse.ArgumentParser:
             made.add_argument(word)
         return made
 
-    verb("serve", _serve, "run the service with its broker", "coordinator serve --config coordinator.yaml")
+    verb("serve", _serve, "run the service with its broker", "coordinator serve --config coordinator.yaml").add_argument(
+        "--insecure", action="store_true", help="allow a broker without TLS on a network"
+    )
     verb(
         "submit", _submit, "validate a job, show what each device would get, and queue it", "coordinator submit job.yaml --dry-run", "job"
     ).add_argument("--dry-run", action="store_true", help="validate and show only")
@@ -47,8 +49,18 @@ def build() -> argparse.ArgumentParser:
     watch.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder for TensorBoard")
     watch.add_argument("--mlflow", metavar="URI", help="MLflow server or folder")
     watch.add_argument("--once", action="store_true", help="show and write what there is, and end")
-    verb("devices", _devices, "the fleet", "coordinator devices --json")
-    verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device")
+    devices = verb("devices", _devices, "the fleet; with `revoke`, shut a device out", "coordinator devices revoke kitchen-jetson")
+    devices.add_argument("what", nargs="?", choices=["list", "revoke"], default="list")
+    devices.add_argument("device", nargs="?")
+    verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device").add_argument(
+        "--qr", action="store_true", help="also as a QR code, for a device with a camera"
+    )
+    broker = verb("broker", _broker, "configuration for a broker of your own", "coordinator broker config --kind emqx --to broker/")
+    broker.add_argument("what", choices=["config"])
+    broker.add_argument("--kind", choices=["mosquitto", "emqx"], default="mosquitto")
+    broker.add_argument("--to", type=Path, required=True, help="folder to write")
+    broker.add_argument("--name", action="append", default=[], help="name or address that devices reach it by; may be repeated")
+    broker.add_argument("--port", type=int, default=8883)
     verb("arms", _arms, "arms that a job used; with `explain`, why", "coordinator arms docs-1 explain", "job").add_argument(
         "explain", nargs="?", choices=["explain"], help="add the reason of each choice and what the tuner believes"
     )
@@ -90,18 +102,42 @@ def _serve(args: argparse.Namespace) -> int:
     # Its matrices are small: a second BLAS thread slows them down, and one gives the same bits everywhere.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
-        asyncio.run(_service(_config(args)))
+        config = _config(args)
+        if not args.insecure:
+            refuse_open_link(config)
+        asyncio.run(_service(config))
     except OSError as error:
         raise ConfigError(f"the service cannot start: {error}", "check `data_dir`, `broker.port` and `api_port`") from None
     return 0
 
 
+def refuse_open_link(config: "CoordinatorConfig") -> None:
+    """Raises ConfigError where MQTT would cross a network unencrypted."""
+    from federated.address import parse_url
+
+    from .config import LOOPBACK
+
+    b = config.broker
+    if b.url:
+        url = parse_url(b.url)
+        bare, where = url.scheme in ("mqtt", "ws") and url.host not in LOOPBACK, f"{url.host}:{url.port}"
+    else:
+        bare, where = not config.mutual_tls and b.host not in LOOPBACK, b.host
+    if bare:
+        raise ConfigError(
+            f"the broker at {where} would be used without TLS over a network",
+            "leave `broker.tls` out, give an `mqtts://` address, or serve --insecure on a network that you trust",
+        )
+
+
 async def _service(config: "CoordinatorConfig") -> None:
-    from federated.address import tls_context, without_password
+    from federated.address import parse_url, tls_context, without_password
     from federated.mqtt import MqttBus
     from federated.topics import checked
 
+    from .access import Files
     from .api import Api
+    from .authority import Authority, own_names
     from .broker import BrokerChild
     from .service import Service
 
@@ -111,14 +147,24 @@ async def _service(config: "CoordinatorConfig") -> None:
     if sys.platform != "win32":
         for name in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(name, ended.set)
-    broker = None if config.broker.url else BrokerChild(config.broker, config.home)
+    b, authority, files = config.broker, None, None
+    if config.mutual_tls:
+        authority = Authority(config.home, config.fleet)
+        authority.ensure_crl()
+        names = own_names(b.host, parse_url(b.advertise).host if b.advertise else "")
+        files = None if b.url else Files(authority.ca, *authority.server(names), authority.crl)
+    broker = None if b.url else BrokerChild(b, config.home, config.fleet, files)
     if broker:
         await broker.start()
     url = config.broker.url or (broker.url if broker else "")
     public = config.broker.advertise or config.broker.url or (broker.public_url if broker else "")
-    b = config.broker
-    tls = tls_context(b.ca_file, b.cert_file, b.key_file) if b.ca_file or b.cert_file else None
-    service = Service(config, MqttBus(url, f"rf-{config.fleet}-coordinator", tls=tls, proxy=b.proxy), public)
+    tls = None
+    if b.ca_file or b.cert_file:
+        tls = tls_context(b.ca_file, b.cert_file, b.key_file)
+    elif authority:
+        tls = tls_context(str(authority.ca), *map(str, authority.client()))
+    bus = MqttBus(url, f"rf-{config.fleet}-coordinator", tls=tls, proxy=b.proxy)
+    service = Service(config, bus, public, authority, broker.cut if broker else None)
     await service.start()
     runner = await Api(service).start(config.home, config.api_port)
     print(f"coordinator of fleet `{config.fleet}` runs; broker {without_password(url)}{f' ({broker.kind})' if broker else ''}", flush=True)
@@ -209,6 +255,16 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _devices(args: argparse.Namespace) -> int:
+    if args.what == "revoke":
+        if not args.device:
+            raise ConfigError("which device should be revoked?", "coordinator devices revoke NAME")
+        answer = _client(args).post(f"/devices/{args.device}/revoke")
+        text = f"revoked: {args.device}; `coordinator invite {args.device}` lets it in again"
+        by_hand = (
+            "\nyour broker must be told: give it the new crl.pem (coordinator broker config) and restart it" if answer["by_hand"] else ""
+        )
+        cli.show(args, answer, text + by_hand)
+        return 0
     rows = _client(args).get("/devices")
     shown = [
         {
@@ -217,6 +273,7 @@ def _devices(args: argparse.Namespace) -> int:
             "profile": r["profile"],
             "budget_mb": r["budget_mb"],
             "now": r["live"].get("state", "idle"),
+            "certificate": time.strftime("until %Y-%m-%d", time.localtime(r["certificate_ends"])) if r["certificate_ends"] else "",
             "seen": f"{time.time() - r['seen']:.0f} s ago" if r["seen"] else "never",
             "datasets": r["datasets"],
         }
@@ -229,6 +286,20 @@ def _devices(args: argparse.Namespace) -> int:
 def _invite(args: argparse.Namespace) -> int:
     answer = _client(args).post(f"/devices/{args.device}/invite")
     cli.show(args, answer, answer["token"])
+    if args.qr and not args.json:
+        import segno
+
+        segno.make(answer["token"]).terminal(compact=True)
+    return 0
+
+
+def _broker(args: argparse.Namespace) -> int:
+    from .authority import Authority
+    from .broker_files import write
+
+    config = _config(args)
+    written = write(Authority(config.home, config.fleet), args.kind, args.to, args.port, args.name)
+    cli.show(args, {"files": [str(p) for p in written]}, "\n".join(str(p) for p in written))
     return 0
 
 

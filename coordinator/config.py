@@ -6,6 +6,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where MQTT lives."""
@@ -15,8 +17,11 @@ class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kind: str = "auto"
     """`auto`, `mosquitto` or `amqtt`, for the broker that it runs."""
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 1883
-    """Port of its own broker; 0 takes a free one."""
+    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """Port of its own broker; 0 takes a free one; left out: 8883 with TLS, else 1883."""
+    tls: bool | None = None
+    """Mutual TLS with certificates of the fleet's own authority. Left out: on its own broker, unless that listens on loopback alone.
+    True with a `url`: devices get certificates for that broker too (`coordinator broker config`)."""
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
@@ -27,11 +32,13 @@ class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Address that claim tokens carry; empty: `url`, or this machine's name where the broker listens on all addresses."""
 
 
-class ModelFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """HTTPS server for base models, for devices whose YAML says `models: {NAME: coordinator}`."""
+class Https(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """HTTPS server: certificates for devices where the link has TLS of ours, and base models. It runs if one of them is wanted."""
 
-    enabled: bool = False
-    host: str = "127.0.0.1"
+    models: bool = False
+    """Serve base models, for devices whose YAML says `models: {NAME: coordinator}`."""
+    host: str = ""
+    """Empty: where the broker listens."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 0
     """0 takes a free one."""
     advertise: str = ""
@@ -39,6 +46,15 @@ class ModelFiles(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cert_file: str = ""
     key_file: str = ""
     """PEM; empty: a certificate is made, and devices pin it."""
+
+
+class Enrolment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How devices join."""
+
+    claim_days: Annotated[float, Meta(gt=0)] = 7.0
+    """A claim token that was not used for so long is void."""
+    certificate_days: Annotated[float, Meta(gt=0)] = 90.0
+    """Life of a device's certificate; renewed when a third of it is left."""
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,8 +83,16 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Port of the HTTP API on loopback; 0 takes a free one, which is written to `api.json` with its token."""
     models: dict[str, str] = {}
     """Name of a base model → folder. The coordinator reads shapes from it, and weights to order channels for pruning."""
-    model_files: ModelFiles = ModelFiles()
+    https: Https = Https()
+    enrolment: Enrolment = Enrolment()
     limits: Limits = Limits()
+
+    @property
+    def mutual_tls(self) -> bool:
+        """Do devices get certificates?"""
+        if self.broker.tls is None:
+            return not self.broker.url and self.broker.host not in LOOPBACK
+        return self.broker.tls
 
     @property
     def home(self) -> Path:

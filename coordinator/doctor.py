@@ -9,7 +9,7 @@ from federated.loader import load
 
 from .broker import mosquitto
 from .client import Client
-from .config import CoordinatorConfig
+from .config import LOOPBACK, CoordinatorConfig
 
 
 def examine(path: Path) -> list[Finding]:
@@ -35,8 +35,8 @@ def _disk(home: Path) -> Finding:
 def _broker(config: CoordinatorConfig) -> Finding:
     if config.broker.url:
         return finding("broker", "ok", config.broker.url)
-    if config.broker.host not in ("127.0.0.1", "localhost", "::1"):
-        return finding("broker", "warning", f"the broker listens on {config.broker.host} without TLS", "keep it on a trusted network")
+    if not config.mutual_tls and config.broker.host not in LOOPBACK:
+        return finding("broker", "error", f"the broker listens on {config.broker.host} without TLS", "leave `broker.tls` out")
     if not mosquitto():
         return finding("broker", "warning", "no Mosquitto; amqtt serves, at about a sixth of its speed", "apt install mosquitto")
     return finding("broker", "ok", "Mosquitto, run by the coordinator")

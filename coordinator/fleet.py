@@ -1,6 +1,7 @@
 """The devices: who is enrolled, what each one said of itself, and what is sealed for whom."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -22,6 +23,11 @@ class Device:
     public_key: bytes
     said: Hello | None
     profile: DeviceProfile | None = None
+    heard: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    """Numbers of its last messages."""
+
+
+REMEMBERED = 512
 
 
 class Devices:
@@ -48,6 +54,14 @@ class Devices:
         """Has it said hello, and not left?"""
         return device in self._rows and self._rows[device].state == "enrolled"
 
+    def repeated(self, device: str, number: int) -> bool:
+        """Was this very message heard before? A broker may deliver it twice, and so may somebody who kept it."""
+        heard = self._rows[device].heard
+        if number in heard:
+            return True
+        heard.append(number)
+        return False
+
     def hello(self, device: str, said: Hello, now: float) -> str:
         """Enrol or refresh a device. Returns a reason where it is refused, else an empty text."""
         row = self._rows.get(device)
@@ -68,8 +82,15 @@ class Devices:
                 seen=now,
                 hello=msgspec.json.encode(said).decode(),
             )
-            self._rows[device] = Device("enrolled", row.link_key, said.public_key, said, profile)
+            self._rows[device] = Device("enrolled", row.link_key, said.public_key, said, profile, row.heard)
         return ""
+
+    def bind(self, device: str, public_key: bytes) -> None:
+        """The first key that is shown under a claim stays."""
+        row = self._rows[device]
+        if row.public_key != public_key:
+            self.ledger.change(store.devices, {"id": device}, public_key=public_key)
+            self._rows[device] = replace(row, public_key=public_key)
 
     def said(self, device: str) -> Hello | None:
         """A device's last hello."""
@@ -85,11 +106,11 @@ class Devices:
             row.profile = msgspec.convert(row.said.profile, DeviceProfile)
         return row.profile
 
-    def leave(self, device: str) -> None:
-        """Forget a device's key."""
-        self.ledger.change(store.devices, {"id": device}, state="left")
+    def leave(self, device: str, state: str = "left") -> None:
+        """Forget a device's key: it `left`, or was `revoked`."""
+        self.ledger.change(store.devices, {"id": device}, state=state, link_key=b"", public_key=b"")
         if device in self._rows:
-            self._rows[device] = Device("left", b"", b"", None)
+            self._rows[device] = Device(state, b"", b"", None)
 
     def invite(self, device: str, link_key: bytes) -> None:
         """A new claim; an earlier one under the same name is void."""

@@ -53,16 +53,15 @@ def tell(
     now = run.clock()
     with run.ledger.write() as tx:
         tx.execute(insert(store.rounds).values(job=run.job, number=number, state="open", opened=now, expected_s=expected_s))
-        tx.execute(
-            insert(store.assignments),
-            [
-                {
-                    "job": run.job, "round": number, "device": d, "state": "assigned", "body": body(a),
-                    "arm": store.text(msgspec.to_builtins(arms[d])), "why": why.get(d, ""), "sent_at": now,
-                }
-                for d, a in made.items()
-            ],
-        )  # fmt: skip
+        rows = [
+            {
+                "job": run.job, "round": number, "device": d, "state": "assigned", "body": body(a),
+                "arm": store.text(msgspec.to_builtins(arms[d])), "why": why.get(d, ""), "sent_at": now,
+            }
+            for d, a in made.items()
+        ]  # fmt: skip
+        if rows:
+            tx.execute(insert(store.assignments), rows)
     for device, assignment in made.items():
         run.pending.add(run.job, number, device, 0.0, assignment.purpose)
         run.note_blobs(number, assignment)
@@ -137,6 +136,6 @@ async def install_everywhere(run: "JobRunner") -> None:
 def install(run: "JobRunner", version: Version, number: int) -> None:
     """Send a version to every device that ever took part, as round `number`, each in the shape of its last arm."""
     rows = [r for r in run.ledger.rows(store.assignments, "device", "round", "arm", job=run.job) if r["round"] < run.plan.spec.rounds]
-    arms = {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows}
+    arms = {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
     made = {d: run.planner.install(version, d, arm, run.server) for d, arm in sorted(arms.items())}
     tell(run, number, made, arms, {})

@@ -47,6 +47,10 @@ class Pending:
         if self._open.pop(key, None) is not None:
             self._out[key[:2]] -= 1
 
+    def of(self, device: str) -> list[Key]:
+        """What a device has not answered."""
+        return [key for key in self._open if key[2] == device]
+
     def out(self, job: str, round: int) -> int:
         """How many have not answered."""
         return self._out.get((job, round), 0)

@@ -132,6 +132,14 @@ class Receiving:
         self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
         self.changed()
 
+    def gone(self, device: str, reason: str) -> None:
+        """A device that is not there any more is not waited for."""
+        for key in self.pending.of(device):
+            where = {"job": key[0], "round": key[1], "device": device, "state": "assigned"}
+            if self.ledger.change(store.assignments, where, state="refused", reason=reason):
+                self.ledger.tell(key[0], device, f"round {key[1]}: {reason}")
+            self.pending.done(key)
+
     def _assembled(self, upload: Upload, content: bytes | Path) -> None:
         offer, key = upload.offer, (upload.offer.job, upload.offer.round, upload.device)
         data, path = (content, None) if isinstance(content, bytes) else (b"", content)

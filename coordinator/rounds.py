@@ -36,6 +36,9 @@ class Fleet(Protocol):
     def eligible(self, plan: Plan) -> Members:
         """The devices that may take part."""
 
+    def has(self, device: str) -> bool:
+        """Has it neither left nor been revoked?"""
+
     def publish(self, device: str, assignment: Assignment) -> None:
         """Send, retained."""
 

@@ -5,6 +5,7 @@ import errno
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,14 @@ from federated.topics import Topics, checked, device_of
 from profiles.card import ModelCard, read_card
 
 from . import store
+from .authority import COORDINATOR, Authority
 from .blobs import Blobs
 from .config import CoordinatorConfig
+from .enrolment import Enrolment
 from .fleet import Devices
+from .https_server import HttpsServer
 from .job import JobSpec, Plan, read_job
 from .keys import Keys
-from .model_server import ModelServer
 from .pending import Pending
 from .receiving import Receiving
 from .rounds import JobRunner
@@ -56,7 +59,14 @@ RETRY_S = 10.0
 class Service:
     """One fleet. `start` returns when everything runs; `stop` ends it."""
 
-    def __init__(self, config: CoordinatorConfig, bus: Bus, broker_url: str) -> None:
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        bus: Bus,
+        broker_url: str,
+        authority: Authority | None = None,
+        cut: Callable[[], None] | None = None,
+    ) -> None:
         self.config, self.bus, self.broker_url = config, bus, broker_url
         home = config.home
         home.mkdir(parents=True, exist_ok=True)
@@ -69,10 +79,12 @@ class Service:
         self.live: dict[str, dict[str, Any]] = {}
         self.receiving = Receiving(home, config.limits, self.ledger, self.devices, self.pending, self.send, self.changed, self.live)
         self.uploads = self.receiving.uploads
-        self.models = ModelServer(config.model_files, home, self.devices.key)
+        self.enrolment = Enrolment(config.enrolment, self.ledger, self.devices, authority)
+        self.models = HttpsServer(config.https, home, self.devices.key, self.enrolment, config.broker.host)
+        self._cut = cut
         self.runner: JobRunner | None = None
         self.bytes_in: dict[str, int] = {}
-        self.dropped = 0
+        self.dropped = self.repeated = 0
         self.problem = ""
         self._retained: dict[str, bytes] = {}
         self._cards: dict[str, ModelCard] = {}
@@ -85,7 +97,7 @@ class Service:
         self.bus.on_connect.append(self._connected)
         await self.bus.subscribe(self.topics.device("+", "up"), self._take)
         await self.bus.subscribe(self.topics.device("+", "chunk"), self._chunk)
-        if self.config.model_files.enabled:
+        if self.config.https.models or self.enrolment.authority:
             await self.models.start()
         await self.bus.start()
         self._spawn(self._jobs(), "jobs")
@@ -137,6 +149,10 @@ class Service:
         if topic in self._retained:
             self._spawn(self.bus.publish(topic, self._retained[topic], retain=True), "remind")
 
+    def has(self, device: str) -> bool:
+        """Has it neither left nor been revoked?"""
+        return self.devices.key(device) is not None
+
     def eligible(self, plan: Plan) -> Any:
         """See `Devices.eligible`."""
         return self.devices.eligible(plan)
@@ -151,7 +167,11 @@ class Service:
             envelope = unpack(payload)
             if envelope.sender != device:
                 raise WireError(f"`{envelope.sender[:64]}` publishes on the topic of `{device}`")
-            self._handle(device, open_up(envelope, key))
+            message = open_up(envelope, key)
+            if self.devices.repeated(device, envelope.number):
+                self.repeated += 1
+                return
+            self._handle(device, message)
         except WireError as error:
             self._drop(device, str(error))
         except Exception as error:
@@ -167,7 +187,7 @@ class Service:
 
     def _handle(self, device: str, message: Up) -> None:
         if isinstance(message, Hello):
-            reason = self.devices.hello(device, message, time.time())
+            reason = self.enrolment.void(device) or self.devices.hello(device, message, time.time())
             self.send(device, Sorry(reason) if reason else Welcome(self.config.fleet))
             self._remind(device)
             self.changed()
@@ -181,9 +201,33 @@ class Service:
         elif isinstance(message, Report):
             self.receiving.reported(device, message)
         elif isinstance(message, Leave):
-            self.devices.leave(device)
-            self.uploads.forget(device)
-            self.changed()
+            self.enrolment.revoke(device)
+            self._gone(device, "left")
+
+    def _gone(self, device: str, state: str) -> None:
+        """No round waits for it any longer, and no broker keeps work for it."""
+        self.devices.leave(device, state)
+        self.uploads.forget(device)
+        self.receiving.gone(device, "the device was revoked" if state == "revoked" else "the device left")
+        topic = self.topics.device(device, "job")
+        if self._retained.pop(topic, None) is not None:
+            self._spawn(self.bus.publish(topic, b"", retain=True), "clear")
+        self.live.pop(device, None)
+        self.changed()
+
+    def revoke(self, device: str) -> bool:
+        """Shut a device out at once and for good: nothing of it is taken any more, and its connection is cut.
+
+        True where the broker is not ours, so that somebody must give it the new list.
+        """
+        if self.devices.key(device) is None:
+            raise ConfigError(f"no device `{device}` is invited or enrolled", "coordinator devices")
+        had = self.enrolment.revoke(device)
+        self._gone(device, "revoked")
+        log.warning("device `%s` was revoked", device)
+        if had and self._cut:
+            self._cut()
+        return had and self._cut is None
 
     def _chunk(self, topic: str, payload: bytes) -> None:
         device = device_of(topic)
@@ -294,7 +338,11 @@ class Service:
 
     def invite(self, device: str) -> str:
         """A one-time claim token for a device."""
-        claim = Claim(self.config.fleet, checked(device), self.broker_url, secrets.token_bytes(32), self.keys.public)
+        if device == COORDINATOR:
+            raise ConfigError(f"no device can be called `{COORDINATOR}`: the coordinator is, towards the broker", "take another name")
+        door, pin = (self.models.url, self.models.public_pin) if self.enrolment.authority else ("", b"")
+        claim = Claim(self.config.fleet, checked(device), self.broker_url, secrets.token_bytes(32), self.keys.public, door, pin)
+        self.enrolment.invited(device)
         self.devices.invite(device, link_key(claim))
         return write_claim(claim)
 

@@ -41,6 +41,21 @@ devices = Table(
     Column("bytes_in", Integer, default=0),
     Column("note", Text, default=""),
 )
+claims = Table(
+    "claims",
+    meta,
+    Column("device", String(64), primary_key=True),
+    Column("expires", Float),
+)
+certificates = Table(
+    "certificates",
+    meta,
+    Column("serial", String(48), primary_key=True),
+    Column("device", String(64)),
+    Column("begins", Float),
+    Column("ends", Float),
+    Column("revoked", Float, default=0.0),
+)
 jobs = Table(
     "jobs",
     meta,

@@ -43,7 +43,9 @@ class Bases:
         if target.exists():
             return str(target)
         if job.source is None:
-            raise Refused(f"the coordinator serves no files, and this device has no folder for `{job.model}`", "set `model_files` there")
+            raise Refused(
+                f"the coordinator serves no files, and this device has no folder for `{job.model}`", "set `https: {models: true}` there"
+            )
         self._fetch(job.source, job.model_digest, target)
         return str(target)
 
@@ -74,7 +76,7 @@ class Bases:
                 last = error
                 log.warning("the base model: %s; trying again", error)
                 time.sleep(min(30.0, 0.2 * 2**attempt))
-        raise WireError(f"the base model cannot be fetched: {last}", "is `model_files.advertise` reachable from here?")
+        raise WireError(f"the base model cannot be fetched: {last}", "is `https.advertise` reachable from here?")
 
     def _ask(self, source: ModelSource, path: str, start: int = 0) -> tuple[Any, Any]:
         """A request with our ticket to the server whose certificate the assignment names: (connection, answer)."""

@@ -34,6 +34,7 @@ def build() -> argparse.ArgumentParser:
         made.add_argument("--config", type=Path, default=Path(DEFAULT), help=f"the agent's YAML (default {DEFAULT})")
         if name == "enroll":
             made.add_argument("token", help="the line that `coordinator invite` printed")
+            made.add_argument("--again", action="store_true", help="replace an earlier enrolment; adapter and cache stay")
             made.add_argument("--no-probe", action="store_true", help="do not time the kernels of every precision")
         if name == "probe":
             made.add_argument("--kernels", action="store_true", help="time a real kernel for every precision (loads torch)")
@@ -73,11 +74,15 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _tls(config: Any) -> Any:
-    """The TLS context that the YAML asks for; None: the system's."""
+    """The TLS context that the YAML asks for, or the certificate from enrolment; None: the system's."""
     from federated.address import tls_context
 
+    from . import certificate
+
     link = config.link
-    return tls_context(link.ca_file, link.cert_file, link.key_file) if link.ca_file or link.cert_file else None
+    if link.ca_file or link.cert_file:
+        return tls_context(link.ca_file, link.cert_file, link.key_file)
+    return certificate.context(config.home)
 
 
 def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
@@ -110,7 +115,7 @@ def _enroll(args: argparse.Namespace) -> int:
     from . import identity
 
     config = _config(args)
-    who = identity.enroll(args.token, config.home)
+    who = identity.enroll(args.token, config.home, args.again)
     if not args.no_probe:
         _time_kernels(config)
     cli.show(

@@ -4,6 +4,8 @@ import importlib.util
 import platform
 import shutil
 import socket
+import ssl
+import time
 from pathlib import Path
 
 from federated.address import parse_url
@@ -11,7 +13,7 @@ from federated.cli import Finding, finding
 from federated.errors import RankfleetError
 from federated.loader import load
 
-from . import identity, probe
+from . import certificate, identity, probe
 from .config import AgentConfig
 
 
@@ -29,7 +31,9 @@ def examine(path: Path) -> list[Finding]:
     found += [_model(n, p) for n, p in config.models.items()] or [
         finding("model", "error", "no base model is named, so no job can run here", "add `models` to the agent's YAML")
     ]
-    return [*found, _broker(config.home)]
+    if (known := certificate.facts(config.home)) is not None:
+        found.append(_certificate(known))
+    return [*found, _broker(config)]
 
 
 def _state(home: Path) -> Finding:
@@ -81,6 +85,8 @@ def _dataset(name: str, path: str) -> Finding:
 
 
 def _model(name: str, path: str) -> Finding:
+    if path == "coordinator" or path.startswith("hub:"):
+        return finding("model", "ok", f"`{name}`: fetched from {'the coordinator' if path == 'coordinator' else path} when a job needs it")
     folder = Path(path)
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
         return finding(
@@ -89,13 +95,30 @@ def _model(name: str, path: str) -> Finding:
     return finding("model", "ok", f"`{name}`: {path}")
 
 
-def _broker(home: Path) -> Finding:
+def _certificate(known: certificate.Facts) -> Finding:
+    until, now = time.strftime("%Y-%m-%d", time.localtime(known.ends)), time.time()
+    if now < known.begins:
+        return finding("certificate", "error", f"the clock says {time.strftime('%Y-%m-%d')}: earlier than the certificate", "set the clock")
+    if now > known.ends:
+        return finding("certificate", "error", f"it ended on {until}", "coordinator invite NAME, then edge-agent enroll --again TOKEN")
+    if now > known.renew_at() + 86_400:
+        return finding("certificate", "warning", f"it ends on {until} and is not renewed", f"is {known.door} reachable from here?")
+    return finding("certificate", "ok", f"until {until}, renewed in time")
+
+
+def _broker(config: AgentConfig) -> Finding:
     try:
-        url = parse_url(identity.load(home).broker)
+        url = parse_url(config.link.broker or identity.load(config.home).broker)
+        tls = certificate.context(config.home) if url.scheme == "mqtts" and not config.link.ca_file else None
     except RankfleetError:
         return finding("broker", "error", "no broker is known before enrolment", "edge-agent enroll TOKEN")
     try:
-        with socket.create_connection((url.host, url.port), 5):
-            return finding("broker", "ok", f"{url.host}:{url.port} answers")
+        with socket.create_connection((url.host, url.port), 5) as plain:
+            if tls is not None:
+                with tls.wrap_socket(plain, server_hostname=url.host):
+                    return finding("broker", "ok", f"{url.host}:{url.port} answers, and is of this fleet")
+        return finding("broker", "ok", f"{url.host}:{url.port} answers")
+    except ssl.SSLError as error:
+        return finding("broker", "error", f"{url.host}:{url.port}: TLS: {error}", "is it the broker of this fleet, under a name it knows?")
     except OSError as error:
         return finding("broker", "error", f"{url.host}:{url.port}: {error}", "is the coordinator running, and no firewall between?")

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from federated.claim import link_key, read_claim
+from federated.claim import Claim, link_key, read_claim
 from federated.errors import ConfigError
 from federated.files import write_atomic
+
+from . import certificate
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -30,26 +32,45 @@ class Identity(msgspec.Struct, frozen=True):
     public_key: bytes
 
 
-def enroll(token: str, home: Path) -> Identity:
-    """Make the device's key and keep both, readable by the owner alone. Raises ConfigError."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+def enroll(token: str, home: Path, again: bool = False) -> Identity:
+    """Make the device's key, get a certificate where the fleet has them, and keep all, readable by the owner alone.
 
+    `again` replaces an earlier enrolment and keeps the rest of the state. Raises ConfigError, and RankfleetError where the
+    coordinator refuses or does not answer; then nothing has changed and the token can be tried again.
+    """
     claim = read_claim(token)
-    if (home / "identity.json").exists():
+    if (home / "identity.json").exists() and not again:
         known = load(home)
-        raise ConfigError(f"this device is enrolled as `{known.device}` in fleet `{known.fleet}`", "edge-agent leave")
-    private = Ed25519PrivateKey.generate()
-    identity = Identity(
-        claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator, private.public_key().public_bytes_raw()
-    )
+        raise ConfigError(
+            f"this device is enrolled as `{known.device}` in fleet `{known.fleet}`", "edge-agent enroll --again TOKEN, or edge-agent leave"
+        )
     try:
         home.mkdir(parents=True, exist_ok=True)
         os.chmod(home, 0o700)
+        private = _key_of(claim, home)
+        public = private.public_key().public_bytes_raw()
+        identity = Identity(claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator, public)
+        if claim.door:
+            certificate.obtain(home, claim.device, identity.link_key, private, claim.door, claim.pin)
         write_atomic(home / "device.key", private.private_bytes_raw(), 0o600)
         write_atomic(home / "identity.json", msgspec.json.encode(identity), 0o600)
+        (home / "enrolling.key").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{home}: {error.strerror}", "set `state_dir` to a folder that this user may write") from None
     return identity
+
+
+def _key_of(claim: Claim, home: Path) -> "Ed25519PrivateKey":
+    """The key for this claim: a claim takes the first key that is shown, so after an answer that was lost it must be the same."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    path, mark = home / "enrolling.key", link_key(claim)[:8]
+    kept = path.read_bytes() if path.exists() else b""
+    if kept[:8] == mark and len(kept) == 40:
+        return Ed25519PrivateKey.from_private_bytes(kept[8:])
+    private = Ed25519PrivateKey.generate()
+    write_atomic(path, mark + private.private_bytes_raw(), 0o600)
+    return private
 
 
 def load(home: Path) -> Identity:

@@ -57,6 +57,10 @@ class Outbox:
         """Was this round trained here already?"""
         return state_file(result).exists()
 
+    def overtaken(self, result: Path) -> bool:
+        """Was a later round of this job finished here?"""
+        return any(p.name > state_file(result).name for p in result.parent.glob("r??????.state"))
+
     def drop(self, result: Path) -> None:
         """The coordinator has it: the update goes, state stays for the next round, that of older rounds goes."""
         update_file(result).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from federated.messages import (
 from federated.topics import Topics
 from federated.within import within
 
-from . import consent
+from . import certificate, consent
 from .bases import Bases
 from .config import AgentConfig
 from .engine import Engine, EngineFailed
@@ -82,11 +82,13 @@ class Agent:
         self.bus.on_connect.append(self._connected)
         await self.bus.subscribe(self.topics.device(self.identity.device, "down"), self._take)
         await self.bus.subscribe(self.topics.device(self.identity.device, "job"), self._take)
-        await self.bus.start()
         loops = [
             asyncio.create_task(t, name=n)
-            for t, n in ((self._working(), "work"), (self.sender.run(), "outbox"), (self._keeping(), "status"))
-        ]
+            for t, n in (
+                (self._working(), "work"), (self.sender.run(), "outbox"), (self._keeping(), "status"),
+                (certificate.keep(self.config.home, self.bus, self.status), "certificate"),
+            )
+        ]  # fmt: skip
         try:
             await asyncio.gather(*loops)
         finally:
@@ -214,7 +216,9 @@ class Agent:
             if key in self._handled:
                 continue
             self._handled[key], self._doing = None, key
-            if not self.outbox.finished(result):
+            if self.outbox.overtaken(result):
+                log.warning("round %d of %s is over; its assignment was heard again and is not carried out", job.round, job.job)
+            elif not self.outbox.finished(result):
                 self._handled[key] = await self._one(job, raw, result)
             self._doing = ""
 

@@ -25,6 +25,10 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     secret: bytes
     coordinator: bytes
     """Public key of the coordinator, 32 bytes."""
+    door: str = ""
+    """HTTPS address where the device gets its certificate; empty: the link has no TLS of ours."""
+    pin: bytes = b""
+    """SHA-256 of the public key that is shown there."""
 
 
 def write_claim(claim: Claim) -> str:

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from coordinator import store
-from coordinator.config import ModelFiles
-from coordinator.model_server import ModelServer
+from coordinator.config import Https
+from coordinator.https_server import HttpsServer
 from edge_agent import bases
 from edge_agent.bases import Bases
 from edge_agent.identity import Identity
@@ -26,8 +26,8 @@ WHO = Identity("main", "d0", "mqtt://localhost", KEY, b"", b"")
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[ModelServer]:
-    made = ModelServer(ModelFiles(enabled=True), tmp_path / "c", lambda device: KEY if device == "d0" else None)
+async def server(tmp_path: Path) -> AsyncIterator[HttpsServer]:
+    made = HttpsServer(Https(models=True), tmp_path / "c", lambda device: KEY if device == "d0" else None)
     (tmp_path / "c").mkdir()
     await made.start()
     yield made
@@ -43,7 +43,7 @@ def order(digest: str, source: ModelSource | None) -> Any:
     return SimpleNamespace(model="tiny", model_digest=digest, source=source)
 
 
-async def test_the_same_files_arrive_and_a_second_job_needs_no_server(tmp_path: Path, tiny: Path, server: ModelServer) -> None:
+async def test_the_same_files_arrive_and_a_second_job_needs_no_server(tmp_path: Path, tiny: Path, server: HttpsServer) -> None:
     digest = model_digest(tiny)
     source = server.offer(digest, tiny)
     mine = Bases(tmp_path / "d0", WHO, 100)
@@ -53,7 +53,7 @@ async def test_the_same_files_arrive_and_a_second_job_needs_no_server(tmp_path: 
     assert mine.folder(order(digest, None), str(tiny)) == str(tiny)
 
 
-async def test_a_half_arrived_file_goes_on_where_it_stopped(tmp_path: Path, tiny: Path, server: ModelServer) -> None:
+async def test_a_half_arrived_file_goes_on_where_it_stopped(tmp_path: Path, tiny: Path, server: HttpsServer) -> None:
     digest = model_digest(tiny)
     part = tmp_path / "d0" / "models" / f"{digest}.part"
     part.mkdir(parents=True)
@@ -67,7 +67,7 @@ async def test_a_half_arrived_file_goes_on_where_it_stopped(tmp_path: Path, tiny
     assert seen[-1] == 0
 
 
-async def test_a_damaged_beginning_is_fetched_again(tmp_path: Path, tiny: Path, server: ModelServer) -> None:
+async def test_a_damaged_beginning_is_fetched_again(tmp_path: Path, tiny: Path, server: HttpsServer) -> None:
     digest = model_digest(tiny)
     part = tmp_path / "d0" / "models" / f"{digest}.part"
     part.mkdir(parents=True)
@@ -86,7 +86,7 @@ async def test_a_damaged_beginning_is_fetched_again(tmp_path: Path, tiny: Path, 
     ],
 )
 async def test_what_is_refused(
-    tmp_path: Path, tiny: Path, server: ModelServer, who: Identity, pin: str, limit: float, error: Any, message: str
+    tmp_path: Path, tiny: Path, server: HttpsServer, who: Identity, pin: str, limit: float, error: Any, message: str
 ) -> None:
     digest = model_digest(tiny)
     source = server.offer(digest, tiny)
@@ -101,7 +101,7 @@ async def test_what_is_refused(
 
 
 async def test_hostile_names_and_wrong_digests_are_not_believed(
-    tmp_path: Path, tiny: Path, server: ModelServer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Path, server: HttpsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = server.offer("ab" * 32, tiny)
     mine = Bases(tmp_path / "d0", WHO, 100)
@@ -122,7 +122,7 @@ async def test_a_device_without_the_model_takes_part(tmp_path: Path, tiny: Path)
         async def start_coordinator(self) -> None:
             await super().start_coordinator()
             service = self.coordinator
-            service.models.config = ModelFiles(enabled=True)
+            service.models.config = Https(models=True)
             await service.models.start()
 
     world = Serving(tmp_path, tiny, devices=2)
@@ -137,9 +137,9 @@ async def test_a_device_without_the_model_takes_part(tmp_path: Path, tiny: Path)
 
 async def test_a_certificate_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "bad.pem").write_text("nothing")
-    server = ModelServer(
-        ModelFiles(enabled=True, cert_file=str(tmp_path / "bad.pem"), key_file=str(tmp_path / "bad.pem")), tmp_path, lambda d: None
+    server = HttpsServer(
+        Https(models=True, cert_file=str(tmp_path / "bad.pem"), key_file=str(tmp_path / "bad.pem")), tmp_path, lambda d: None
     )
-    with pytest.raises(ConfigError, match="model_files"):
+    with pytest.raises(ConfigError, match="https"):
         await server.start()
     await server.stop()

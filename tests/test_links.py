@@ -20,7 +20,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from benchmarks.slow_link import SlowLink
 from coordinator import store
 from coordinator.broker import free_port, mosquitto
-from coordinator.model_server import make_certificate
+from coordinator.https_server import make_certificate
 from federated.address import parse_proxy, tls_context, without_password
 from federated.bus import MemoryBroker
 from federated.errors import ConfigError

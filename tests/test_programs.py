@@ -36,7 +36,7 @@ class Programs:
             "coordinator.yaml",
             {
                 "data_dir": str(home / "c"),
-                "broker": {"kind": kind, "port": 0},
+                "broker": {"kind": kind.removesuffix("+tls"), "port": 0, "tls": kind.endswith("+tls")},
                 "models": {"tiny": str(model)},
                 "limits": {"packet_bytes": 2000, "nudge_s": 2},
             },
@@ -140,6 +140,27 @@ def test_a_job_from_the_command_line(programs: Programs, tmp_path: Path) -> None
     programs.run("edge_agent", "leave", "--yes", "--config", str(programs.agents["d0"]))
     assert not list((tmp_path / "d0").iterdir())
     programs.until(lambda: programs.json("devices")[0]["state"] == "left")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("programs", ["amqtt+tls"], indirect=True)
+def test_mutual_tls_from_the_command_line(programs: Programs, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(job(rounds=1, stack=["sparse"]))
+    programs.coordinator("submit", str(tmp_path / "job.yaml"))
+    programs.until(lambda: programs.json("jobs")[0]["state"] in ("finished", "failed"))
+    assert programs.json("jobs")[0]["state"] == "finished", programs.json("jobs")
+    assert "until 2" in programs.coordinator("devices")
+    doctor = json.loads(programs.run("edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json"))
+    assert next(f for f in doctor if f["check"] == "broker")["text"].endswith("is of this fleet")
+    assert "which device should be revoked?" in programs.coordinator("devices", "revoke", code=1)
+    assert "revoked: d1" in programs.coordinator("devices", "revoke", "d1")
+    programs.until(lambda: {d["device"]: d["state"] for d in programs.json("devices")}["d1"] == "revoked")
+    status = lambda name: json.loads(programs.run("edge_agent", "status", "--config", str(programs.agents[name]), "--json"))  # noqa: E731
+    programs.until(lambda: status("d0")["connected"] and not status("d1")["connected"])
+    qr = programs.coordinator("invite", "d1", "--qr")
+    assert qr.count("\n") > 20
+    assert "is enrolled as `d1`" in programs.run("edge_agent", "enroll", qr.split()[0], "--config", str(programs.agents["d1"]), code=1)
+    programs.run("edge_agent", "enroll", qr.split()[0], "--again", "--no-probe", "--config", str(programs.agents["d1"]))
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Base models for devices that have none: files over HTTPS, with ranges, by the model's digest.
+"""The HTTPS server: certificates for devices, and base models for those that have none, with ranges, by the model's digest.
 
-A device shows that it belongs to the fleet by an HMAC over path and time under its link key. The certificate is made here unless
-one is configured; its fingerprint travels in every signed assignment, so a device trusts this server and no authority.
+For models a device shows that it belongs to the fleet by an HMAC over path and time under its link key. The certificate is the
+authority's, or made here, unless one is configured; its fingerprint travels in every signed assignment, and its key's in every
+claim, so a device trusts this server before it knows any authority.
 """
 
 import datetime
@@ -13,32 +14,41 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from federated.enrolment import MAX_BODY, PATH, public_pin
 from federated.errors import ConfigError
 from federated.files import digest_of_file, write_atomic
 from federated.messages import ModelSource, model_ticket
 
-from .config import ModelFiles
+from .authority import own_names
+from .config import Https
+from .enrolment import Enrolment
 
 STALE_S = 900.0
 SERVED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
-class ModelServer:
-    """Serves the folders that `offer` names."""
+class HttpsServer:
+    """Serves the folders that `offer` names, and what `enrolment` answers; listens on `host` where the YAML says nothing else."""
 
-    def __init__(self, config: ModelFiles, home: Path, key_of: Callable[[str], bytes | None]) -> None:
-        self.config, self.home, self.key_of = config, home, key_of
+    def __init__(
+        self, config: Https, home: Path, key_of: Callable[[str], bytes | None], enrolment: Enrolment | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        self.config, self.home, self.key_of, self.enrolment, self.host = config, home, key_of, enrolment, config.host or host
         self.url = self.pin = ""
+        self.public_pin = b""
         self._folders: dict[str, Path] = {}
         self._digests: dict[Path, tuple[float, str]] = {}
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
         """Listen. Raises ConfigError where the certificate cannot be used."""
-        app = web.Application()
+        app = web.Application(client_max_size=MAX_BODY + 1)
+        if self.enrolment:
+            app.add_routes([web.post(PATH, self.enrolment.answer)])
         app.add_routes([web.get("/models/{digest}", self._list), web.get("/models/{digest}/{name}", self._file)])
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
@@ -46,12 +56,13 @@ class ModelServer:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(cert, key)
-            self.pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(first_certificate(cert.read_text(encoding="ascii")))).hexdigest()
+            der = ssl.PEM_cert_to_DER_cert(first_certificate(cert.read_text(encoding="ascii")))
+            self.pin, self.public_pin = hashlib.sha256(der).hexdigest(), public_pin(der)
         except (OSError, ssl.SSLError, ValueError) as error:
-            raise ConfigError(f"model_files: {cert}: {error}", "PEM files, readable by the service") from None
-        await web.TCPSite(self._runner, self.config.host, self.config.port, ssl_context=context).start()
+            raise ConfigError(f"https: {cert}: {error}", "PEM files, readable by the service") from None
+        await web.TCPSite(self._runner, self.host, self.config.port, ssl_context=context).start()
         port = self._runner.addresses[0][1]
-        name = socket.getfqdn() if self.config.host in ("0.0.0.0", "::") else self.config.host  # noqa: S104 - compared with
+        name = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared with
         self.url = self.config.advertise or f"https://{name}:{port}"
 
     async def stop(self) -> None:
@@ -60,8 +71,8 @@ class ModelServer:
             await self._runner.cleanup()
 
     def offer(self, digest: str, folder: Path) -> ModelSource | None:
-        """Where a device finds a model; None while nothing is served."""
-        if not self.url:
+        """Where a device finds a model; None while none is served."""
+        if not self.url or not self.config.models:
             return None
         self._folders[digest] = folder
         return ModelSource(self.url, self.pin)
@@ -69,9 +80,11 @@ class ModelServer:
     def _certificate(self) -> tuple[Path, Path]:
         if self.config.cert_file:
             return Path(self.config.cert_file), Path(self.config.key_file)
+        if self.enrolment and self.enrolment.authority:
+            return self.enrolment.authority.server(own_names(self.host, urlsplit(self.config.advertise).hostname or ""))
         cert, key = self.home / "models.crt", self.home / "models.key"
         if not cert.exists() or not key.exists():
-            make_certificate(cert, key, self.config.host)
+            make_certificate(cert, key, self.host)
         return cert, key
 
     def _allowed(self, request: web.Request) -> Path:

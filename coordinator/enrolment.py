@@ -1,0 +1,91 @@
+"""Claims and certificates: a device is invited once, shows its key once, and has a certificate from then on, until it is revoked."""
+
+import hmac
+import logging
+import time
+
+from aiohttp import web
+
+from federated.enrolment import CertificateAnswer, CertificateRequest, mac_of, read_request, signed
+from federated.errors import WireError
+
+from . import store
+from .authority import Authority
+from .config import Enrolment as Config
+from .fleet import Devices
+from .keys import verify
+
+log = logging.getLogger(__name__)
+DAY_S = 86_400.0
+
+
+class Enrolment:
+    """The ledger's claims and certificates. Without an `authority` there are only claims."""
+
+    def __init__(self, config: Config, ledger: store.Store, devices: Devices, authority: Authority | None) -> None:
+        self.config, self.ledger, self.devices, self.authority = config, ledger, devices, authority
+        self.refused = 0
+        self._write_list()
+
+    def invited(self, device: str) -> None:
+        """A new claim: what the device of this name had before is void."""
+        self.revoke(device)
+        self.ledger.put(store.claims, {"device": device}, expires=time.time() + self.config.claim_days * DAY_S)
+
+    def void(self, device: str) -> str:
+        """Why a device that has not shown its key yet may not do so any more; empty if it may."""
+        if self.devices.public(device):
+            return ""
+        claim = self.ledger.row(store.claims, device=device)
+        if claim is None or time.time() <= claim["expires"]:
+            return ""
+        return f"the claim of `{device}` is older than {self.config.claim_days:g} days"
+
+    def issue(self, asked: CertificateRequest) -> CertificateAnswer:
+        """A certificate, at enrolment or to renew one. Raises WireError with the reason where there is none to be had."""
+        if self.authority is None:
+            raise WireError("this fleet has no certificates", "edge-agent enroll with a new claim token")
+        content = signed(asked.device, asked.csr, asked.public_key)
+        key = self.devices.key(asked.device)
+        if key is None or not hmac.compare_digest(mac_of(key, content), asked.mac):
+            raise WireError("no claim of this device is known here", "coordinator invite NAME, and enrol with the new token")
+        if not verify(asked.public_key, asked.signature, content):
+            raise WireError("the request is not signed by the key that it shows")
+        if reason := self.void(asked.device):
+            raise WireError(reason, "coordinator invite NAME, and enrol with the new token")
+        if self.devices.public(asked.device) not in (b"", asked.public_key):
+            raise WireError("this claim was used by another device", "coordinator invite NAME, and find out who has the old token")
+        made = self.authority.sign_request(asked.csr, asked.device, self.config.certificate_days)
+        self.ledger.add(store.certificates, serial=f"{made.serial:x}", device=asked.device, begins=made.begins, ends=made.ends)
+        self.devices.bind(asked.device, asked.public_key)
+        return CertificateAnswer(made.pem, self.authority.ca.read_text(encoding="ascii"), made.begins, made.ends)
+
+    def ends(self) -> dict[str, float]:
+        """Device → when its newest certificate ends."""
+        rows = self.ledger.rows(store.certificates, "device", "ends", "revoked")
+        return {r["device"]: r["ends"] for r in sorted(rows, key=lambda r: float(r["ends"])) if not r["revoked"]}
+
+    def revoke(self, device: str) -> bool:
+        """Every certificate of a device is void from now on; True if there was one."""
+        count = self.ledger.change(store.certificates, {"device": device, "revoked": 0.0}, revoked=time.time())
+        if count:
+            self._write_list()
+        return bool(count)
+
+    def _write_list(self) -> None:
+        if self.authority is not None:
+            now = time.time()
+            rows = self.ledger.rows(store.certificates, "serial", "revoked", "ends")
+            self.authority.write_crl([int(r["serial"], 16) for r in rows if r["revoked"] and r["ends"] > now])
+
+    async def answer(self, request: web.Request) -> web.Response:
+        """`POST /certificate`."""
+        import msgspec
+
+        try:
+            made = self.issue(read_request(await request.read()))
+        except WireError as error:
+            self.refused += 1
+            log.warning("a certificate was refused to %s: %s", request.remote, error)
+            return web.json_response({"error": str(error.args[0]), "hint": error.hint}, status=403)
+        return web.Response(body=msgspec.json.encode(made), content_type="application/json")
