@@ -20,7 +20,7 @@ def run(program: Any, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[
 COORDINATOR = [
     ("broker: {host: 0.0.0.0, tls: false}", "the broker at 0.0.0.0 would be used without TLS over a network", "leave `broker.tls` out"),
     ("broker: {url: 'mqtt://far.example'}", "the broker at far.example:1883 would be used without TLS", "serve --insecure"),
-    ("https: {host: 127.0.0.1, cert_file: /nowhere.pem, models: true}", "https: /nowhere.pem", "PEM files"),
+    ("broker: {port: 0}\nhttps: {host: 127.0.0.1, cert_file: /nowhere.pem, models: true}", "https: /nowhere.pem", "PEM files"),
     ("data_dri: x", "coordinator.yaml, line 1 (`data_dri`): unknown key `data_dri`", "did you mean `data_dir`"),
     ("limits:\n  packet_byte: 5", "line 2 (`limits.packet_byte`): unknown key `packet_byte`", "did you mean `packet_bytes`"),
     ("limits: {packet_bytes: 12}", "Expected `int` >= 256", ""),

@@ -256,7 +256,7 @@ def test_programs_start_in_a_blink() -> None:
 
 @pytest.mark.skipif(mosquitto() is None, reason="Mosquitto is not installed")
 async def test_the_broker_of_a_killed_coordinator_is_replaced(tmp_path: Path) -> None:
-    first = BrokerChild(Broker(kind="mosquitto"), tmp_path)
+    first = BrokerChild(Broker(kind="mosquitto", port=0), tmp_path)
     await first.start()
     assert first._task
     assert first.process
