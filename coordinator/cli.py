@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -101,80 +100,13 @@ def _serve(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Its matrices are small: a second BLAS thread slows them down, and one gives the same bits everywhere.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from .serve import serve  # after that: NumPy reads it when it is imported
+
     try:
-        config = _config(args)
-        if not args.insecure:
-            refuse_open_link(config)
-        asyncio.run(_service(config))
+        asyncio.run(serve(_config(args), args.insecure))
     except OSError as error:
         raise ConfigError(f"the service cannot start: {error}", "check `data_dir`, `broker.port` and `api_port`") from None
     return 0
-
-
-def refuse_open_link(config: "CoordinatorConfig") -> None:
-    """Raises ConfigError where MQTT would cross a network unencrypted."""
-    from federated.address import parse_url
-
-    from .config import LOOPBACK
-
-    b = config.broker
-    if b.url:
-        url = parse_url(b.url)
-        bare, where = url.scheme in ("mqtt", "ws") and url.host not in LOOPBACK, f"{url.host}:{url.port}"
-    else:
-        bare, where = not config.mutual_tls and b.host not in LOOPBACK, b.host
-    if bare:
-        raise ConfigError(
-            f"the broker at {where} would be used without TLS over a network",
-            "leave `broker.tls` out, give an `mqtts://` address, or serve --insecure on a network that you trust",
-        )
-
-
-async def _service(config: "CoordinatorConfig") -> None:
-    from federated.address import parse_url, tls_context, without_password
-    from federated.mqtt import MqttBus
-    from federated.topics import checked
-
-    from .access import Files
-    from .api import Api
-    from .authority import Authority, own_names
-    from .broker import BrokerChild
-    from .service import Service
-
-    checked(config.fleet, "fleet")
-    config.home.mkdir(parents=True, exist_ok=True)
-    ended = asyncio.Event()
-    if sys.platform != "win32":
-        for name in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(name, ended.set)
-    b, authority, files = config.broker, None, None
-    if config.mutual_tls:
-        authority = Authority(config.home, config.fleet)
-        authority.ensure_crl()
-        names = own_names(b.host, parse_url(b.advertise).host if b.advertise else "")
-        files = None if b.url else Files(authority.ca, *authority.server(names), authority.crl)
-    broker = None if b.url else BrokerChild(b, config.home, config.fleet, files)
-    if broker:
-        await broker.start()
-    url = config.broker.url or (broker.url if broker else "")
-    public = config.broker.advertise or config.broker.url or (broker.public_url if broker else "")
-    tls = None
-    if b.ca_file or b.cert_file:
-        tls = tls_context(b.ca_file, b.cert_file, b.key_file)
-    elif authority:
-        tls = tls_context(str(authority.ca), *map(str, authority.client()))
-    bus = MqttBus(url, f"rf-{config.fleet}-coordinator", tls=tls, proxy=b.proxy)
-    service = Service(config, bus, public, authority, broker.cut if broker else None)
-    await service.start()
-    runner = await Api(service).start(config.home, config.api_port)
-    print(f"coordinator of fleet `{config.fleet}` runs; broker {without_password(url)}{f' ({broker.kind})' if broker else ''}", flush=True)
-    try:
-        await ended.wait()
-    finally:
-        await runner.cleanup()
-        await service.stop()
-        if broker:
-            await broker.stop()
 
 
 def _submit(args: argparse.Namespace) -> int:

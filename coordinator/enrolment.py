@@ -17,6 +17,7 @@ from .keys import verify
 
 log = logging.getLogger(__name__)
 DAY_S = 86_400.0
+MOST_A_DAY = 20
 
 
 class Enrolment:
@@ -55,10 +56,22 @@ class Enrolment:
             raise WireError(reason, "coordinator invite NAME, and enrol with the new token")
         if self.devices.public(asked.device) not in (b"", asked.public_key):
             raise WireError("this claim was used by another device", "coordinator invite NAME, and find out who has the old token")
+        if self._lately(asked.device) >= MOST_A_DAY:
+            raise WireError(
+                f"{MOST_A_DAY} certificates were made for this device within a day", "what asks for so many? try again tomorrow"
+            )
         made = self.authority.sign_request(asked.csr, asked.device, self.config.certificate_days)
         self.ledger.add(store.certificates, serial=f"{made.serial:x}", device=asked.device, begins=made.begins, ends=made.ends)
         self.devices.bind(asked.device, asked.public_key)
         return CertificateAnswer(made.pem, self.authority.ca.read_text(encoding="ascii"), made.begins, made.ends)
+
+    def _lately(self, device: str) -> int:
+        """Certificates of the last day; those that ended long ago are forgotten."""
+        now, rows = time.time(), self.ledger.rows(store.certificates, device=device)
+        for row in rows:
+            if row["ends"] < now - 30 * DAY_S:
+                self.ledger.remove(store.certificates, serial=row["serial"])
+        return sum(r["begins"] > now - DAY_S for r in rows)
 
     def ends(self) -> dict[str, float]:
         """Device → when its newest certificate ends."""

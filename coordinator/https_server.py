@@ -43,6 +43,7 @@ class HttpsServer:
         self._folders: dict[str, Path] = {}
         self._digests: dict[Path, tuple[float, str]] = {}
         self._runner: web.AppRunner | None = None
+        self._context: ssl.SSLContext | None = None
 
     async def start(self) -> None:
         """Listen. Raises ConfigError where the certificate cannot be used."""
@@ -53,17 +54,25 @@ class HttpsServer:
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         cert, key = self._certificate()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context = context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(cert, key)
-            der = ssl.PEM_cert_to_DER_cert(first_certificate(cert.read_text(encoding="ascii")))
-            self.pin, self.public_pin = hashlib.sha256(der).hexdigest(), public_pin(der)
+            self._show(context, cert, key)
         except (OSError, ssl.SSLError, ValueError) as error:
             raise ConfigError(f"https: {cert}: {error}", "PEM files, readable by the service") from None
         await web.TCPSite(self._runner, self.host, self.config.port, ssl_context=context).start()
         port = self._runner.addresses[0][1]
         name = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared with
         self.url = self.config.advertise or f"https://{name}:{port}"
+
+    def reload(self) -> None:
+        """The certificate was renewed: show the new one from the next connection on."""
+        if self._context is not None:
+            self._show(self._context, *self._certificate())
+
+    def _show(self, context: ssl.SSLContext, cert: Path, key: Path) -> None:
+        context.load_cert_chain(cert, key)
+        der = ssl.PEM_cert_to_DER_cert(first_certificate(cert.read_text(encoding="ascii")))
+        self.pin, self.public_pin = hashlib.sha256(der).hexdigest(), public_pin(der)
 
     async def stop(self) -> None:
         """Close."""

@@ -26,7 +26,7 @@ from .pending import Key, Pending
 from .uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
-HELD_BYTES = 16 << 20
+HELD_BYTES = 8 << 20
 """Updates in memory that wait for the disk; when there are more, offers wait for a grant, and pieces go to files."""
 COUNTED = ("received", "counted", "dropped")
 

@@ -37,7 +37,7 @@ class Fleet(Protocol):
         """The devices that may take part."""
 
     def has(self, device: str) -> bool:
-        """Has it neither left nor been revoked?"""
+        """Is it still one of ours: neither gone, nor revoked, nor invited anew?"""
 
     def publish(self, device: str, assignment: Assignment) -> None:
         """Send, retained."""

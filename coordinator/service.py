@@ -149,9 +149,15 @@ class Service:
         if topic in self._retained:
             self._spawn(self.bus.publish(topic, self._retained[topic], retain=True), "remind")
 
+    def in_words(self) -> str:
+        """One line for whoever looks at the service."""
+        if not self.bus.connected.is_set():
+            return f"no broker: {getattr(self.bus, 'problem', '') or 'connecting'}"
+        return self.problem or (f"job {self.runner.job}" if self.runner else "no job")
+
     def has(self, device: str) -> bool:
-        """Has it neither left nor been revoked?"""
-        return self.devices.key(device) is not None
+        """Is it still one of ours?"""
+        return self.devices.enrolled(device)
 
     def eligible(self, plan: Plan) -> Any:
         """See `Devices.eligible`."""
@@ -342,6 +348,8 @@ class Service:
             raise ConfigError(f"no device can be called `{COORDINATOR}`: the coordinator is, towards the broker", "take another name")
         door, pin = (self.models.url, self.models.public_pin) if self.enrolment.authority else ("", b"")
         claim = Claim(self.config.fleet, checked(device), self.broker_url, secrets.token_bytes(32), self.keys.public, door, pin)
+        if self.devices.enrolled(device):
+            self._gone(device, "left")  # its key is void from now on: no round waits for it
         self.enrolment.invited(device)
         self.devices.invite(device, link_key(claim))
         return write_claim(claim)

@@ -100,7 +100,10 @@ def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 async def _serve(agent: Any) -> None:
+    from federated.notify import alive, notify
+
     task = asyncio.create_task(agent.run(), name="agent")
+    living = asyncio.create_task(alive(lambda: f"{agent.status['state']} {agent.status.get('job', '')}".strip()), name="notify")
     loop = asyncio.get_running_loop()
     for name in ("SIGTERM", "SIGINT"):
         if sys.platform != "win32":
@@ -109,6 +112,9 @@ async def _serve(agent: Any) -> None:
         await task
     except asyncio.CancelledError:
         return
+    finally:
+        living.cancel()
+        notify("STOPPING=1")
 
 
 def _enroll(args: argparse.Namespace) -> int:

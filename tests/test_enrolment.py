@@ -15,8 +15,8 @@ from coordinator.access import Files, allowed, emqx_config, emqx_rules, mosquitt
 from coordinator.authority import Authority, own_names
 from coordinator.broker import BrokerChild, mosquitto
 from coordinator.broker_files import write
-from coordinator.cli import refuse_open_link
 from coordinator.config import Broker, CoordinatorConfig, Enrolment
+from coordinator.serve import refuse_open_link
 from edge_agent import certificate, identity
 from edge_agent.certificate import Facts
 from federated.address import tls_context
@@ -412,3 +412,65 @@ def test_the_doctor_looks_at_the_certificate(begins: float, ends: float, state: 
     found = _certificate(Facts("https://c.example", b"", now + begins * day, now + ends * day))
     assert found["state"] == state
     assert text in found["text"]
+
+
+async def test_the_coordinators_own_certificates_are_renewed_while_it_runs(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import coordinator.authority
+    from coordinator import renewal
+
+    async with SecureWorld(tmp_path, tiny, "auto", devices=1) as world:
+        service, bus = world.coordinator, world.coordinator.bus
+        folder, pin, public = world.authority.folder, service.models.pin, service.models.public_pin
+        old = (folder / "server.pem").read_bytes(), (folder / "coordinator.pem").read_bytes()
+        changes: list[int] = []
+        renewal.renew(world.authority, own_names(), bus.tls, lambda: changes.append(1))  # type: ignore[attr-defined]
+        assert not changes, "nothing is due"
+        monkeypatch.setattr(coordinator.authority, "_old", lambda cert: True)
+
+        def changed() -> None:
+            service.models.reload()
+            world.child.cut()
+
+        renewal.renew(world.authority, own_names(), bus.tls, changed)  # type: ignore[attr-defined]
+        assert (folder / "server.pem").read_bytes() != old[0]
+        assert (folder / "coordinator.pem").read_bytes() != old[1]
+        assert service.models.pin != pin
+        monkeypatch.undo()
+        await world.until(lambda: not bus.connected.is_set())
+        await world.run(job(rounds=1))
+        assert service.models.public_pin == public
+        world.data["later"] = world.data["d0"]
+        await world.join("later")
+        await world.until(lambda: service.devices.enrolled("later"))
+
+
+async def test_certificates_are_not_made_without_end(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.enrolment.MOST_A_DAY", 3)
+    async with SecureWorld(tmp_path, tiny, "auto", devices=0) as world:
+        token = world.coordinator.invite("a")
+        await world.enrolled(token, "a")
+        renew = [certificate.obtain, tmp_path / "a", "a", identity.load(tmp_path / "a").link_key, identity.signer(tmp_path / "a")]
+        known = certificate.facts(tmp_path / "a")
+        assert known
+        for _ in range(2):
+            await asyncio.to_thread(*renew, known.door, known.pin)  # type: ignore[arg-type]
+        with pytest.raises(Refused, match="3 certificates were made for this device within a day"):
+            await asyncio.to_thread(*renew, known.door, known.pin)  # type: ignore[arg-type]
+        world.coordinator.ledger.change(store.certificates, {"device": "a"}, ends=1.0, begins=0.0)
+        await asyncio.to_thread(*renew, known.door, known.pin)  # type: ignore[arg-type]
+        assert len(world.coordinator.ledger.rows(store.certificates, device="a")) == 1
+
+
+async def test_a_new_invitation_ends_what_the_device_was_doing(tmp_path: Path, tiny: Path) -> None:
+    from .world import World
+
+    async with World(tmp_path, tiny, devices=2) as world:
+        await world.kill_agent("d1")
+        name = world.coordinator.submit(job(rounds=1))
+        await world.until(lambda: len(world.coordinator.ledger.rows(store.assignments, job=name, state="received")) == 1)
+        world.coordinator.invite("d1")
+        await world.until(lambda: world.job_state(name) == "finished", 20)
+        rows = world.coordinator.ledger.rows(store.assignments, job=name, round=0)
+        assert {r["device"]: (r["state"], r["reason"]) for r in rows}["d1"] == ("refused", "the device left")
