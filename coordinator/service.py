@@ -252,7 +252,11 @@ class Service:
     async def _jobs(self) -> None:
         """One job after the other, in the order of submission."""
         while True:
-            waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in ENDED), key=lambda r: r["number"])
+            try:
+                waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in ENDED), key=lambda r: r["number"])
+            except OperationalError as error:
+                await self._wait_for_room("the ledger", error)
+                continue
             if not waiting:
                 self._news.clear()
                 await self._news.wait()
@@ -291,9 +295,7 @@ class Service:
         except Exception as error:
             if isinstance(error, OperationalError) or (isinstance(error, OSError) and error.errno in PASSING):
                 # A disk that is full or a database that is away: nothing is lost, the job goes on when there is room again.
-                self.problem = f"job {job} waits: {error.__cause__ or error}"
-                log.error("%s", self.problem)
-                await asyncio.sleep(RETRY_S)
+                await self._wait_for_room(f"job {job}", error)
                 return
             state, reason = "failed", f"{type(error).__name__}: {error}"
             log.exception("job %s failed", job)
@@ -301,6 +303,11 @@ class Service:
             self.runner = None
         self.problem = ""
         self._end(job, state, reason)
+
+    async def _wait_for_room(self, who: str, error: Exception) -> None:
+        self.problem = f"{who} waits: {error.__cause__ or error}"
+        log.error("%s", self.problem)
+        await asyncio.sleep(RETRY_S)
 
     def _end(self, job: str, state: str, reason: str) -> None:
         self.ledger.change(store.jobs, {"id": job}, state=state, reason=reason)

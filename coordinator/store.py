@@ -27,6 +27,9 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import RowMapping
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+
+from federated.errors import ConfigError
 
 meta = MetaData()
 devices = Table(
@@ -121,10 +124,24 @@ class Store:
     """One connection, one writer. Every method is one transaction."""
 
     def __init__(self, url: str) -> None:
-        self.engine = create_engine(url)
+        try:
+            # A connection that a database's restart has ended is noticed before it is used.
+            self.engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        except NoSuchModuleError as error:
+            raise ConfigError(f"no driver for the database: {error}", "pip install 'rankfleet[postgres]'; postgresql+psycopg://…") from None
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"the database's driver is not installed: {error}", "pip install 'rankfleet[postgres]'") from None
+        except ArgumentError:
+            raise ConfigError("`database` is not understood", "sqlite:///FILE or postgresql+psycopg://user:password@host/name") from None
         if url.startswith("sqlite"):
             event.listen(self.engine, "connect", _durable)
-        meta.create_all(self.engine)
+        try:
+            meta.create_all(self.engine)
+        except OperationalError as error:
+            where = self.engine.url.render_as_string(hide_password=True)
+            raise ConfigError(
+                f"the ledger at {where} cannot be opened: {error.orig}", "is the database running, and may we use it?"
+            ) from None
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

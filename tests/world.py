@@ -201,6 +201,7 @@ class World:
         self.names = [f"d{i}" for i in range(devices)]
         self.budgets = budgets or {}
         self.service: Service | None = None
+        self.database = ""
         self.agents: dict[str, tuple[Agent, asyncio.Task[None]]] = {}
         self.agent_changes: dict[str, Any] = {}
         self.data: dict[str, Path] = {}
@@ -234,6 +235,7 @@ class World:
     async def start_coordinator(self) -> None:
         config = CoordinatorConfig(
             data_dir=str(self.home / "coordinator"),
+            database=self.database,
             models={"tiny": str(self.model)},
             limits=Limits(packet_bytes=self.packet, gather_ms=1, nudge_s=0.5),
         )
