@@ -53,6 +53,7 @@ class Api:
                 web.get("/devices", self.devices),
                 web.post("/devices/{device}/invite", self.invite),
                 web.post("/devices/{device}/revoke", self.revoke),
+                web.post("/devices/{device}/{verb:suspend|resume}", self.pause_device),
                 web.get("/jobs/{job}/arms", self.arms),
                 web.get("/jobs/{job}/versions", self.versions),
                 web.post("/jobs/{job}/versions/{number}/{verb}", self.version_verb),
@@ -79,6 +80,7 @@ class Api:
                 "problem": s.problem or getattr(s.bus, "problem", ""),
                 "dropped": s.dropped,
                 "repeated": s.repeated,
+                "not_read": s.admission.dropped,
                 "certificates_refused": s.enrolment.refused,
                 "corrupt_chunks": s.uploads.corrupt,
                 "job": s.runner.job if s.runner else "",
@@ -221,6 +223,15 @@ class Api:
         """Shut a device out."""
         device = request.match_info["device"]
         return _json({"device": device, "done": "revoke", "by_hand": self.service.revoke(device)})
+
+    async def pause_device(self, request: web.Request) -> web.Response:
+        """suspend or resume."""
+        device, verb = request.match_info["device"], request.match_info["verb"]
+        if verb == "suspend":
+            self.service.suspend(device, "by an operator")
+        else:
+            self.service.resume(device)
+        return _json({"device": device, "done": verb})
 
     async def arms(self, request: web.Request) -> web.Response:
         """Arms that were used, and what the tuner believes."""

@@ -48,8 +48,10 @@ def build() -> argparse.ArgumentParser:
     watch.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder for TensorBoard")
     watch.add_argument("--mlflow", metavar="URI", help="MLflow server or folder")
     watch.add_argument("--once", action="store_true", help="show and write what there is, and end")
-    devices = verb("devices", _devices, "the fleet; with `revoke`, shut a device out", "coordinator devices revoke kitchen-jetson")
-    devices.add_argument("what", nargs="?", choices=["list", "revoke"], default="list")
+    devices = verb(
+        "devices", _devices, "the fleet; suspend a device, resume it, or revoke it for good", "coordinator devices revoke kitchen-jetson"
+    )
+    devices.add_argument("what", nargs="?", choices=["list", "suspend", "resume", "revoke"], default="list")
     devices.add_argument("device", nargs="?")
     verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device").add_argument(
         "--qr", action="store_true", help="also as a QR code, for a device with a camera"
@@ -187,10 +189,13 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _devices(args: argparse.Namespace) -> int:
-    if args.what == "revoke":
+    if args.what != "list":
         if not args.device:
-            raise ConfigError("which device should be revoked?", "coordinator devices revoke NAME")
-        answer = _client(args).post(f"/devices/{args.device}/revoke")
+            raise ConfigError(f"which device, to {args.what}?", f"coordinator devices {args.what} NAME")
+        answer = _client(args).post(f"/devices/{args.device}/{args.what}")
+        if args.what != "revoke":
+            cli.show(args, answer, f"{args.what}: {args.device}")
+            return 0
         text = f"revoked: {args.device}; `coordinator invite {args.device}` lets it in again"
         by_hand = (
             "\nyour broker must be told: give it the new crl.pem (coordinator broker config) and restart it" if answer["by_hand"] else ""

@@ -67,6 +67,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     update_mb: Annotated[float, Meta(gt=0)] = 512.0
     nudge_s: Annotated[float, Meta(gt=0)] = 20.0
     """A device that says nothing about its assignment for so long is sent it again, then after twice as long."""
+    messages_per_s: Annotated[float, Meta(gt=0)] = 10.0
+    """What one device may say, pieces that it was granted apart; a device that says more is slowed down, then suspended."""
+    burst: Annotated[int, Meta(ge=10)] = 300
+    """Messages that a device may have saved up."""
     gather_ms: Annotated[float, Meta(ge=0)] = 50.0
     """How long wants for the same blob are gathered before its pieces are published."""
 

@@ -37,7 +37,11 @@ class Devices:
         self.ledger = ledger
         self._rows: dict[str, Device] = {}
         for row in ledger.rows(store.devices):
-            said = msgspec.json.decode(row["hello"], type=Hello) if row["state"] == "enrolled" and row["hello"] != "{}" else None
+            said = (
+                msgspec.json.decode(row["hello"], type=Hello)
+                if row["state"] in ("enrolled", "suspended") and row["hello"] != "{}"
+                else None
+            )
             self._rows[row["id"]] = Device(row["state"], row["link_key"], row["public_key"], said)
 
     def key(self, device: str) -> bytes | None:
@@ -61,6 +65,20 @@ class Devices:
             return True
         heard.append(number)
         return False
+
+    def suspended(self, device: str) -> bool:
+        """Is it kept out until an operator says otherwise?"""
+        return device in self._rows and self._rows[device].state == "suspended"
+
+    def suspend(self, device: str, note: str) -> None:
+        """Keep an enrolled device out; its key stays."""
+        self.ledger.change(store.devices, {"id": device}, state="suspended", note=note)
+        self._rows[device] = replace(self._rows[device], state="suspended")
+
+    def resume(self, device: str) -> None:
+        """The inverse."""
+        self.ledger.change(store.devices, {"id": device}, state="enrolled", note="")
+        self._rows[device] = replace(self._rows[device], state="enrolled")
 
     def hello(self, device: str, said: Hello, now: float) -> str:
         """Enrol or refresh a device. Returns a reason where it is refused, else an empty text."""

@@ -60,6 +60,8 @@ class Receiving:
         )  # fmt: skip
         self.uploads = Uploads(home / "spool", limits, send, self._assembled, self.put_aside, lambda: self._held < HELD_BYTES)
         self.limits = limits
+        self.refused: Callable[[str, str], None] = lambda device, reason: None
+        """Told of every update that is refused for good."""
         self._queue: list[Arrival] = []
         self._waiting: set[Key] = set()
         self._held = 0
@@ -111,6 +113,7 @@ class Receiving:
         self.ledger.tell(offer.job, device, f"its update of round {offer.round} was refused: {reason}")
         self.pending.done(key)
         self._refuse(key, offer, reason)
+        self.refused(device, reason)
         self.changed()
 
     def reported(self, device: str, report: Report) -> None:

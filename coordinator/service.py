@@ -36,6 +36,7 @@ from federated.topics import Topics, checked, device_of
 from profiles.card import ModelCard, read_card
 
 from . import store
+from .admission import Admission
 from .authority import COORDINATOR, Authority
 from .blobs import Blobs
 from .config import CoordinatorConfig
@@ -81,6 +82,8 @@ class Service:
         self.uploads = self.receiving.uploads
         self.enrolment = Enrolment(config.enrolment, self.ledger, self.devices, authority)
         self.models = HttpsServer(config.https, home, self.devices.key, self.enrolment, config.broker.host)
+        self.admission = Admission(config.limits, self.suspend)
+        self.receiving.refused = self.admission.strike
         self._cut = cut
         self.runner: JobRunner | None = None
         self.bytes_in: dict[str, int] = {}
@@ -166,8 +169,10 @@ class Service:
     def _take(self, topic: str, payload: bytes) -> None:
         device = device_of(topic)
         self.bytes_in[device] = self.bytes_in.get(device, 0) + len(payload)
+        key = self.devices.key(device)
+        if self.devices.suspended(device) or (key is not None and not self.admission.take(device)):
+            return
         try:
-            key = self.devices.key(device)
             if key is None:
                 raise WireError(f"device `{device}` is not known", "coordinator invite NAME")
             envelope = unpack(payload)
@@ -190,6 +195,7 @@ class Service:
         self.live.setdefault(device, {})["last_error"] = reason
         if self.devices.key(device) is not None:
             self.send(device, Sorry(reason))
+            self.admission.strike(device, reason)
 
     def _handle(self, device: str, message: Up) -> None:
         if isinstance(message, Hello):
@@ -235,9 +241,31 @@ class Service:
             self._cut()
         return had and self._cut is None
 
+    def suspend(self, device: str, reason: str) -> None:
+        """Keep a device out until an operator lets it go on; its rounds do not wait for it."""
+        if not self.devices.enrolled(device):
+            raise ConfigError(f"device `{device}` is not enrolled", "coordinator devices")
+        log.error("device `%s` is suspended: %s", device, reason)
+        self.send(device, Sorry(f"suspended: {reason}"))
+        self.devices.suspend(device, reason)
+        self.uploads.forget(device)
+        self.receiving.gone(device, f"the device is suspended: {reason}")
+        self.live[device] = {"state": "suspended", "last_error": reason}
+        self.changed()
+
+    def resume(self, device: str) -> None:
+        """Let a suspended device go on."""
+        if not self.devices.suspended(device):
+            raise ConfigError(f"device `{device}` is not suspended", "coordinator devices")
+        self.devices.resume(device)
+        self.live.pop(device, None)
+        self.changed()
+
     def _chunk(self, topic: str, payload: bytes) -> None:
         device = device_of(topic)
         self.bytes_in[device] = self.bytes_in.get(device, 0) + len(payload)
+        if self.devices.suspended(device) or not (self.uploads.asked_of(device) or self.admission.take(device)):
+            return
         self.uploads.chunk(device, payload)
         upload = self.uploads.live.get(device)
         if upload is not None:

@@ -89,6 +89,11 @@ class Uploads:
         live = [u for d, u in self.live.items() if d != except_for and now - u.seen < STALE_S]
         return sum(u.granted for u in live), sum(u.granted * u.assembly.blob.chunk for u in live)
 
+    def asked_of(self, device: str) -> bool:
+        """Does a piece of it count as granted?"""
+        upload = self.live.get(device)
+        return upload is not None and upload.granted > 0
+
     def chunk(self, device: str, payload: bytes) -> None:
         """A piece; one that is torn, foreign or unasked is counted and dropped."""
         upload = self.live.get(device)

@@ -152,7 +152,10 @@ def test_mutual_tls_from_the_command_line(programs: Programs, tmp_path: Path) ->
     assert "until 2" in programs.coordinator("devices")
     doctor = json.loads(programs.run("edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json"))
     assert next(f for f in doctor if f["check"] == "broker")["text"].endswith("is of this fleet")
-    assert "which device should be revoked?" in programs.coordinator("devices", "revoke", code=1)
+    assert "which device, to revoke?" in programs.coordinator("devices", "revoke", code=1)
+    assert "suspend: d1" in programs.coordinator("devices", "suspend", "d1")
+    assert "resume: d1" in programs.coordinator("devices", "resume", "d1")
+    assert "`d1` is not suspended" in programs.coordinator("devices", "resume", "d1", code=1)
     assert "revoked: d1" in programs.coordinator("devices", "revoke", "d1")
     programs.until(lambda: {d["device"]: d["state"] for d in programs.json("devices")}["d1"] == "revoked")
     status = lambda name: json.loads(programs.run("edge_agent", "status", "--config", str(programs.agents[name]), "--json"))  # noqa: E731
