@@ -38,9 +38,9 @@ class Https(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: bool = False
     """Serve base models, for devices whose YAML says `models: {NAME: coordinator}`."""
     host: str = ""
-    """Empty: where the broker listens."""
-    port: Annotated[int, Meta(ge=0, le=65535)] = 0
-    """0 takes a free one."""
+    """Empty: where the broker listens; with certificates for a broker elsewhere, everywhere."""
+    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """0 takes a free one; left out: 8443 with certificates, since devices come back to it to renew theirs, else a free one."""
     advertise: str = ""
     """Address that devices are told; empty: this machine's name where it listens on all addresses."""
     cert_file: str = ""

@@ -28,6 +28,7 @@ from .config import Https
 from .enrolment import Enrolment
 
 STALE_S = 900.0
+CERTIFICATES_PORT = 8443
 SERVED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
@@ -59,7 +60,9 @@ class HttpsServer:
             self._show(context, cert, key)
         except (OSError, ssl.SSLError, ValueError) as error:
             raise ConfigError(f"https: {cert}: {error}", "PEM files, readable by the service") from None
-        await web.TCPSite(self._runner, self.host, self.config.port, ssl_context=context).start()
+        certificates = self.enrolment is not None and self.enrolment.authority is not None
+        port = self.config.port if self.config.port is not None else CERTIFICATES_PORT if certificates else 0
+        await web.TCPSite(self._runner, self.host, port, ssl_context=context).start()
         port = self._runner.addresses[0][1]
         name = socket.getfqdn() if self.host in ("0.0.0.0", "::") else self.host  # noqa: S104 - compared with
         self.url = self.config.advertise or f"https://{name}:{port}"

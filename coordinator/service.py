@@ -81,7 +81,8 @@ class Service:
         self.receiving = Receiving(home, config.limits, self.ledger, self.devices, self.pending, self.send, self.changed, self.live)
         self.uploads = self.receiving.uploads
         self.enrolment = Enrolment(config.enrolment, self.ledger, self.devices, authority)
-        self.models = HttpsServer(config.https, home, self.devices.key, self.enrolment, config.broker.host)
+        host = "0.0.0.0" if config.broker.url and authority else config.broker.host  # noqa: S104 - devices must reach it
+        self.models = HttpsServer(config.https, home, self.devices.key, self.enrolment, host)
         self.admission = Admission(config.limits, self.suspend)
         self.receiving.refused = self.admission.strike
         self._cut = cut

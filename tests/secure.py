@@ -8,7 +8,7 @@ from typing import Any
 from coordinator.access import Files
 from coordinator.authority import Authority, own_names
 from coordinator.broker import BrokerChild
-from coordinator.config import Broker, CoordinatorConfig, Enrolment, Limits
+from coordinator.config import Broker, CoordinatorConfig, Enrolment, Https, Limits
 from coordinator.service import Service
 from edge_agent import certificate, identity
 from federated.address import tls_context
@@ -30,6 +30,7 @@ class SecureWorld(World):
         self.config = CoordinatorConfig(
             data_dir=str(data),
             broker=Broker(kind=kind, port=0, tls=True),
+            https=Https(port=0),
             models={"tiny": str(model)},
             enrolment=enrolment or Enrolment(),
             limits=Limits(packet_bytes=self.packet, gather_ms=1, nudge_s=0.5),

@@ -474,3 +474,45 @@ async def test_a_new_invitation_ends_what_the_device_was_doing(tmp_path: Path, t
         await world.until(lambda: world.job_state(name) == "finished", 20)
         rows = world.coordinator.ledger.rows(store.assignments, job=name, round=0)
         assert {r["device"]: (r["state"], r["reason"]) for r in rows}["d1"] == ("refused", "the device left")
+
+
+@pytest.mark.parametrize(
+    ("broker", "https", "certificates", "where"),
+    [
+        ({}, {}, False, ("127.0.0.1", 0)),
+        ({"host": "0.0.0.0"}, {}, True, ("0.0.0.0", 8443)),
+        ({"host": "10.0.0.1"}, {"port": 9000}, True, ("10.0.0.1", 9000)),
+        ({"url": "mqtts://b.example", "tls": True}, {}, True, ("0.0.0.0", 8443)),
+        ({"url": "mqtts://b.example", "tls": True}, {"host": "10.0.0.2", "port": 0}, True, ("10.0.0.2", 0)),
+        ({"url": "mqtts://b.example"}, {"models": True}, False, ("127.0.0.1", 0)),
+    ],
+)
+async def test_where_devices_find_the_door(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broker: dict[str, Any],
+    https: dict[str, Any],
+    certificates: bool,
+    where: tuple[str, int],
+) -> None:
+    from aiohttp import web
+
+    from coordinator.config import Https
+    from coordinator.service import Service
+    from federated.bus import MemoryBroker, MemoryBus
+
+    asked: list[tuple[str, int]] = []
+
+    class Site(web.TCPSite):
+        def __init__(self, runner: Any, host: str, port: int, **more: Any) -> None:
+            asked.append((host, port))
+            super().__init__(runner, "127.0.0.1", 0, **more)
+
+    monkeypatch.setattr(web, "TCPSite", Site)
+    config = CoordinatorConfig(data_dir=str(tmp_path), broker=Broker(**broker), https=Https(**{"models": True, **https}))
+    assert config.mutual_tls == certificates
+    authority = Authority(tmp_path, "main") if certificates else None
+    service = Service(config, MemoryBus(MemoryBroker()), "mqtts://x", authority)
+    await service.start()
+    assert asked == [where]
+    await service.stop()

@@ -37,6 +37,7 @@ class Programs:
             {
                 "data_dir": str(home / "c"),
                 "broker": {"kind": kind.removesuffix("+tls"), "port": 0, "tls": kind.endswith("+tls")},
+                "https": {"port": 0},
                 "models": {"tiny": str(model)},
                 "limits": {"packet_bytes": 2000, "nudge_s": 2},
             },
