@@ -83,7 +83,7 @@ class Service:
         self.enrolment = Enrolment(config.enrolment, self.ledger, self.devices, authority)
         host = "0.0.0.0" if config.broker.url and authority else config.broker.host  # noqa: S104 - devices must reach it
         self.models = HttpsServer(config.https, home, self.devices.key, self.enrolment, host)
-        self.admission = Admission(config.limits, self.suspend)
+        self.admission = Admission(config.limits, self._misbehaves)
         self.receiving.refused = self.admission.strike
         self._cut = cut
         self.runner: JobRunner | None = None
@@ -196,7 +196,8 @@ class Service:
         self.live.setdefault(device, {})["last_error"] = reason
         if self.devices.key(device) is not None:
             self.send(device, Sorry(reason))
-            self.admission.strike(device, reason)
+            if self.devices.enrolled(device):
+                self.admission.strike(device, reason)
 
     def _handle(self, device: str, message: Up) -> None:
         if isinstance(message, Hello):
@@ -241,6 +242,10 @@ class Service:
         if had and self._cut:
             self._cut()
         return had and self._cut is None
+
+    def _misbehaves(self, device: str, reason: str) -> None:
+        if self.devices.enrolled(device):
+            self.suspend(device, reason)
 
     def suspend(self, device: str, reason: str) -> None:
         """Keep a device out until an operator lets it go on; its rounds do not wait for it."""

@@ -89,9 +89,12 @@ async def keep(home: Path, bus: "Bus", status: "Status") -> None:
 
 async def _renewed(home: Path) -> str:
     """In a child: an empty text, or why not."""
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "edge_agent.certificate", str(home), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
+    try:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "edge_agent.certificate", str(home), stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+        )
+    except OSError as error:
+        return f"no process can be started: {error}"
     _, said = await child.communicate()
     return "" if child.returncode == 0 else said.decode("utf-8", "replace").strip()[-300:] or f"code {child.returncode}"
 

@@ -100,7 +100,7 @@ def _certificate(known: certificate.Facts) -> Finding:
     if now < known.begins:
         return finding("certificate", "error", f"the clock says {time.strftime('%Y-%m-%d')}: earlier than the certificate", "set the clock")
     if now > known.ends:
-        return finding("certificate", "error", f"it ended on {until}", "coordinator invite NAME, then edge-agent enroll --again TOKEN")
+        return finding("certificate", "error", f"it ended on {until}", "edge-agent run renews it; else edge-agent enroll --again TOKEN")
     if now > known.renew_at() + 86_400:
         return finding("certificate", "warning", f"it ends on {until} and is not renewed", f"is {known.door} reachable from here?")
     return finding("certificate", "ok", f"until {until}, renewed in time")

@@ -111,3 +111,18 @@ async def test_rubbish_is_a_strike_and_changes_nothing_for_others(tmp_path: Path
             now[0] += 2.0
         assert service.devices.suspended("d1")
         await world.run(job(rounds=1))
+
+
+async def test_a_device_that_was_only_invited_is_slowed_but_not_suspended(tmp_path: Path, tiny: Path) -> None:
+    async with World(tmp_path, tiny, devices=1) as world:
+        service, now = world.coordinator, [0.0]
+        service.admission._clock = lambda: now[0]
+        world.enrol("new")
+        key = identity.load(tmp_path / "new").link_key
+        for _ in range(40):
+            for _ in range(400):
+                service._take(Topics("main").device("new", "up"), seal(Report("x", 0, "training"), "new", key))
+            now[0] += 700.0
+        assert service.admission.dropped
+        assert service.devices.key("new") == key
+        assert not service.devices.suspended("new")
