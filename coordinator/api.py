@@ -77,13 +77,13 @@ class Api:
             {
                 "ok": s.bus.connected.is_set(),
                 "broker": s.broker_url,
-                "problem": s.problem or getattr(s.bus, "problem", ""),
+                "problem": s.jobs.problem or getattr(s.bus, "problem", ""),
                 "dropped": s.dropped,
                 "repeated": s.repeated,
                 "not_read": s.admission.dropped,
                 "certificates_refused": s.enrolment.refused,
                 "corrupt_chunks": s.uploads.corrupt,
-                "job": s.runner.job if s.runner else "",
+                "job": s.jobs.runner.job if s.jobs.runner else "",
             }
         )
 
@@ -106,9 +106,9 @@ class Api:
     async def submit(self, request: web.Request) -> web.Response:
         """Validate a job whole; queue it unless `dry`. Answers with what each known device would get."""
         text = await request.text()
-        plan = self.service.plan(read_job(text))
+        plan = self.service.jobs.plan(read_job(text))
         preview = self.preview(plan)
-        return _json({"job": "" if request.query.get("dry") else self.service.submit(text), "devices": preview})
+        return _json({"job": "" if request.query.get("dry") else self.service.jobs.submit(text), "devices": preview})
 
     def preview(self, plan: Plan) -> list[dict[str, Any]]:
         """Device → arm of the first round, or why there is none."""
@@ -150,7 +150,7 @@ class Api:
         if row["state"] in ("finished", "failed", "cancelled"):
             raise ConfigError(f"job `{job}` is {row['state']}")
         if verb == "cancel":
-            self.service.cancel(job)
+            self.service.jobs.cancel(job)
         elif verb in ("pause", "resume"):
             self.service.ledger.change(store.jobs, {"id": job}, state="paused" if verb == "pause" else "running")
             self.service.changed()
@@ -237,7 +237,7 @@ class Api:
         """Arms that were used, and what the tuner believes."""
         job = request.match_info["job"]
         rows = self.service.ledger.rows(store.assignments, job=job)
-        runner = self.service.runner
+        runner = self.service.jobs.runner
         believed = {}
         if runner is not None and runner.job == job:
             believed = {d: runner.tuner.explain(d) for d in runner.tuner.state["devices"]}

@@ -1,12 +1,10 @@
 """`coordinator serve`: hears devices, runs jobs one after the other, answers the CLI. Nothing that arrives can end it."""
 
 import asyncio
-import errno
 import logging
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import bindparam, update
@@ -14,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from federated.bus import Bus
 from federated.claim import Claim, link_key, write_claim
-from federated.errors import ConfigError, RankfleetError, WireError
+from federated.errors import ConfigError, WireError
 from federated.messages import (
     Assignment,
     Done,
@@ -33,7 +31,6 @@ from federated.messages import (
     unpack,
 )
 from federated.topics import Topics, checked, device_of
-from profiles.card import ModelCard, read_card
 
 from . import store
 from .admission import Admission
@@ -43,18 +40,14 @@ from .config import CoordinatorConfig
 from .enrolment import Enrolment
 from .fleet import Devices
 from .https_server import HttpsServer
-from .job import JobSpec, Plan, read_job
+from .job import Plan
+from .jobs import Jobs
 from .keys import Keys
 from .pending import Pending
 from .receiving import Receiving
-from .rounds import JobRunner
 
 log = logging.getLogger(__name__)
-ENDED = ("finished", "failed", "cancelled")
 FLUSH_S = 5.0
-PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-RETRY_S = 10.0
-"""After a disk that was full, or a database that was away."""
 
 
 class Service:
@@ -86,15 +79,11 @@ class Service:
         self.admission = Admission(config.limits, self._misbehaves)
         self.receiving.refused = self.admission.strike
         self._cut = cut
-        self.runner: JobRunner | None = None
+        self.jobs = Jobs(config, self.ledger, self, self.blobs, self.pending, self.models)
         self.bytes_in: dict[str, int] = {}
         self.dropped = self.repeated = 0
-        self.problem = ""
         self._retained: dict[str, bytes] = {}
-        self._cards: dict[str, ModelCard] = {}
-        self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Subscribe, connect, and begin with the oldest unfinished job."""
@@ -104,7 +93,7 @@ class Service:
         if self.config.https.models or self.enrolment.authority:
             await self.models.start()
         await self.bus.start()
-        self._spawn(self._jobs(), "jobs")
+        self._spawn(self.jobs.run(), "jobs")
         self._spawn(self._flushing(), "flush")
 
     async def stop(self) -> None:
@@ -135,6 +124,11 @@ class Service:
         if key:
             self._spawn(self.bus.publish(self.topics.device(device, "down"), seal(message, "coordinator", key)), "send")
 
+    def ended(self, job: str, device: str, state: str) -> None:
+        """Tell a device that a job is over."""
+        self.publish(device, Done(job, state))
+        self.live.pop(device, None)
+
     def publish(self, device: str, message: Assignment | Done) -> None:
         """The device's current work, signed, sealed and retained."""
         key = self.devices.key(device)
@@ -157,7 +151,7 @@ class Service:
         """One line for whoever looks at the service."""
         if not self.bus.connected.is_set():
             return f"no broker: {getattr(self.bus, 'problem', '') or 'connecting'}"
-        return self.problem or (f"job {self.runner.job}" if self.runner else "no job")
+        return self.jobs.problem or (f"job {self.jobs.runner.job}" if self.jobs.runner else "no job")
 
     def has(self, device: str) -> bool:
         """Is it still one of ours?"""
@@ -279,109 +273,7 @@ class Service:
 
     def changed(self) -> None:
         """Something happened that the running job may wait for."""
-        self._news.set()
-        if self.runner is not None:
-            self.runner.changed.set()
-
-    async def _jobs(self) -> None:
-        """One job after the other, in the order of submission."""
-        while True:
-            try:
-                waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in ENDED), key=lambda r: r["number"])
-            except OperationalError as error:
-                await self._wait_for_room("the ledger", error)
-                continue
-            if not waiting:
-                self._news.clear()
-                await self._news.wait()
-                continue
-            self._running = self._spawn(self._job(waiting[0]["id"], waiting[0]["text"]), "job")
-            await asyncio.wait([self._running])
-
-    async def _job(self, job: str, text: str) -> None:
-        state, reason = "finished", ""
-        try:
-            plan = self.plan(read_job(text))
-            if (row := self.ledger.row(store.jobs, id=job)) is not None and row["state"] == "queued":
-                self.ledger.change(store.jobs, {"id": job}, state="running")
-            self.runner = JobRunner(
-                job,
-                plan,
-                ledger=self.ledger,
-                home=self.config.home,
-                fleet=self,
-                blobs=self.blobs,
-                limits=self.config.limits,
-                clock=lambda: time.time(),
-                pending=self.pending,
-                source=self.models.offer(plan.card.digest, Path(self.config.models[plan.spec.model])),
-                model_folder=Path(self.config.models[plan.spec.model]),
-            )
-            await self.runner.run()
-        except asyncio.CancelledError:
-            row = self.ledger.row(store.jobs, id=job)
-            if row is None or row["state"] != "cancelled":
-                raise
-            state = "cancelled"
-        except RankfleetError as error:
-            state, reason = "failed", str(error)
-            log.error("job %s failed: %s", job, error)
-        except Exception as error:
-            if isinstance(error, OperationalError) or (isinstance(error, OSError) and error.errno in PASSING):
-                # A disk that is full or a database that is away: nothing is lost, the job goes on when there is room again.
-                await self._wait_for_room(f"job {job}", error)
-                return
-            state, reason = "failed", f"{type(error).__name__}: {error}"
-            log.exception("job %s failed", job)
-        finally:
-            self.runner = None
-        self.problem = ""
-        self._end(job, state, reason)
-
-    async def _wait_for_room(self, who: str, error: Exception) -> None:
-        self.problem = f"{who} waits: {error.__cause__ or error}"
-        log.error("%s", self.problem)
-        await asyncio.sleep(RETRY_S)
-
-    def _end(self, job: str, state: str, reason: str) -> None:
-        self.ledger.change(store.jobs, {"id": job}, state=state, reason=reason)
-        self.ledger.tell(job, "", f"{state}{f': {reason}' if reason else ''}")
-        for device in {r["device"] for r in self.ledger.rows(store.assignments, job=job)}:
-            self.publish(device, Done(job, state))
-            self.live.pop(device, None)
-
-    def plan(self, spec: JobSpec) -> Plan:
-        """The job with everything that follows from it. Raises ConfigError."""
-        if spec.model not in self.config.models:
-            raise ConfigError(
-                f"the coordinator has no base model `{spec.model}`; it has {', '.join(self.config.models) or 'none'}",
-                f"add `models: {{{spec.model}: FOLDER}}` to the coordinator's YAML",
-            )
-        if spec.model not in self._cards:
-            try:
-                self._cards[spec.model] = read_card(Path(self.config.models[spec.model]))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"base model `{spec.model}`: {error}") from None
-        return Plan(spec, self._cards[spec.model])
-
-    def submit(self, text: str) -> str:
-        """Queue a job. Raises ConfigError where it cannot be meant."""
-        spec = read_job(text)
-        self.plan(spec)
-        number = 1 + max((r["number"] for r in self.ledger.rows(store.jobs)), default=0)
-        job = f"{spec.name}-{number}"
-        self.ledger.add(store.jobs, id=job, text=text, state="queued", created=time.time(), number=number)
-        self._news.set()
-        return job
-
-    def cancel(self, job: str) -> None:
-        """Stop a job for good."""
-        if not self.ledger.change(store.jobs, {"id": job}, state="cancelled"):
-            raise ConfigError(f"no job `{job}`", "coordinator jobs")
-        if self.runner is not None and self.runner.job == job and self._running:
-            self._running.cancel()
-        else:
-            self._end(job, "cancelled", "")
+        self.jobs.changed()
 
     def invite(self, device: str) -> str:
         """A one-time claim token for a device."""

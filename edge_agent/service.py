@@ -217,7 +217,8 @@ class Agent:
                 continue
             self._handled[key], self._doing = None, key
             if self.outbox.overtaken(result):
-                log.warning("round %d of %s is over; its assignment was heard again and is not carried out", job.round, job.job)
+                reason = "a later round was done here: an old message, or a coordinator that was put back to an older state"
+                self._handled[key] = await self._failed(job, reason, "job")
             elif not self.outbox.finished(result):
                 self._handled[key] = await self._one(job, raw, result)
             self._doing = ""

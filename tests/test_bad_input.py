@@ -46,7 +46,7 @@ async def test_bad_jobs_are_refused_whole(tmp_path: Path, tiny: Path, text: str,
     world = World(tmp_path, tiny, devices=0)
     await world.start_coordinator()
     with pytest.raises(ConfigError, match=message):
-        world.coordinator.submit(text)
+        world.coordinator.jobs.submit(text)
     assert not world.coordinator.ledger.rows(store.jobs)
     await world.kill_coordinator()
 
@@ -207,9 +207,9 @@ async def test_a_second_device_with_the_same_token_is_refused(tmp_path: Path, ti
 
 async def test_cancel_and_pause(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny) as world:
-        name = world.coordinator.submit(job(rounds=500))
-        await world.until(lambda: world.job_state(name) == "running" and world.coordinator.runner is not None)
-        world.coordinator.cancel(name)
+        name = world.coordinator.jobs.submit(job(rounds=500))
+        await world.until(lambda: world.job_state(name) == "running" and world.coordinator.jobs.runner is not None)
+        world.coordinator.jobs.cancel(name)
         await world.until(lambda: world.agents["d0"][0].status.get("job_state") == "cancelled")
         await world.until(lambda: not list((tmp_path / "d0" / "jobs").glob(name)))
         await world.run(job(rounds=1))

@@ -73,7 +73,7 @@ async def test_kill_both_sides_gives_the_same_bits(tmp_path: Path, tiny: Path, n
     async with World(tmp_path / "a", tiny) as world:
         clean = world.digest(await world.run(text(stack)))
     async with World(tmp_path / "b", tiny) as world:
-        job_name = world.coordinator.submit(text(stack))
+        job_name = world.coordinator.jobs.submit(text(stack))
         await killed(world, job_name)
         row = world.coordinator.ledger.row(store.jobs, id=job_name)
         assert row is not None

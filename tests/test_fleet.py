@@ -46,7 +46,7 @@ async def test_kill_both_sides_in_mid_run(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path / "a", tiny) as world:
         clean = world.digest(await world.run(text))
     async with World(tmp_path / "b", tiny) as world:
-        name = world.coordinator.submit(text)
+        name = world.coordinator.jobs.submit(text)
         for number in (0, 1, 2):
             await world.until(
                 lambda n=number: any(  # type: ignore[misc]
@@ -78,7 +78,7 @@ async def test_resume_after_a_kill_in_mid_upload(tmp_path: Path, tiny: Path) -> 
             return await publish(kind, payload)
 
         agent._publish = slow  # type: ignore[method-assign]
-        name = world.coordinator.submit(job(rounds=1))
+        name = world.coordinator.jobs.submit(job(rounds=1))
         uploads = world.coordinator.uploads
         await world.until(lambda: sent > 3 and "d0" in uploads.live and len(uploads.live["d0"].assembly.have) == 3)
         uploads.save()
@@ -175,7 +175,7 @@ async def test_a_sleeping_device_does_not_hold_the_round_and_its_late_update_is_
             return await publish(kind, payload)
 
         agent._publish = sleepy  # type: ignore[method-assign]
-        name = world.coordinator.submit(job(rounds=4, deadline_s=2, quorum=0.6))
+        name = world.coordinator.jobs.submit(job(rounds=4, deadline_s=2, quorum=0.6))
         await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
         row = world.coordinator.ledger.row(store.assignments, job=name, round=0, device="d0")
         assert row is not None
@@ -191,16 +191,16 @@ async def test_a_sleeping_device_does_not_hold_the_round_and_its_late_update_is_
 async def test_other_work_ends_a_download_that_cannot_end(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=1) as world:
         world.coordinator.blobs.want = lambda digest, missing: None  # type: ignore[method-assign]
-        name = world.coordinator.submit(job(rounds=1))
+        name = world.coordinator.jobs.submit(job(rounds=1))
         await world.until(lambda: world.agents["d0"][0].status["state"] == "downloading")
-        world.coordinator.cancel(name)
+        world.coordinator.jobs.cancel(name)
         del world.coordinator.blobs.want
         await world.run(job(rounds=1))
 
 
 async def test_a_paused_job_opens_no_round_until_it_is_resumed(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=1) as world:
-        name = world.coordinator.submit(job(rounds=40))
+        name = world.coordinator.jobs.submit(job(rounds=40))
         await world.until(lambda: len(world.coordinator.ledger.rows(store.rounds, job=name)) >= 2)
         world.coordinator.ledger.change(store.jobs, {"id": name}, state="paused")
         await asyncio.sleep(0.5)
@@ -209,7 +209,7 @@ async def test_a_paused_job_opens_no_round_until_it_is_resumed(tmp_path: Path, t
         assert len(world.coordinator.ledger.rows(store.rounds, job=name)) == there
         world.coordinator.ledger.change(store.jobs, {"id": name}, state="running")
         await world.until(lambda: len(world.coordinator.ledger.rows(store.rounds, job=name)) > there)
-        world.coordinator.cancel(name)
+        world.coordinator.jobs.cancel(name)
         await world.until(lambda: world.job_state(name) == "cancelled")
 
 

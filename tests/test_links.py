@@ -263,7 +263,7 @@ async def test_a_broker_that_accepts_and_drops_is_named(tmp_path: Path, tiny: Pa
                 super().deliver(topic, payload, retain)
 
     async with World(tmp_path, tiny, devices=2, broker=Forgetful()) as world:
-        world.coordinator.submit(job(rounds=1))
+        world.coordinator.jobs.submit(job(rounds=1))
         agent, _ = world.agents["d0"]
         await world.until(lambda: "accepts but does not deliver" in str(agent.status.get("last_error")), 30)
 
@@ -289,7 +289,7 @@ async def test_a_broker_that_restarts(tmp_path: Path, tiny: Path, persistence: b
     await broker.start()
     try:
         async with OverMqtt(tmp_path / "w", tiny, f"mqtt://127.0.0.1:{broker.port}", devices=2) as world:
-            name = world.coordinator.submit(job(rounds=4, stack=["sparse"]))
+            name = world.coordinator.jobs.submit(job(rounds=4, stack=["sparse"]))
             for number, how in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
                 await world.until(lambda n=number: len(world.coordinator.ledger.rows(store.versions, job=name)) > n)  # type: ignore[misc]
                 broker.stop(how)

@@ -75,7 +75,7 @@ async def test_a_job_whose_ledger_is_in_postgres_is_the_same_job(tmp_path: Path,
     there = World(tmp_path / "a", tiny)
     there.database = postgres.url
     async with there, World(tmp_path / "b", tiny) as here:
-        name = there.coordinator.submit(text)
+        name = there.coordinator.jobs.submit(text)
         await there.until(lambda: len(there.coordinator.ledger.rows(store.versions, job=name)) >= 2)
         await there.kill_coordinator()
         await there.kill_agent("d1")
@@ -90,11 +90,11 @@ async def test_a_job_whose_ledger_is_in_postgres_is_the_same_job(tmp_path: Path,
 async def test_a_database_that_goes_away_loses_nothing(
     tmp_path: Path, tiny: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.service.RETRY_S", 0.3)
+    monkeypatch.setattr("coordinator.jobs.RETRY_S", 0.3)
     world = World(tmp_path / "a", tiny)
     world.database = postgres.url
     async with world:
-        name = world.coordinator.submit(job(rounds=5, stack=["sparse"]))
+        name = world.coordinator.jobs.submit(job(rounds=5, stack=["sparse"]))
         await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
         await asyncio.to_thread(postgres.stop)
         await asyncio.sleep(1.0)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import coordinator.enrolment
+import coordinator.jobs
 import coordinator.receiving
-import coordinator.service
 import edge_agent.order
 import federated.files
 from coordinator import store
@@ -28,7 +28,7 @@ async def test_a_job_waits_for_its_minimum_of_devices(tmp_path: Path, tiny: Path
     async with World(tmp_path, tiny, devices=2) as world:
         await world.kill_agent("d1")
         world.coordinator.devices.leave("d1")
-        name = world.coordinator.submit(job(rounds=1, min_devices=2))
+        name = world.coordinator.jobs.submit(job(rounds=1, min_devices=2))
         told = lambda: [e["text"] for e in world.coordinator.ledger.rows(store.events, job=name)]  # noqa: E731
         await world.until(lambda: any("waiting for 2 devices, 1 are there" in t for t in told()))
         assert not world.coordinator.ledger.rows(store.rounds, job=name)
@@ -43,7 +43,7 @@ async def test_a_device_joins_in_mid_job(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=3) as world:
         await world.kill_agent("d2")
         world.coordinator.devices.leave("d2")
-        name = world.coordinator.submit(job(rounds=6, stack=["sparse"]))
+        name = world.coordinator.jobs.submit(job(rounds=6, stack=["sparse"]))
         await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
         (tmp_path / "d2" / "identity.json").unlink()
         world.enrol("d2")
@@ -63,10 +63,10 @@ async def test_the_automatic_deadline_closes_without_a_sleeper(tmp_path: Path, t
             await asyncio.sleep(3600)
 
         asleep._one = never  # type: ignore[assignment]
-        name = world.coordinator.submit(job(rounds=2, deadline_s="auto", quorum=0.6))
-        await world.until(lambda: world.coordinator.runner is not None)
-        assert world.coordinator.runner
-        world.coordinator.runner.ticks = lambda: started + 60 * (time.monotonic() - started)
+        name = world.coordinator.jobs.submit(job(rounds=2, deadline_s="auto", quorum=0.6))
+        await world.until(lambda: world.coordinator.jobs.runner is not None)
+        assert world.coordinator.jobs.runner
+        world.coordinator.jobs.runner.ticks = lambda: started + 60 * (time.monotonic() - started)
         await world.until(lambda: world.job_state(name) == "finished", 60)
         assert states(world, name, 0)["d2"] in ("late", "assigned")
         assert states(world, name, 1)["d0"] == "counted"
@@ -110,7 +110,7 @@ async def test_a_clock_that_jumps_moves_nothing(tmp_path: Path, tiny: Path, monk
     monkeypatch.setattr(time, "time", lambda: real() + rng.choice([-86_400 * 365, -3600, 0, 3600, 86_400 * 365]))
     monkeypatch.setattr(coordinator.enrolment, "DAY_S", 1e9)  # when a claim ends is the one thing that goes by the clock
     async with World(tmp_path, tiny) as world:
-        name = world.coordinator.submit(job(rounds=4, deadline_s=20, quorum=0.5, stack=["sparse"]))
+        name = world.coordinator.jobs.submit(job(rounds=4, deadline_s=20, quorum=0.5, stack=["sparse"]))
         await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 3)
         await world.kill_coordinator()
         await world.start_coordinator()
@@ -143,15 +143,15 @@ async def test_a_full_disk_at_the_coordinator_pushes_back(tmp_path: Path, tiny: 
 
 async def test_a_job_waits_while_versions_cannot_be_written(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(coordinator.service, "RETRY_S", 0.2)
+    monkeypatch.setattr(coordinator.jobs, "RETRY_S", 0.2)
     monkeypatch.setattr("coordinator.registry.write_folder", full(calls, federated.files.write_folder, 3))
     async with World(tmp_path, tiny) as world:
-        name = world.coordinator.submit(job(rounds=2, stack=["sparse"]))
-        await world.until(lambda: "No space left on device" in world.coordinator.problem)
+        name = world.coordinator.jobs.submit(job(rounds=2, stack=["sparse"]))
+        await world.until(lambda: "No space left on device" in world.coordinator.jobs.problem)
         assert world.job_state(name) == "running"
         await world.until(lambda: world.job_state(name) == "finished")
         assert states(world, name, 1) == dict.fromkeys(world.names, "counted")
-        assert world.coordinator.problem == ""
+        assert world.coordinator.jobs.problem == ""
 
 
 async def test_a_full_disk_on_a_device_is_a_reported_failure(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import yaml
 
 from coordinator import store
 from coordinator.config import CoordinatorConfig, Limits
-from coordinator.service import ENDED, Service
+from coordinator.jobs import ENDED
+from coordinator.service import Service
 from edge_agent import identity
 from edge_agent.config import AgentConfig, Dataset, Link
 from edge_agent.engine import EngineFailed
@@ -295,7 +296,7 @@ class World:
 
     async def run(self, text: str, seconds: float = 90.0) -> str:
         """Submit and wait for the end; returns the job's id."""
-        name = self.coordinator.submit(text)
+        name = self.coordinator.jobs.submit(text)
         await self.until(lambda: self.service is not None and self.job_state(name) in ENDED, seconds)
         row = self.coordinator.ledger.row(store.jobs, id=name)
         assert row is not None

@@ -77,7 +77,7 @@ async def test_a_flooding_device_is_suspended_and_the_round_goes_on(tmp_path: Pa
         await world.kill_agent("d2")
         now = [0.0]
         service.admission._clock = lambda: now[0]
-        name = service.submit(job(rounds=2, deadline_s=0))
+        name = service.jobs.submit(job(rounds=2, deadline_s=0))
         await world.until(lambda: len(service.ledger.rows(store.assignments, job=name, state="received")) == 2)
         key = identity.load(tmp_path / "d2").link_key
         while service.devices.enrolled("d2"):

@@ -1,0 +1,160 @@
+"""The queue of jobs: validated when they are submitted, run one after the other, each ended for good by a row in the ledger."""
+
+import asyncio
+import errno
+import logging
+import time
+from pathlib import Path
+from typing import Protocol
+
+from sqlalchemy.exc import OperationalError
+
+from federated.errors import ConfigError, RankfleetError
+from profiles.card import ModelCard, read_card
+
+from . import store
+from .blobs import Blobs
+from .config import CoordinatorConfig
+from .https_server import HttpsServer
+from .job import JobSpec, Plan, read_job
+from .pending import Pending
+from .rounds import Fleet as Members
+from .rounds import JobRunner
+
+log = logging.getLogger(__name__)
+ENDED = ("finished", "failed", "cancelled")
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+RETRY_S = 10.0
+"""After a disk that was full, or a database that was away."""
+
+
+class Fleet(Members, Protocol):
+    """What the queue needs of the devices."""
+
+    def ended(self, job: str, device: str, state: str) -> None:
+        """Tell a device that a job is over."""
+
+
+class Jobs:
+    """`runner` is the job that runs now; `problem` is why it waits."""
+
+    def __init__(
+        self, config: CoordinatorConfig, ledger: store.Store, fleet: Fleet, blobs: Blobs, pending: Pending, models: HttpsServer
+    ) -> None:
+        self.config, self.ledger, self.fleet, self.blobs, self.pending, self.models = config, ledger, fleet, blobs, pending, models
+        self.runner: JobRunner | None = None
+        self.problem = ""
+        self._cards: dict[str, ModelCard] = {}
+        self._news = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    def changed(self) -> None:
+        """Something happened that the queue or the running job may wait for."""
+        self._news.set()
+        if self.runner is not None:
+            self.runner.changed.set()
+
+    async def run(self) -> None:
+        """One job after the other, in the order of submission."""
+        while True:
+            try:
+                waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in ENDED), key=lambda r: r["number"])
+            except OperationalError as error:
+                await self._wait_for_room("the ledger", error)
+                continue
+            if not waiting:
+                self._news.clear()
+                await self._news.wait()
+                continue
+            self._running = asyncio.create_task(self._job(waiting[0]["id"], waiting[0]["text"]), name="job")
+            try:
+                await asyncio.wait([self._running])
+            finally:
+                self._running.cancel()
+                await asyncio.gather(self._running, return_exceptions=True)
+            if not self._running.cancelled() and (failed := self._running.exception()) is not None:
+                await self._wait_for_room("the ledger", failed)  # it could not even be written down how the job ended
+
+    async def _job(self, job: str, text: str) -> None:
+        state, reason = "finished", ""
+        try:
+            plan = self.plan(read_job(text))
+            if (row := self.ledger.row(store.jobs, id=job)) is not None and row["state"] == "queued":
+                self.ledger.change(store.jobs, {"id": job}, state="running")
+            self.runner = JobRunner(
+                job,
+                plan,
+                ledger=self.ledger,
+                home=self.config.home,
+                fleet=self.fleet,
+                blobs=self.blobs,
+                limits=self.config.limits,
+                clock=lambda: time.time(),
+                pending=self.pending,
+                source=self.models.offer(plan.card.digest, Path(self.config.models[plan.spec.model])),
+                model_folder=Path(self.config.models[plan.spec.model]),
+            )
+            await self.runner.run()
+        except asyncio.CancelledError:
+            row = self.ledger.row(store.jobs, id=job)
+            if row is None or row["state"] != "cancelled":
+                raise
+            state = "cancelled"
+        except RankfleetError as error:
+            state, reason = "failed", str(error)
+            log.error("job %s failed: %s", job, error)
+        except Exception as error:
+            if isinstance(error, OperationalError) or (isinstance(error, OSError) and error.errno in PASSING):
+                # A disk that is full or a database that is away: nothing is lost, the job goes on when there is room again.
+                await self._wait_for_room(f"job {job}", error)
+                return
+            state, reason = "failed", f"{type(error).__name__}: {error}"
+            log.exception("job %s failed", job)
+        finally:
+            self.runner = None
+        self.problem = ""
+        self._end(job, state, reason)
+
+    async def _wait_for_room(self, who: str, error: BaseException) -> None:
+        self.problem = f"{who} waits: {error.__cause__ or error}"
+        log.error("%s", self.problem)
+        await asyncio.sleep(RETRY_S)
+
+    def _end(self, job: str, state: str, reason: str) -> None:
+        self.ledger.change(store.jobs, {"id": job}, state=state, reason=reason)
+        self.ledger.tell(job, "", f"{state}{f': {reason}' if reason else ''}")
+        for device in {r["device"] for r in self.ledger.rows(store.assignments, job=job)}:
+            self.fleet.ended(job, device, state)
+
+    def plan(self, spec: JobSpec) -> Plan:
+        """The job with everything that follows from it. Raises ConfigError."""
+        if spec.model not in self.config.models:
+            raise ConfigError(
+                f"the coordinator has no base model `{spec.model}`; it has {', '.join(self.config.models) or 'none'}",
+                f"add `models: {{{spec.model}: FOLDER}}` to the coordinator's YAML",
+            )
+        if spec.model not in self._cards:
+            try:
+                self._cards[spec.model] = read_card(Path(self.config.models[spec.model]))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"base model `{spec.model}`: {error}") from None
+        return Plan(spec, self._cards[spec.model])
+
+    def submit(self, text: str) -> str:
+        """Queue a job. Raises ConfigError where it cannot be meant."""
+        spec = read_job(text)
+        self.plan(spec)
+        number = 1 + max((r["number"] for r in self.ledger.rows(store.jobs)), default=0)
+        job = f"{spec.name}-{number}"
+        self.ledger.add(store.jobs, id=job, text=text, state="queued", created=time.time(), number=number)
+        self._news.set()
+        return job
+
+    def cancel(self, job: str) -> None:
+        """Stop a job for good."""
+        if not self.ledger.change(store.jobs, {"id": job}, state="cancelled"):
+            raise ConfigError(f"no job `{job}`", "coordinator jobs")
+        if self.runner is not None and self.runner.job == job and self._running:
+            self._running.cancel()
+        else:
+            self._end(job, "cancelled", "")
