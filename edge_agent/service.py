@@ -178,6 +178,12 @@ class Agent:
 
     def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
         """New work; or a question about work that we know, which is answered with where it stands."""
+        if self.outbox.overtaken(result_of(self.outbox.jobs, job.job, job.round)):
+            # It must not take the place of the current one. Whoever asks in earnest hears why nothing comes.
+            reason = "a later round was done here: an old message, or a coordinator that was put back to an older state"
+            log.warning("round %d of %s: %s", job.round, job.job, reason)
+            self._spawn(self.say(Report(job.job, job.round, "failed", reason, "job")), "report")
+            return
         self._assignment = (job, raw, key)
         if key not in self._handled or self._lost(job, key):
             self._handled.pop(key, None)
@@ -216,10 +222,7 @@ class Agent:
             if key in self._handled:
                 continue
             self._handled[key], self._doing = None, key
-            if self.outbox.overtaken(result):
-                reason = "a later round was done here: an old message, or a coordinator that was put back to an older state"
-                self._handled[key] = await self._failed(job, reason, "job")
-            elif not self.outbox.finished(result):
+            if not self.outbox.finished(result):
                 self._handled[key] = await self._one(job, raw, result)
             self._doing = ""
 

@@ -376,6 +376,8 @@ async def test_a_message_that_is_heard_again_does_nothing(tmp_path: Path, tiny: 
 
 
 async def test_an_old_assignment_that_is_heard_again_is_not_carried_out(tmp_path: Path, tiny: Path) -> None:
+    from federated.messages import Report
+
     from .world import World
 
     async with World(tmp_path, tiny, devices=1) as world:
@@ -386,13 +388,25 @@ async def test_an_old_assignment_that_is_heard_again_is_not_carried_out(tmp_path
         await listener.start()
         name = world.coordinator.jobs.submit(job(rounds=30))
         await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 4)
-        await world.kill_agent("d0")
-        world.broker.retained.clear()
-        agent = await world.start_agent("d0")
-        agent._take(topic, kept[0])
-        await asyncio.sleep(0.3)
-        assert "a later round was done here" in str(agent.status.get("last_error"))
+        agent, _ = world.agents["d0"]
+        said: list[Any] = []
+        say = agent.say
+
+        async def heard(message: Any) -> None:
+            said.append(message)
+            await say(message)
+
+        agent.say = heard  # type: ignore[method-assign]
+        for _ in range(5):
+            done = len(world.coordinator.ledger.rows(store.versions, job=name))
+            agent._take(topic, kept[0])
+            await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) > done)  # noqa: B023 - at once
+        refused = [m for m in said if isinstance(m, Report) and m.state == "failed"]
+        assert len(refused) == 5
+        assert all(m.round == 0 and "a later round was done here" in m.reason for m in refused)
         assert not (tmp_path / "d0" / "jobs" / name / "r000000.update").exists()
+        states = {r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < done}
+        assert states == {"counted"}, "the rounds that were being done went on"
         world.coordinator.jobs.cancel(name)
 
 
