@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,20 +49,7 @@ def build() -> argparse.ArgumentParser:
     watch.add_argument("--tensorboard", type=Path, metavar="DIR", help="folder for TensorBoard")
     watch.add_argument("--mlflow", metavar="URI", help="MLflow server or folder")
     watch.add_argument("--once", action="store_true", help="show and write what there is, and end")
-    devices = verb(
-        "devices", _devices, "the fleet; suspend a device, resume it, or revoke it for good", "coordinator devices revoke kitchen-jetson"
-    )
-    devices.add_argument("what", nargs="?", choices=["list", "suspend", "resume", "revoke"], default="list")
-    devices.add_argument("device", nargs="?")
-    verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device").add_argument(
-        "--qr", action="store_true", help="also as a QR code, for a device with a camera"
-    )
-    broker = verb("broker", _broker, "configuration for a broker of your own", "coordinator broker config --kind emqx --to broker/")
-    broker.add_argument("what", choices=["config"])
-    broker.add_argument("--kind", choices=["mosquitto", "emqx"], default="mosquitto")
-    broker.add_argument("--to", type=Path, required=True, help="folder to write")
-    broker.add_argument("--name", action="append", default=[], help="name or address that devices reach it by; may be repeated")
-    broker.add_argument("--port", type=int, default=8883)
+    _fleet_verbs(verb)
     verb("arms", _arms, "arms that a job used; with `explain`, why", "coordinator arms docs-1 explain", "job").add_argument(
         "explain", nargs="?", choices=["explain"], help="add the reason of each choice and what the tuner believes"
     )
@@ -82,6 +70,24 @@ def build() -> argparse.ArgumentParser:
     export.add_argument("--version", type=int, help="version (default: the newest good one)")
     verb("doctor", _doctor, "find what is set up wrong", "coordinator doctor")
     return parse
+
+
+def _fleet_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Who belongs to the fleet, and how they come in."""
+    devices = verb(
+        "devices", _devices, "the fleet; suspend a device, resume it, or revoke it for good", "coordinator devices revoke kitchen-jetson"
+    )
+    devices.add_argument("what", nargs="?", choices=["list", "suspend", "resume", "revoke"], default="list")
+    devices.add_argument("device", nargs="?")
+    verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device").add_argument(
+        "--qr", action="store_true", help="also as a QR code, for a device with a camera"
+    )
+    broker = verb("broker", _broker, "configuration for a broker of your own", "coordinator broker config --kind emqx --to broker/")
+    broker.add_argument("what", choices=["config"])
+    broker.add_argument("--kind", choices=["mosquitto", "emqx"], default="mosquitto")
+    broker.add_argument("--to", type=Path, required=True, help="folder to write")
+    broker.add_argument("--name", action="append", default=[], help="name or address that devices reach it by; may be repeated")
+    broker.add_argument("--port", type=int, default=8883)
 
 
 def _config(args: argparse.Namespace) -> "CoordinatorConfig":

@@ -4,6 +4,7 @@ import hmac
 import logging
 import time
 
+import msgspec
 from aiohttp import web
 
 from federated.enrolment import CertificateAnswer, CertificateRequest, mac_of, read_request, signed
@@ -18,6 +19,7 @@ from .keys import verify
 log = logging.getLogger(__name__)
 DAY_S = 86_400.0
 MOST_A_DAY = 20
+"""Certificates of one device; the table must not grow because something asks in a loop."""
 
 
 class Enrolment:
@@ -93,8 +95,6 @@ class Enrolment:
 
     async def answer(self, request: web.Request) -> web.Response:
         """`POST /certificate`."""
-        import msgspec
-
         try:
             made = self.issue(read_request(await request.read()))
         except WireError as error:

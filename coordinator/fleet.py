@@ -23,8 +23,8 @@ class Device:
     public_key: bytes
     said: Hello | None
     profile: DeviceProfile | None = None
-    heard: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    """Numbers of its last messages."""
+    heard: deque[bytes] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    """MACs of its last messages: a number comes from a clock, and two messages may have the same."""
 
 
 REMEMBERED = 512
@@ -58,12 +58,12 @@ class Devices:
         """Has it said hello, and not left?"""
         return device in self._rows and self._rows[device].state == "enrolled"
 
-    def repeated(self, device: str, number: int) -> bool:
+    def repeated(self, device: str, mac: bytes) -> bool:
         """Was this very message heard before? A broker may deliver it twice, and so may somebody who kept it."""
         heard = self._rows[device].heard
-        if number in heard:
+        if mac in heard:
             return True
-        heard.append(number)
+        heard.append(mac)
         return False
 
     def suspended(self, device: str) -> bool:

@@ -73,7 +73,7 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
     config.home.mkdir(parents=True, exist_ok=True)
     ended = _ended()
     b, authority = config.broker, Authority(config.home, config.fleet) if config.mutual_tls else None
-    names = own_names(b.host, parse_url(b.advertise).host if b.advertise else "")
+    names = own_names(b.host, parse_url(b.advertise).host if b.advertise else "") if authority else []
     broker = await _own_broker(config, authority, names)
     url = b.url or (broker.url if broker else "")
     public = b.advertise or b.url or (broker.public_url if broker else "")

@@ -174,7 +174,7 @@ class Service:
             if envelope.sender != device:
                 raise WireError(f"`{envelope.sender[:64]}` publishes on the topic of `{device}`")
             message = open_up(envelope, key)
-            if self.devices.repeated(device, envelope.number):
+            if self.devices.repeated(device, envelope.mac):
                 self.repeated += 1
                 return
             self._handle(device, message)
