@@ -10,6 +10,7 @@ from typing import Protocol
 from sqlalchemy.exc import OperationalError
 
 from federated.errors import ConfigError, RankfleetError
+from federated.messages import ModelSource
 from profiles.card import ModelCard, read_card
 
 from . import store
@@ -54,6 +55,14 @@ class Jobs:
         if self.runner is not None:
             self.runner.changed.set()
 
+    def _source(self, plan: Plan) -> ModelSource | None:
+        return self.models.offer(plan.card.digest, Path(self.config.models[plan.spec.model]))
+
+    def source_changed(self) -> None:
+        """The server shows another certificate: the next assignments must name it."""
+        if self.runner is not None:
+            self.runner.planner.source = self._source(self.runner.plan)
+
     async def run(self) -> None:
         """One job after the other, in the order of submission."""
         while True:
@@ -91,7 +100,7 @@ class Jobs:
                 limits=self.config.limits,
                 clock=lambda: time.time(),
                 pending=self.pending,
-                source=self.models.offer(plan.card.digest, Path(self.config.models[plan.spec.model])),
+                source=self._source(plan),
                 model_folder=Path(self.config.models[plan.spec.model]),
             )
             await self.runner.run()

@@ -88,6 +88,7 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
 
         def changed() -> None:
             service.models.reload()
+            service.jobs.source_changed()
             if broker:
                 broker.cut()
 

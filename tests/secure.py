@@ -30,7 +30,7 @@ class SecureWorld(World):
         self.config = CoordinatorConfig(
             data_dir=str(data),
             broker=Broker(kind=kind, port=0, tls=True),
-            https=Https(port=0),
+            https=Https(port=0, models=True),
             models={"tiny": str(model)},
             enrolment=enrolment or Enrolment(),
             limits=Limits(packet_bytes=self.packet, gather_ms=1, nudge_s=0.5),
