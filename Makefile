@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEXT ?= How do I parse command line options?
 DEMO_ARGS ?=
 
-.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link clean
+.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link dst clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /' | sort
@@ -46,13 +46,16 @@ test-oldest: install  ## the same tests with the oldest versions that we allow
 	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 bench: install  ## the quick benchmarks
-	@for file in benchmarks/*.py; do case "$$file" in */__init__.py|*/table.py|*/overhead.py|*/link.py|*/noise*.py|*/slow_link.py|*/flwr_peer.py) continue;; esac; $(BIN)/python -m "benchmarks.$$(basename $$file .py)" || exit 1; done
+	@export SCALE=quick; for file in benchmarks/*.py; do case "$$file" in */__init__.py|*/table.py|*/overhead.py|*/link.py|*/noise*.py|*/slow_link.py|*/flwr_peer.py) continue;; esac; $(BIN)/python -m "benchmarks.$$(basename $$file .py)" || exit 1; done
 
 bench-overhead: install  ## what a round costs beside training, flwr beside us (20 minutes)
 	$(BIN)/python -m benchmarks.overhead
 
 bench-link: install  ## a link of 1 Mbit/s that stalls and is cut (15 minutes)
 	$(BIN)/python -m benchmarks.link
+
+dst: install  ## deterministic simulation: 3,000 seeds and every planted defect (25 minutes; SCALE=quick: 3)
+	$(BIN)/python -m benchmarks.dst
 
 ci: test bench  ## what continuous integration runs
 

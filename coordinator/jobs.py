@@ -99,6 +99,7 @@ class Jobs:
                 blobs=self.blobs,
                 limits=self.config.limits,
                 clock=lambda: time.time(),
+                ticks=lambda: time.monotonic(),
                 pending=self.pending,
                 source=self._source(plan),
                 model_folder=Path(self.config.models[plan.spec.model]),

@@ -1,5 +1,6 @@
 """Updates that wait for the coordinator's receipt, and the bytes that they cost. All on disk, all safe against a kill."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,9 @@ from federated.files import write_atomic
 
 from .order import Meta, read_meta, read_update, state_file, update_file
 
+ENDED, REMEMBERED = "ended.json", 200
+"""Names of jobs that ended here, the last so many."""
+
 
 class Outbox:
     """Finished rounds under `<state_dir>/jobs/<job>/`; one is due while its update is there."""
@@ -18,6 +22,7 @@ class Outbox:
         self.jobs = home / "jobs"
         self._due: dict[Path, Meta] | None = None
         """What is due, once the folder has been looked through; kept up to date from then on."""
+        self._over: list[str] | None = None
 
     def due(self) -> list[tuple[Path, Meta]]:
         """Results without a receipt, oldest first. One whose head is damaged is removed: it will be trained again."""
@@ -72,8 +77,24 @@ class Outbox:
             if name.endswith(".state") and old < result.name and f"{old}.update" not in names:
                 (result.parent / name).unlink(missing_ok=True)
 
+    def over(self, job: str) -> bool:
+        """Has this job ended? What a broker kept of it must not be begun again."""
+        return job in self._ended()
+
+    def _ended(self) -> list[str]:
+        if self._over is None:
+            try:
+                self._over = msgspec.json.decode((self.jobs / ENDED).read_bytes(), type=list[str])
+            except (OSError, msgspec.MsgspecError):
+                self._over = []
+        return self._over
+
     def forget(self, job: str) -> None:
-        """A job has ended for good: nothing of it stays."""
+        """A job has ended for good: nothing of it stays but its name."""
+        if not self.over(job):
+            self._over = [*self._ended(), job][-REMEMBERED:]
+            with contextlib.suppress(OSError):  # on a full disk it is forgotten with the next start, and nothing else is lost
+                write_atomic(self.jobs / ENDED, msgspec.json.encode(self._over))
         shutil.rmtree(self.jobs / job, ignore_errors=True)
         if self._due is not None:
             self._due = {f: m for f, m in self._due.items() if m.job != job}

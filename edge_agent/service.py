@@ -178,6 +178,10 @@ class Agent:
 
     def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
         """New work; or a question about work that we know, which is answered with where it stands."""
+        if self.outbox.over(job.job):
+            log.warning("round %d of %s: that job has ended: an old message", job.round, job.job)
+            self._spawn(self.say(Report(job.job, job.round, "failed", "that job has ended here", "job")), "report")
+            return
         if self.outbox.overtaken(result_of(self.outbox.jobs, job.job, job.round)):
             # It must not take the place of the current one. Whoever asks in earnest hears why nothing comes.
             reason = "a later round was done here: an old message, or a coordinator that was put back to an older state"

@@ -1,10 +1,13 @@
 """Files that survive a power cut: write beside, fsync, rename, fsync the folder."""
 
-import contextlib
+import errno
 import hashlib
 import os
 import shutil
 from pathlib import Path
+
+CANNOT = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
+"""What file systems say that do not sync folders."""
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = True) -> None:
@@ -76,13 +79,18 @@ def sync_files(paths: list[Path]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable, where the system can."""
-    with contextlib.suppress(OSError):
+    """Make renames in `folder` durable, where the system can sync folders at all. Raises OSError where the disk fails or is full."""
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except PermissionError:
+        return  # Windows opens no folders
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def digest_of(data: bytes) -> str:

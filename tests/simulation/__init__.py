@@ -1,0 +1,1 @@
+"""Deterministic simulation: the real coordinator and agents on a virtual clock, a broker and disks that misbehave by seed."""
