@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEXT ?= How do I parse command line options?
 DEMO_ARGS ?=
 
-.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link dst clean
+.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link dst chaos clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /' | sort
@@ -56,6 +56,9 @@ bench-link: install  ## a link of 1 Mbit/s that stalls and is cut (15 minutes)
 
 dst: install  ## deterministic simulation: 3,000 seeds and every planted defect (25 minutes; SCALE=quick: 3)
 	$(BIN)/python -m benchmarks.dst
+
+chaos: install  ## 200 faults on real processes over 30 rounds (12 minutes; SCALE=quick: 30 faults, 2 minutes)
+	$(BIN)/python -m benchmarks.chaos
 
 ci: test bench  ## what continuous integration runs
 

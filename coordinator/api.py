@@ -10,9 +10,11 @@ from aiohttp import web
 from bandit.tuner import NoArm, Tuner
 from federated.errors import ConfigError, RankfleetError
 from federated.files import write_atomic
+from federated.roster import decode_key, encode_key
 
 from . import store
 from .job import Plan, read_job
+from .operators import Operators, role_for
 from .service import Service
 
 
@@ -26,6 +28,10 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
     if request.headers.get("Authorization") != f"Bearer {request.app[TOKEN]}" and request.path != "/health":
         return _json({"error": "the token is wrong", "hint": "use the data_dir of the running service"}, 401)
     try:
+        if request.path != "/health":
+            body = await request.read()
+            role = role_for(request.method, request.path_qs)
+            request.app[OPERATORS].allowed(request.method, request.path_qs, body, request.headers, role)
         answer: web.StreamResponse = await handler(request)
         return answer
     except RankfleetError as error:
@@ -33,6 +39,15 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
 
 
 TOKEN: web.AppKey[str] = web.AppKey("token", str)
+OPERATORS: web.AppKey[Operators] = web.AppKey("operators", Operators)
+
+
+def _signed(request: web.Request) -> tuple[bytes, bytes]:
+    """The operator's key and signature over the job itself. Raises ConfigError."""
+    try:
+        return decode_key(request.headers.get("X-Operator", ""), "the operator's key"), bytes.fromhex(request.headers["X-Job"])
+    except (KeyError, ValueError):
+        raise ConfigError("the job is not signed", "--key FILE, or RANKFLEET_KEY") from None
 
 
 class Api:
@@ -42,12 +57,16 @@ class Api:
         self.service = service
         self.app = web.Application(middlewares=[_errors], client_max_size=4 << 20)
         self.app[TOKEN] = secrets.token_urlsafe(24)
+        self.app[OPERATORS] = service.operators
         self.app.add_routes(
             [
                 web.get("/health", self.health),
                 web.get("/jobs", self.jobs),
                 web.post("/jobs", self.submit),
                 web.post("/jobs/{job}/{verb}", self.verb),
+                web.get("/jobs/{job}/text", self.text),
+                web.get("/operators", self.operators),
+                web.post("/operators", self.replace_roster),
                 web.get("/jobs/{job}/rounds", self.rounds),
                 web.get("/jobs/{job}/progress", self.progress),
                 web.get("/devices", self.devices),
@@ -108,7 +127,34 @@ class Api:
         text = await request.text()
         plan = self.service.jobs.plan(read_job(text))
         preview = self.preview(plan)
-        return _json({"job": "" if request.query.get("dry") else self.service.jobs.submit(text), "devices": preview})
+        job, operators = "", self.service.operators
+        if not request.query.get("dry"):
+            signed = _signed(request) if operators.roster else None
+            job = self.service.jobs.submit(text, signed)
+        return _json({"job": job, "devices": preview, "lacks": operators.lacks(job, text) if job else 0})
+
+    async def text(self, request: web.Request) -> web.Response:
+        """A job as it was submitted, and who signed it."""
+        job = request.match_info["job"]
+        row = self.service.ledger.row(store.jobs, id=job)
+        if row is None:
+            raise ConfigError(f"no job `{job}`", "coordinator jobs")
+        return _json({"text": row["text"], "signed": self.service.operators.agreed(job, row["text"])})
+
+    async def operators(self, request: web.Request) -> web.Response:
+        """The roster in force, and what was done."""
+        roster = self.service.operators.roster
+        people = {n: {"role": o.role, "key": encode_key(o.key)} for n, o in roster.operators.items()} if roster else {}
+        trail = [dict(r) for r in self.service.ledger.rows(store.audit)][-100:]
+        return _json(
+            {"fleet": self.service.config.fleet, "version": roster.version if roster else 0, "operators": people, "audit": trail,
+             "approvals": roster.approvals if roster else 0}
+        )  # fmt: skip
+
+    async def replace_roster(self, request: web.Request) -> web.Response:
+        """A new roster, signed by an admin of the one in force."""
+        roster = self.service.operators.replace(await request.read())
+        return _json({"version": roster.version, "operators": list(roster.operators)})
 
     def preview(self, plan: Plan) -> list[dict[str, Any]]:
         """Device → arm of the first round, or why there is none."""
@@ -149,13 +195,19 @@ class Api:
             raise ConfigError(f"no job `{job}`", "coordinator jobs")
         if row["state"] in ("finished", "failed", "cancelled"):
             raise ConfigError(f"job `{job}` is {row['state']}")
+        if verb == "approve":
+            agreed = self.service.operators.sign(job, *_signed(request))
+            self.service.jobs.approved(job)
+            return _json({"job": job, "done": verb, "signed": agreed, "lacks": self.service.operators.lacks(job, row["text"])})
+        if row["state"] == "held" and verb in ("pause", "resume"):
+            raise ConfigError(f"job `{job}` waits for operators to sign it", f"coordinator approve {job} --key FILE")
         if verb == "cancel":
             self.service.jobs.cancel(job)
         elif verb in ("pause", "resume"):
             self.service.ledger.change(store.jobs, {"id": job}, state="paused" if verb == "pause" else "running")
             self.service.changed()
         else:
-            raise ConfigError(f"`{verb}` is not one of cancel, pause, resume")
+            raise ConfigError(f"`{verb}` is not one of approve, cancel, pause, resume")
         return _json({"job": job, "done": verb})
 
     async def rounds(self, request: web.Request) -> web.Response:

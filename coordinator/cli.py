@@ -28,6 +28,7 @@ def build() -> argparse.ArgumentParser:
     def verb(name: str, run: cli.Command, text: str, example: str, *words: str) -> argparse.ArgumentParser:
         made = cli.command(group, name, run, text, example)
         made.add_argument("--config", type=Path, default=Path(DEFAULT), help=f"the coordinator's YAML (default {DEFAULT})")
+        made.add_argument("--key", type=Path, default=os.environ.get("RANKFLEET_KEY"), help="the operator's key (default: $RANKFLEET_KEY)")
         for word in words:
             made.add_argument(word)
         return made
@@ -39,6 +40,9 @@ def build() -> argparse.ArgumentParser:
         "submit", _submit, "validate a job, show what each device would get, and queue it", "coordinator submit job.yaml --dry-run", "job"
     ).add_argument("--dry-run", action="store_true", help="validate and show only")
     verb("jobs", _jobs, "all jobs and their state", "coordinator jobs")
+    verb("approve", _approve, "sign a job that waits for another operator", "coordinator approve docs-1 --key bob.key", "job").add_argument(
+        "--yes", action="store_true", help="sign it; without this it is shown"
+    )
     for name, text in (("cancel", "stop a job for good"), ("pause", "open no further round"), ("resume", "go on")):
         verb(name, _change, text, f"coordinator {name} docs-1", "job")
     verb("rounds", _rounds, "what each device did in each round", "coordinator rounds docs-1", "job")
@@ -82,6 +86,9 @@ def _fleet_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device").add_argument(
         "--qr", action="store_true", help="also as a QR code, for a device with a camera"
     )
+    operators = verb("operators", _operators, "who may order what", "coordinator operators set roster.yaml --key admin.key")
+    operators.add_argument("what", nargs="?", choices=["list", "keygen", "set", "audit"], default="list")
+    operators.add_argument("file", nargs="?", help="keygen: the new key; set: the roster")
     broker = verb("broker", _broker, "configuration for a broker of your own", "coordinator broker config --kind emqx --to broker/")
     broker.add_argument("what", choices=["config"])
     broker.add_argument("--kind", choices=["mosquitto", "emqx"], default="mosquitto")
@@ -101,7 +108,8 @@ def _config(args: argparse.Namespace) -> "CoordinatorConfig":
 def _client(args: argparse.Namespace) -> "Client":
     from .client import Client
 
-    return Client(_config(args).home)
+    config = _config(args)
+    return Client(config.home, config.fleet, Path(args.key) if args.key else None)
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -123,9 +131,51 @@ def _submit(args: argparse.Namespace) -> int:
     from .job import read_job_file
 
     read_job_file(Path(args.job))
-    answer = _client(args).post("/jobs" + ("?dry=1" if args.dry_run else ""), read(Path(args.job)))
+    job = read(Path(args.job))
+    answer = _client(args).signed_job("/jobs" + ("?dry=1" if args.dry_run else ""), job, job)
     text = cli.table(answer["devices"])
-    cli.show(args, answer, text + (f"\nqueued as `{answer['job']}`" if answer["job"] else "\nthe job is valid"))
+    held = f"\nheld as `{answer['job']}` until {answer['lacks']} more operators sign: coordinator approve {answer['job']} --key FILE"
+    queued = held if answer["lacks"] else f"\nqueued as `{answer['job']}`"
+    cli.show(args, answer, text + (queued if answer["job"] else "\nthe job is valid"))
+    return 0
+
+
+def _approve(args: argparse.Namespace) -> int:
+    client = _client(args)
+    text = client.get(f"/jobs/{args.job}/text")["text"]
+    if not args.yes:
+        print(text)
+        raise ConfigError(f"this is what you would sign as job `{args.job}`", f"coordinator approve {args.job} --yes")
+    answer = client.signed_job(f"/jobs/{args.job}/approve", "", text)
+    waits = f"; {answer['lacks']} more must sign" if answer["lacks"] else "; it is queued"
+    cli.show(args, answer, f"signed by {', '.join(answer['signed'])}{waits}")
+    return 0
+
+
+def _operators(args: argparse.Namespace) -> int:
+    if args.what == "keygen":
+        from .operator_key import generate
+
+        if not args.file:
+            raise ConfigError("where should the key lie?", "coordinator operators keygen alice.key")
+        public = generate(Path(args.file))
+        cli.show(args, {"key": public, "file": args.file}, f"the public half, for the roster: {public}")
+        return 0
+    client = _client(args)
+    known = client.get("/operators")
+    if args.what == "set":
+        if client.key is None or not args.file:
+            raise ConfigError("a roster is a file, and an admin signs it", "coordinator operators set roster.yaml --key admin.key")
+        answer = client.send("/operators", client.key.roster(Path(args.file), known["fleet"], known["version"] + 1))
+        cli.show(args, answer, f"version {answer['version']} is in force: {', '.join(answer['operators'])}")
+        return 0
+    if args.what == "audit":
+        rows = [{**r, "at": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(r["at"]))} for r in known["audit"]]
+        cli.show(args, rows)
+        return 0
+    rows = [{"operator": n, **o} for n, o in known["operators"].items()]
+    some = f"{cli.table(rows)}\n{known['approvals']} must sign a job"
+    cli.show(args, known, some if rows else "there is no roster: the token in data_dir is enough for everything")
     return 0
 
 

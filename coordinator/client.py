@@ -2,22 +2,34 @@
 
 import http.client
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from federated.errors import ConfigError, RankfleetError, Unreachable
+
+if TYPE_CHECKING:
+    from .operator_key import OperatorKey
+
+
+def _key(path: Path) -> "OperatorKey":
+    from .operator_key import OperatorKey
+
+    return OperatorKey(path)
 
 
 class Client:
     """Speaks to the service whose data directory is `home`."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, fleet: str = "", key: Path | None = None) -> None:
         try:
             said = json.loads((home / "api.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise Unreachable(f"{home}: no coordinator has run here", "coordinator serve --config coordinator.yaml") from None
-        self.url, self.token = urlsplit(said["url"]), said["token"]
+        self.url, self.token, self.fleet = urlsplit(said["url"]), said["token"], fleet
+        self.key = _key(key) if key else None
 
     def get(self, path: str) -> Any:
         """The answer's data. Raises RankfleetError."""
@@ -27,10 +39,20 @@ class Client:
         """The answer's data. Raises RankfleetError."""
         return self._ask("POST", path, body.encode())
 
-    def _ask(self, verb: str, path: str, body: bytes) -> Any:
+    def send(self, path: str, body: bytes) -> Any:
+        """As `post`, with bytes."""
+        return self._ask("POST", path, body)
+
+    def signed_job(self, path: str, body: str, text: str) -> Any:
+        """As `post`, with the operator's signature over a job's text, where there is a key."""
+        extra = {"X-Job": self.key.job(self.fleet, text)} if self.key else {}
+        return self._ask("POST", path, body.encode(), extra)
+
+    def _ask(self, verb: str, path: str, body: bytes, extra: Mapping[str, str] = MappingProxyType({})) -> Any:
         connection = http.client.HTTPConnection(self.url.hostname or "127.0.0.1", self.url.port, timeout=30)
         try:
-            connection.request(verb, path, body, {"Authorization": f"Bearer {self.token}"})
+            signed = self.key.request(self.fleet, verb, path, body) if self.key and verb != "GET" else {}
+            connection.request(verb, path, body, {"Authorization": f"Bearer {self.token}", **signed, **extra})
             answer = connection.getresponse()
             data = json.loads(answer.read())
         except (OSError, http.client.HTTPException, ValueError) as error:

@@ -40,7 +40,7 @@ async def close(run: "JobRunner", number: int) -> None:
     if row["state"] != "closing":
         folding = [[r["device"], r["round"]] for r in foldable(run, number)]
         run.ledger.change(store.rounds, {"job": run.job, "number": number}, state="closing", folding=store.text(folding))
-    version = await asyncio.to_thread(make, run, number, folding)
+    version, pull = await asyncio.to_thread(make, run, number, folding)
     rows = run.ledger.rows(store.assignments, job=run.job, round=number)
     for row in rows:
         if examples := store.read(row["telemetry"]).get("examples"):
@@ -48,7 +48,7 @@ async def close(run: "JobRunner", number: int) -> None:
     with run.ledger.write() as tx:
         judge(run, tx, number, quality.of_version(rows))
         record(run, tx, version)
-        mark_closed(run, tx, number, rows)
+        mark_closed(run, tx, number, rows, pull)
         settle(run, tx, number, folding)
     run.pending.close(run.job, number)
     run.adopt(version)
@@ -62,8 +62,8 @@ def foldable(run: "JobRunner", number: int) -> list[RowMapping]:
     return [r for r in rows if r["round"] == number or (fold and r["round"] < number)]
 
 
-def make(run: "JobRunner", number: int, folding: Folding) -> Version:
-    """The next version, from the ledger and files alone."""
+def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict[str, float]]:
+    """The next version, from the ledger and files alone; and each device's share of the updates' norms."""
     keeper = Keeper() if apply.streams(run.server) else Keeper(pinned_mb=math.inf)
     lifter = Lifter(run.server, run.blobs, number, keeper)
     rows = {
@@ -81,8 +81,10 @@ def make(run: "JobRunner", number: int, folding: Folding) -> Version:
     if not used:
         raise ConfigError(f"round {number}: no update could be used; `coordinator rounds {run.job}` says why")
     run.planner.carry_views(run.version, version)
-    observe(run, [r for (_, of), r in sorted(rows.items()) if of == number], norms)
-    return version
+    total = sum(norms.values()) or 1.0
+    pull = {d: n / total for d, n in sorted(norms.items())}
+    observe(run, [r for (_, of), r in sorted(rows.items()) if of == number], pull)
+    return version, pull
 
 
 def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping) -> Update | None:
@@ -101,13 +103,12 @@ def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping) -> Update | None:
     return made
 
 
-def observe(run: "JobRunner", rows: Sequence[RowMapping], norms: Mapping[str, float]) -> None:
+def observe(run: "JobRunner", rows: Sequence[RowMapping], pull: Mapping[str, float]) -> None:
     """What came of the arms, for the tuner."""
     eligible = run.fleet.eligible(run.plan)
     known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
-    total = sum(norms.values()) or 1.0
     outcomes = [
-        quality.outcome(r, known[r["device"]].name, norms.get(r["device"], 0.0) / total)
+        quality.outcome(r, known[r["device"]].name, pull.get(r["device"], 0.0))
         for r in rows
         if r["device"] in known and r["state"] != "assigned"
     ]
@@ -133,10 +134,10 @@ def judge(run: "JobRunner", tx: Connection, number: int, metrics: dict[str, Any]
     tx.execute(update(table).where(*where).values(state=state, metrics=store.text(metrics)))
 
 
-def mark_closed(run: "JobRunner", tx: Connection, number: int, rows: Sequence[RowMapping]) -> None:
+def mark_closed(run: "JobRunner", tx: Connection, number: int, rows: Sequence[RowMapping], pull: Mapping[str, float] | None = None) -> None:
     """The round's row."""
     where = (store.rounds.c.job == run.job, store.rounds.c.number == number)
-    info = store.text(quality.summary(rows))
+    info = store.text({**quality.summary(rows), "pull": dict(pull or {})})
     tx.execute(update(store.rounds).where(*where).values(state="closed", closed=run.clock(), info=info))
 
 

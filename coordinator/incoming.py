@@ -5,6 +5,7 @@ a round with a thousand devices takes no more memory than with twenty.
 """
 
 import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -33,6 +34,11 @@ def check(data: bytes) -> dict[str, object]:
     if not isinstance(meta, dict):
         raise WireError("the update carries no report")
     return meta
+
+
+def bounded(cost: Mapping[str, float]) -> dict[str, float]:
+    """What a device says that its round took: a few finite numbers, whatever it sends."""
+    return {k[:32]: round(min(v, 1e9), 3) for k, v in itertools.islice(cost.items(), 16) if math.isfinite(v) and v >= 0}
 
 
 def purpose(body: bytes) -> str:

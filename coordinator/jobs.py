@@ -18,12 +18,15 @@ from .blobs import Blobs
 from .config import CoordinatorConfig
 from .https_server import HttpsServer
 from .job import JobSpec, Plan, read_job
+from .operators import Operators
 from .pending import Pending
 from .rounds import Fleet as Members
 from .rounds import JobRunner
 
 log = logging.getLogger(__name__)
 ENDED = ("finished", "failed", "cancelled")
+HELD = "held"
+"""Waits for operators' signatures."""
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 RETRY_S = 10.0
 """After a disk that was full, or a database that was away."""
@@ -40,9 +43,17 @@ class Jobs:
     """`runner` is the job that runs now; `problem` is why it waits."""
 
     def __init__(
-        self, config: CoordinatorConfig, ledger: store.Store, fleet: Fleet, blobs: Blobs, pending: Pending, models: HttpsServer
+        self,
+        config: CoordinatorConfig,
+        ledger: store.Store,
+        fleet: Fleet,
+        blobs: Blobs,
+        pending: Pending,
+        models: HttpsServer,
+        operators: Operators,
     ) -> None:
         self.config, self.ledger, self.fleet, self.blobs, self.pending, self.models = config, ledger, fleet, blobs, pending, models
+        self.operators = operators
         self.runner: JobRunner | None = None
         self.problem = ""
         self._cards: dict[str, ModelCard] = {}
@@ -67,7 +78,7 @@ class Jobs:
         """One job after the other, in the order of submission."""
         while True:
             try:
-                waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in ENDED), key=lambda r: r["number"])
+                waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in (*ENDED, HELD)), key=lambda r: r["number"])
             except OperationalError as error:
                 await self._wait_for_room("the ledger", error)
                 continue
@@ -102,6 +113,7 @@ class Jobs:
                 ticks=lambda: time.monotonic(),
                 pending=self.pending,
                 source=self._source(plan),
+                warrant=self.operators.warrant(job, text),
                 model_folder=Path(self.config.models[plan.spec.model]),
             )
             await self.runner.run()
@@ -150,15 +162,28 @@ class Jobs:
                 raise ConfigError(f"base model `{spec.model}`: {error}") from None
         return Plan(spec, self._cards[spec.model])
 
-    def submit(self, text: str) -> str:
-        """Queue a job. Raises ConfigError where it cannot be meant."""
+    def submit(self, text: str, signed: tuple[bytes, bytes] | None = None) -> str:
+        """Queue a job, or hold it until enough operators have signed it. Raises ConfigError where it cannot be meant."""
         spec = read_job(text)
         self.plan(spec)
         number = 1 + max((r["number"] for r in self.ledger.rows(store.jobs)), default=0)
         job = f"{spec.name}-{number}"
-        self.ledger.add(store.jobs, id=job, text=text, state="queued", created=time.time(), number=number)
-        self._news.set()
+        self.ledger.add(store.jobs, id=job, text=text, state=HELD, created=time.time(), number=number)
+        try:
+            if signed:
+                self.operators.sign(job, *signed)
+        except RankfleetError:
+            self.ledger.remove(store.jobs, id=job)
+            raise
+        self.approved(job)
         return job
+
+    def approved(self, job: str) -> None:
+        """Queue a held job, if nobody's signature is lacking."""
+        row = self.ledger.row(store.jobs, id=job)
+        if row is not None and row["state"] == HELD and not self.operators.lacks(job, row["text"]):
+            self.ledger.change(store.jobs, {"id": job, "state": HELD}, state="queued")
+            self._news.set()
 
     def cancel(self, job: str) -> None:
         """Stop a job for good."""

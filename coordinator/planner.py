@@ -28,9 +28,17 @@ class Planner:
     """One per job. Views and masks are made once per class of devices and shared by digest."""
 
     def __init__(
-        self, job: str, plan: Plan, model_folder: Path, registry: Registry, blobs: Blobs, source: ModelSource | None = None
+        self,
+        job: str,
+        plan: Plan,
+        model_folder: Path,
+        registry: Registry,
+        blobs: Blobs,
+        source: ModelSource | None = None,
+        warrant: bytes | None = None,
     ) -> None:
         self.job, self.plan, self.registry, self.blobs, self.source = job, plan, registry, blobs, source
+        self.warrant = warrant
         prunes = max(plan.spec.arms.prune) > 0
         self._scores = channels.importance(model_folder, plan.card) if prunes else {}
         self._masks: dict[float, Masks] = {}
@@ -139,6 +147,8 @@ class Planner:
         blobs = {"view": self._view(version, number, device, placement, masks, server)}
         if frozen := self._below(version, placement, masks, complete=complete):
             blobs["frozen"] = frozen
+        if self.warrant:
+            blobs["warrant"] = self.blobs.put(self.warrant)
         if masks:
             blobs["masks"] = self.blobs.put(encode({k: t.astype(np.int32) for k, t in masks.items()}))
         if not server.stack.using("offer"):

@@ -220,7 +220,7 @@ class Receiving:
         if not public or not verify(public, offer.signature, manifest(job, round, device, offer.blob.digest)):
             raise WireError("the update is not signed by this device's key")
         data = arrival.data or (arrival.path.read_bytes() if arrival.path else b"")
-        told = incoming.check(data)
+        told = {**incoming.check(data), "cost": incoming.bounded(offer.cost)}
         asked = self.pending.get(arrival.key)
         if asked is None:
             row = self.ledger.row(store.assignments, job=job, round=round, device=device)

@@ -59,12 +59,13 @@ class JobRunner:
         limits: Limits,
         pending: Pending,
         source: ModelSource | None = None,
+        warrant: bytes | None = None,
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = job, plan, ledger, home, blobs, fleet, clock
         self.registry = Registry(home / "jobs" / job)
-        self.planner = Planner(job, plan, model_folder, self.registry, blobs, source)
+        self.planner = Planner(job, plan, model_folder, self.registry, blobs, source, warrant)
         self.server = ServerSide(plan.stack, job, plan.spec.rounds)
         self.tuner = self.new_tuner({})
         self.changed = asyncio.Event()

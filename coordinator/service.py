@@ -43,6 +43,7 @@ from .https_server import HttpsServer
 from .job import Plan
 from .jobs import Jobs
 from .keys import Keys
+from .operators import Operators
 from .pending import Pending
 from .receiving import Receiving
 
@@ -79,7 +80,8 @@ class Service:
         self.admission = Admission(config.limits, self._misbehaves)
         self.receiving.refused = self.admission.strike
         self._cut = cut
-        self.jobs = Jobs(config, self.ledger, self, self.blobs, self.pending, self.models)
+        self.operators = Operators(config, self.ledger)
+        self.jobs = Jobs(config, self.ledger, self, self.blobs, self.pending, self.models, self.operators)
         self.bytes_in: dict[str, int] = {}
         self.dropped = self.repeated = 0
         self._retained: dict[str, bytes] = {}
@@ -280,7 +282,16 @@ class Service:
         if device == COORDINATOR:
             raise ConfigError(f"no device can be called `{COORDINATOR}`: the coordinator is, towards the broker", "take another name")
         door, pin = (self.models.url, self.models.public_pin) if self.enrolment.authority else ("", b"")
-        claim = Claim(self.config.fleet, checked(device), self.broker_url, secrets.token_bytes(32), self.keys.public, door, pin)
+        claim = Claim(
+            self.config.fleet,
+            checked(device),
+            self.broker_url,
+            secrets.token_bytes(32),
+            self.keys.public,
+            door,
+            pin,
+            self.operators.admins(),
+        )
         if self.devices.enrolled(device):
             self._gone(device, "left")  # its key is void from now on: no round waits for it
         self.enrolment.invited(device)

@@ -119,6 +119,24 @@ events = Table(
     Column("text", Text),
 )
 
+signatures = Table(
+    "signatures",
+    meta,
+    Column("job", String(96), primary_key=True),
+    Column("key", LargeBinary(32), primary_key=True),
+    Column("signature", LargeBinary),
+    Column("at", Float),
+)
+audit = Table(
+    "audit",
+    meta,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float),
+    Column("operator", String(64)),
+    Column("action", String(16)),
+    Column("text", Text),
+)
+
 
 class Store:
     """One connection, one writer. Every method is one transaction."""

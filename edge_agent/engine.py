@@ -18,11 +18,14 @@ START_S = 180.0
 
 
 class EngineFailed(Exception):
-    """An order that could not be carried out; `code` is `memory`, `data`, `job` or `crash`."""
+    """An order that could not be carried out; `code` is `memory`, `data`, `job` or `crash`.
 
-    def __init__(self, code: str, reason: str) -> None:
+    `again`: somebody else killed the worker. That may have been chance, so the order is worth another try.
+    """
+
+    def __init__(self, code: str, reason: str, again: bool = False) -> None:
         super().__init__(reason)
-        self.code = code
+        self.code, self.again = code, again
 
 
 class Engine(Protocol):
@@ -104,6 +107,7 @@ class ProcessEngine:
                 "the worker was killed (signal 9), most likely for memory"
                 if killed
                 else f"the worker ended with code {code}; its messages are in the agent's log",
+                again=killed,
             )
         told: dict[str, Any] = msgspec.json.decode(line)
         return told

@@ -30,6 +30,8 @@ class Identity(msgspec.Struct, frozen=True):
     link_key: bytes
     coordinator: bytes
     public_key: bytes
+    operators: list[bytes] = []
+    """Keys of the fleet's admins, from the claim token; empty: the coordinator's signature is enough."""
 
 
 def enroll(token: str, home: Path, again: bool = False) -> Identity:
@@ -49,7 +51,7 @@ def enroll(token: str, home: Path, again: bool = False) -> Identity:
         os.chmod(home, 0o700)
         private = _key_of(claim, home)
         public = private.public_key().public_bytes_raw()
-        identity = Identity(claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator, public)
+        identity = Identity(claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator, public, claim.operators)
         if claim.door:
             certificate.obtain(home, claim.device, identity.link_key, private, claim.door, claim.pin)
         write_atomic(home / "device.key", private.private_bytes_raw(), 0o600)

@@ -46,6 +46,8 @@ class Meta(msgspec.Struct, frozen=True):
     round: int
     blob: Blob
     signature: bytes
+    cost: dict[str, float] = {}
+    """What the round took: seconds by part, `peak_mb`."""
     inline: bool = False
     """May a small update travel with its offer, without a grant?"""
 

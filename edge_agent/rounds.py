@@ -22,7 +22,7 @@ from federated.wire import encode, freeze, open_frame, thaw
 from profiles.card import ModelCard, read_card
 from profiles.cost import memory_mb
 
-from . import current, identity, system
+from . import current, identity, system, warrant
 from .adapter import as_tensor
 from .data import Shard
 from .model import Base
@@ -147,10 +147,7 @@ class LocalRound:
         sent = self.client.send(delta)
         served = self.client.serve({**self.anchor, **trained}) if self.client.stack.using("serve") else {}
         self._publish({**self.view.tensors, **self.client.kept, **served})
-        self.told |= {
-            "steps": self.job.recipe.steps, "examples": len(self.trainer.examples), "seconds": self.watch.seconds,
-            "peak_mb": system.peak_rss_mb(),
-        }  # fmt: skip
+        self.told |= {"steps": self.job.recipe.steps, "examples": len(self.trainer.examples)}
         tensors = {f"d/{k}": t for k, t in sent.items()}
         return tensors | {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
 
@@ -165,7 +162,8 @@ class LocalRound:
         blob = blob_of(update, self.order.chunk)
         signed = manifest(self.job.job, self.job.round, self.device, blob.digest)
         signature = self.key.sign(signed)
-        meta = Meta(self.job.job, self.job.round, blob, signature, self.order.inline)
+        cost = {**self.watch.seconds, "peak_mb": system.peak_rss_mb()}
+        meta = Meta(self.job.job, self.job.round, blob, signature, cost, self.order.inline)
         state = self.client.saved()
         commit(Path(self.order.result), update, freeze(state), meta)
         self.state = (state_file(Path(self.order.result)), state)
@@ -199,6 +197,7 @@ class Worker:
     def run(self, order: Order, progress: Progress) -> None:
         """Do what the order says and leave the result in its folder. Raises RankfleetError with the reason."""
         job = _verified(order)
+        warrant.check(identity.known(Path(order.home)), Path(order.home), order.blobs, job)
         if time.monotonic() - self._served > 2 * SERVE_S:
             self.idle()
         with system.slot(order.slots):

@@ -74,7 +74,7 @@ class Sender:
             while update_file(result).exists():
                 # Small updates travel with their first offer; if that is not answered, the coordinator says what it lacks.
                 small = meta.inline and not offered and len(data) + OFFER_BYTES <= meta.blob.chunk
-                await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature, data if small else b""))
+                await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature, data if small else b"", meta.cost))
                 offered = True
                 try:
                     while True:

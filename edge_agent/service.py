@@ -255,7 +255,7 @@ class Agent:
                 slots=self.config.worker.slots,
                 inline=job.inline,
             )
-            await self.engine.run(order, lambda told: self.status.set(**told))
+            await self._carried_out(order)
             if job.job in self._over:
                 self.outbox.forget(job.job)
                 return None
@@ -270,6 +270,17 @@ class Agent:
         except Exception as error:
             log.exception("an assignment failed")
             return await self._failed(job, f"{type(error).__name__}: {error}", "crash")
+
+    async def _carried_out(self, order: Order) -> None:
+        """In the worker; one that is killed by somebody else gets a second try. Raises EngineFailed."""
+        try:
+            await self.engine.run(order, lambda told: self.status.set(**told))
+        except EngineFailed as failed:
+            if not failed.again:
+                raise
+            log.warning("%s; once more", failed)
+            self.status.set(worker_killed=self.status.get("worker_killed", 0) + 1)
+            await self.engine.run(order, lambda told: self.status.set(**told))
 
     async def _fetched(self, job: Assignment) -> dict[str, str] | None:
         """The assignment's blobs as files; None if other work, or the end of the job, came first."""

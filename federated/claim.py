@@ -29,6 +29,8 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     """HTTPS address where the device gets its certificate; empty: the link has no TLS of ours."""
     pin: bytes = b""
     """SHA-256 of the public key that is shown there."""
+    operators: list[bytes] = []
+    """Keys of the fleet's admins: jobs must be signed by operators whom one of them named. Empty: the coordinator is trusted."""
 
 
 def write_claim(claim: Claim) -> str:

@@ -79,6 +79,8 @@ class Offer(Message, tag="offer", frozen=True):
     signature: bytes
     data: bytes = b""
     """The whole update, where the assignment allows that and it fits into a packet."""
+    cost: dict[str, float] = {}
+    """What the round took here: seconds by part, `peak_mb`. Beside the update and not in it: the same work gives the same bytes."""
 
 
 class Report(Message, tag="report", frozen=True):

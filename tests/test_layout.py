@@ -104,6 +104,8 @@ def test_every_verb_has_an_example_and_json(program: str) -> None:
             "rounds",
             "devices",
             "invite",
+            "approve",
+            "operators",
             "broker",
             "arms",
             "methods",

@@ -175,6 +175,9 @@ def test_broker_worker_and_agent_killed(programs: Programs, tmp_path: Path) -> N
     coordinator, agent = psutil.Process(programs.processes[0].pid), psutil.Process(programs.processes[1].pid)
     programs.until(lambda: agent.children() and programs.json("rounds", "toy-1")["rounds"])
     programs.until(lambda: any(d["state"] == "training" for d in programs.json("rounds", "toy-1")["live"].values()))
+    killed = agent.children()[0]
+    killed.send_signal(signal.SIGKILL)
+    programs.until(lambda: agent.children() and agent.children()[0].pid != killed.pid)  # once may have been chance
     agent.children()[0].send_signal(signal.SIGKILL)
     programs.until(lambda: any(d["state"] == "failed" for r in programs.json("rounds", "toy-1")["rounds"] for d in r["devices"]))
     failed = [d for r in programs.json("rounds", "toy-1")["rounds"] for d in r["devices"] if d["state"] == "failed"]

@@ -69,7 +69,7 @@ def carry_out(what: Order) -> None:
     update = encode({f"d/{k}": t for k, t in sent.items()}, {**told, "examples": 10, "loss_before": 1.0, "loss_after": 0.9})
     blob = blob_of(update, what.chunk)
     signature = identity.signer(Path(what.home)).sign(manifest(job.job, job.round, device, blob.digest))
-    order.commit(result, update, freeze(client.saved()), order.Meta(job.job, job.round, blob, signature, what.inline))
+    order.commit(result, update, freeze(client.saved()), order.Meta(job.job, job.round, blob, signature, inline=what.inline))
 
 
 def _delta(job: Assignment, device: str, start: Tensors) -> Tensors:

@@ -1,0 +1,194 @@
+"""Operators: roles, signatures, approvals; and a coordinator in the wrong hands, which devices do not obey."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp.test_utils import TestClient, TestServer
+
+from coordinator import store
+from coordinator.api import Api
+from coordinator.broker import mosquitto
+from coordinator.operator_key import OperatorKey, generate
+from federated.errors import ConfigError, Refused
+from federated.roster import encode_key
+
+from .secure import SecureWorld
+from .world import World, job
+
+KIND = "mosquitto" if mosquitto() else "amqtt"
+
+
+class People:
+    """Three operators with their keys, and rosters that alice signs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keys = {}
+        for name in ("alice", "bob", "eve"):
+            generate(folder / f"{name}.key")
+            self.keys[name] = OperatorKey(folder / f"{name}.key")
+
+    def roster(self, version: int = 1, approvals: int = 1, by: str = "alice", **roles: str) -> bytes:
+        roles = roles or {"alice": "admin", "bob": "operator"}
+        people = {n: {"role": r, "key": encode_key(self.keys[n].public)} for n, r in roles.items()}
+        path = self.folder / "roster.yaml"
+        path.write_text(yaml.safe_dump({"approvals": approvals, "operators": people}))
+        return self.keys[by].roster(path, "main", version)
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> People:
+    (tmp_path / "people").mkdir()
+    return People(tmp_path / "people")
+
+
+async def asked(world: World, who: OperatorKey | None, method: str, path: str, body: str = "", **headers: str) -> tuple[int, Any]:
+    """A request to the API, signed."""
+    api = Api(world.coordinator)
+    token = next(v for k, v in api.app.items() if isinstance(v, str))
+    async with TestClient(TestServer(api.app)) as client:
+        signed = who.request("main", method, path, body.encode()) if who else {}
+        answer = await client.request(method, path, data=body, headers={"Authorization": f"Bearer {token}", **signed, **headers})
+        return answer.status, await answer.json()
+
+
+async def test_roles(tmp_path: Path, tiny: Path, people: People) -> None:
+    async with World(tmp_path, tiny, devices=1) as world:
+        operators = world.coordinator.operators
+        assert (await asked(world, None, "POST", "/devices/d0/suspend"))[0] == 200  # no roster: the token is enough
+        assert (await asked(world, None, "POST", "/devices/d0/resume"))[0] == 200
+        operators.replace(people.roster(alice="admin", bob="operator", eve="viewer"))
+        alice, bob, eve = people.keys.values()
+        assert (await asked(world, None, "GET", "/devices"))[0] == 200
+        for who, status in ((None, 400), (eve, 400), (bob, 200)):
+            assert (await asked(world, who, "POST", "/devices/d0/suspend"))[0] == status
+        assert "takes the role admin" in (await asked(world, bob, "POST", "/devices/d0/revoke"))[1]["error"]
+        assert (await asked(world, alice, "POST", "/devices/d0/revoke"))[0] == 200
+        trail = [(r["operator"], r["text"]) for r in world.coordinator.ledger.rows(store.audit)]
+        assert trail[1:] == [("bob", "/devices/d0/suspend"), ("alice", "/devices/d0/revoke")]
+
+
+async def test_requests_that_are_old_altered_or_heard_before(
+    tmp_path: Path, tiny: Path, people: People, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with World(tmp_path, tiny, devices=1) as world:
+        world.coordinator.operators.replace(people.roster())
+        bob = people.keys["bob"]
+        headers = bob.request("main", "POST", "/devices/d0/suspend", b"")
+        assert (await asked(world, None, "POST", "/devices/d0/resume", **headers))[0] == 400
+        assert (await asked(world, None, "POST", "/devices/d0/suspend", **headers))[0] == 200
+        assert "heard before" in (await asked(world, None, "POST", "/devices/d0/suspend", **headers))[1]["error"]
+        real = time.time
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time", lambda: real() - 400)
+            old = bob.request("main", "POST", "/devices/d0/resume", b"")
+        assert "too long ago" in (await asked(world, None, "POST", "/devices/d0/resume", **old))[1]["error"]
+
+
+async def test_rosters_are_signed_by_an_admin_and_only_get_newer(tmp_path: Path, tiny: Path, people: People) -> None:
+    async with World(tmp_path, tiny, devices=1) as world:
+        operators = world.coordinator.operators
+        for bad, why in (
+            (people.roster(by="eve"), "not signed by an admin"),
+            (people.roster(approvals=3), "2 operators could sign, 3 must"),
+            (people.roster(by="bob", bob="operator"), "not signed by an admin"),
+            (b"rubbish", "no roster"),
+        ):
+            with pytest.raises((Refused, ConfigError), match=why):
+                operators.replace(bad)
+        operators.replace(people.roster(version=2))
+        with pytest.raises(Refused, match="version 2 is in force"):
+            operators.replace(people.roster(version=2))
+        with pytest.raises(Refused, match="not signed by an admin"):
+            operators.replace(people.roster(version=3, by="eve", eve="admin"))
+        operators.replace(people.roster(version=3, alice="admin", eve="admin"))
+        assert sorted(operators.roster.operators) == ["alice", "eve"]  # type: ignore[union-attr]
+
+
+def before_anybody_joins(world: SecureWorld) -> SecureWorld:
+    """Its devices' data is there, they are not."""
+    world.names = []
+    return world
+
+
+async def submitted(world: World, who: OperatorKey, text: str) -> str:
+    status, answer = await asked(world, who, "POST", "/jobs", text, **{"X-Job": who.job("main", text)})
+    assert status == 200, answer
+    return str(answer["job"])
+
+
+async def test_two_must_sign(tmp_path: Path, tiny: Path, people: People) -> None:
+    async with before_anybody_joins(SecureWorld(tmp_path, tiny, KIND, devices=1)) as world:
+        world.coordinator.operators.replace(people.roster(approvals=2))
+        await world.join("d0")
+        await world.until(lambda: world.coordinator.devices.enrolled("d0"))
+        alice, bob, eve = people.keys.values()
+        text = job(rounds=1, stack=["sparse"])
+        status, answer = await asked(world, alice, "POST", "/jobs", text)
+        assert status == 400
+        assert "not signed" in answer["error"]
+        name = await submitted(world, alice, text)
+        assert world.job_state(name) == "held"
+        status, answer = await asked(world, alice, "POST", f"/jobs/{name}/approve", **{"X-Job": alice.job("main", text)})
+        assert answer["lacks"] == 1  # the same person twice is one person
+        for who, said in ((eve, text), (bob, text + " ")):
+            assert (await asked(world, who, "POST", f"/jobs/{name}/approve", **{"X-Job": who.job("main", said)}))[0] == 400
+        assert world.job_state(name) == "held"
+        status, answer = await asked(world, bob, "POST", f"/jobs/{name}/approve", **{"X-Job": bob.job("main", text)})
+        assert (status, answer["signed"], answer["lacks"]) == (200, ["alice", "bob"], 0)
+        await world.until(lambda: world.job_state(name) == "finished")
+
+
+async def test_a_stolen_coordinator_without_an_operators_key(tmp_path: Path, tiny: Path, people: People) -> None:
+    """It holds every key of the coordinator and can send what it likes; the device knows the admins from its claim."""
+    async with before_anybody_joins(SecureWorld(tmp_path, tiny, KIND, devices=1)) as world:
+        operators = world.coordinator.operators
+        operators.replace(people.roster())
+        await world.join("d0")
+        await world.until(lambda: world.coordinator.devices.enrolled("d0"))
+        good = await submitted(world, people.keys["bob"], job(rounds=1, stack=["sparse"]))
+        await world.until(lambda: world.job_state(good) == "finished")
+
+        async def refused(name: str) -> str:
+            await world.until(lambda: any(world.coordinator.ledger.rows(store.assignments, job=name)))
+            await world.until(lambda: world.coordinator.ledger.rows(store.events, job=name) != [])
+            world.coordinator.jobs.cancel(name)
+            await world.until(lambda: world.job_state(name) == "cancelled")
+            return str(world.coordinator.ledger.rows(store.events, job=name)[0]["text"])
+
+        def forced(text: str) -> str:
+            number = 1 + len(world.coordinator.ledger.rows(store.jobs))
+            name = f"toy-{number}"
+            world.coordinator.ledger.add(store.jobs, id=name, text=text, state="queued", created=0.0, number=number)
+            world.coordinator.jobs._news.set()
+            return name
+
+        assert "0 operators signed the job" in await refused(forced(job(rounds=2)))
+        signed, warrant = operators.signed, operators.warrant
+        operators.warrant = lambda j, text: None  # type: ignore[method-assign]
+        assert "no operator signed this job" in await refused(forced(job(rounds=2)))
+        operators.warrant = lambda j, text: warrant(good, job(rounds=1, stack=["sparse"]))  # type: ignore[method-assign]
+        assert "the assignment's rounds is '2'" in await refused(forced(job(rounds=2, stack=["sparse"])))
+        thief = people.roster(version=9, by="eve", eve="admin")
+        operators.path.write_bytes(thief)
+        world.coordinator.operators = stolen = type(operators)(world.config, world.coordinator.ledger)
+        world.coordinator.jobs.operators = stolen
+        name = await submitted(world, people.keys["eve"], job(rounds=1))
+        assert "not signed by an admin of this fleet" in await refused(name)
+        assert signed is not None
+
+
+def test_keys_are_not_overwritten_and_not_left_open(tmp_path: Path) -> None:
+    generate(tmp_path / "a.key")
+    with pytest.raises(ConfigError, match="exists"):
+        generate(tmp_path / "a.key")
+    (tmp_path / "a.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        OperatorKey(tmp_path / "a.key")
+    (tmp_path / "a.key").chmod(0o600)
+    (tmp_path / "a.key").write_text("nonsense")
+    with pytest.raises(ConfigError, match="is no key"):
+        OperatorKey(tmp_path / "a.key")
