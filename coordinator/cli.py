@@ -72,6 +72,10 @@ def build() -> argparse.ArgumentParser:
         "--format", choices=["peft", "merged", "gguf"], default="peft", help="peft: adapter alone (default); merged: the whole model"
     )
     export.add_argument("--version", type=int, help="version (default: the newest good one)")
+    verb("backup", _backup, "everything in one file; the service may run", "coordinator backup --to fleet.tar.gz").add_argument(
+        "--to", type=Path, required=True
+    )
+    verb("restore", _restore, "a backup into an empty data_dir", "coordinator restore fleet.tar.gz --config coordinator.yaml", "file")
     verb("doctor", _doctor, "find what is set up wrong", "coordinator doctor")
     return parse
 
@@ -367,6 +371,24 @@ def _export(args: argparse.Namespace) -> int:
 
     number = write(_config(args), args.job, args.to, args.version, args.format)
     cli.show(args, {"version": number, "folder": str(args.to)}, f"version {number} of {args.job} lies in {args.to}")
+    return 0
+
+
+def _backup(args: argparse.Namespace) -> int:
+    from .backup import backup
+
+    done = backup(_config(args), args.to)
+    cli.show(
+        args, done, f"{args.to}: {done['rows']} rows, {done['files']} files, {done['bytes'] / 1e6:.1f} MB; it holds every key of the fleet"
+    )
+    return 0
+
+
+def _restore(args: argparse.Namespace) -> int:
+    from .backup import restore
+
+    done = restore(_config(args), Path(args.file))
+    cli.show(args, done, f"{done['rows']} rows and {done['files']} files are back; devices find it under the name that they know")
     return 0
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from sqlalchemy import bindparam, update
 from sqlalchemy.exc import OperationalError
 
@@ -66,7 +67,8 @@ class Service:
         home = config.home
         home.mkdir(parents=True, exist_ok=True)
         self.keys = Keys(home)
-        self.ledger = store.Store(config.database or f"sqlite:///{home / 'ledger.db'}")
+        self.ledger = store.Store(store.url_of(config))
+        self.epoch = self.ledger.epoch()
         self.devices = Devices(self.ledger)
         self.topics = Topics(checked(config.fleet, "fleet"))
         self.blobs = Blobs(bus, self.topics, home / "blobs", config.limits.packet_bytes, config.limits.gather_ms)
@@ -136,6 +138,8 @@ class Service:
         key = self.devices.key(device)
         if key is None:
             return
+        if isinstance(message, Assignment):
+            message = msgspec.structs.replace(message, epoch=self.epoch)
         payload = seal(message, "coordinator", key, self.keys.sign(body(message)))
         topic = self.topics.device(device, "job")
         self._retained[topic] = payload

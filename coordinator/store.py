@@ -31,6 +31,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 
 from federated.errors import ConfigError
 
+from .config import CoordinatorConfig
+
 meta = MetaData()
 devices = Table(
     "devices",
@@ -119,6 +121,13 @@ events = Table(
     Column("text", Text),
 )
 
+facts = Table(
+    "facts",
+    meta,
+    Column("name", String(32), primary_key=True),
+    Column("value", Text),
+)
+"""`epoch`: which life of this coordinator it is; a restored one begins another. `schema`: the version of these tables."""
 signatures = Table(
     "signatures",
     meta,
@@ -136,6 +145,11 @@ audit = Table(
     Column("action", String(16)),
     Column("text", Text),
 )
+
+
+def url_of(config: CoordinatorConfig) -> str:
+    """The database of a coordinator."""
+    return config.database or f"sqlite:///{config.home / 'ledger.db'}"
 
 
 class Store:
@@ -166,6 +180,14 @@ class Store:
         """Several statements in one transaction."""
         with self.engine.begin() as connection:
             yield connection
+
+    def epoch(self) -> int:
+        """When this coordinator's life began, in seconds; higher after every restore."""
+        row = self.row(facts, name="epoch")
+        if row is None:
+            self.put(facts, {"name": "epoch"}, value=str(int(time.time())))
+            return self.epoch()
+        return int(row["value"])
 
     def close(self) -> None:
         """Give the connections back."""

@@ -11,6 +11,7 @@ from federated.files import write_atomic
 
 from .order import Meta, read_meta, read_update, state_file, update_file
 
+EPOCH = "epoch"
 ENDED, REMEMBERED = "ended.json", 200
 """Names of jobs that ended here, the last so many."""
 
@@ -88,6 +89,27 @@ class Outbox:
             except (OSError, msgspec.MsgspecError):
                 self._over = []
         return self._over
+
+    def begin(self, epoch: int) -> bool:
+        """The coordinator's epoch as an assignment names it. False where a later one was seen: the message is from a past life.
+
+        A new one means that the coordinator was put back: what was done here in rounds that it does not know is void.
+        """
+        known = self._known_epoch()
+        if epoch < known:
+            return False
+        if epoch > known:
+            if known:
+                shutil.rmtree(self.jobs, ignore_errors=True)
+                self._due, self._over = None, None
+            write_atomic(self.jobs.parent / EPOCH, str(epoch).encode())
+        return True
+
+    def _known_epoch(self) -> int:
+        try:
+            return int((self.jobs.parent / EPOCH).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return 0
 
     def forget(self, job: str) -> None:
         """A job has ended for good: nothing of it stays but its name."""

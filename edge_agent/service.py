@@ -178,6 +178,13 @@ class Agent:
 
     def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
         """New work; or a question about work that we know, which is answered with where it stands."""
+        try:
+            if not self.outbox.begin(job.epoch):
+                log.warning("round %d of %s: said before the coordinator was restored", job.round, job.job)
+                return
+        except OSError as error:
+            self._spawn(self.say(Report(job.job, job.round, "failed", str(error), "job")), "report")
+            return
         if self.outbox.over(job.job):
             log.warning("round %d of %s: that job has ended: an old message", job.round, job.job)
             self._spawn(self.say(Report(job.job, job.round, "failed", "that job has ended here", "job")), "report")

@@ -193,6 +193,8 @@ class Assignment(Message, tag="assignment", frozen=True):
     """Why this arm, in one sentence."""
     inline: bool = False
     """A small update may travel with its offer: the coordinator has room for all of them."""
+    epoch: int = 0
+    """Which life of the coordinator says this: one that was restored from a backup begins another, and rounds may come again."""
     source: ModelSource | None = None
     """Where a device without the base model finds it."""
 

@@ -105,6 +105,8 @@ def test_every_verb_has_an_example_and_json(program: str) -> None:
             "devices",
             "invite",
             "approve",
+            "backup",
+            "restore",
             "operators",
             "broker",
             "arms",
