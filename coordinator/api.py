@@ -10,9 +10,11 @@ from aiohttp import web
 from bandit.tuner import NoArm, Tuner
 from federated.errors import ConfigError, RankfleetError
 from federated.files import write_atomic
+from federated.health import plain
 from federated.roster import decode_key, encode_key
 
 from . import store
+from .health import conditions
 from .job import Plan, read_job
 from .operators import Operators, role_for
 from .service import Service
@@ -103,6 +105,7 @@ class Api:
                 "certificates_refused": s.enrolment.refused,
                 "corrupt_chunks": s.uploads.corrupt,
                 "job": s.jobs.runner.job if s.jobs.runner else "",
+                "conditions": plain(conditions(s)),
             }
         )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from federated import cli
 from federated.errors import ConfigError
+from federated.logs import begin
 
 if TYPE_CHECKING:
     from .client import Client
@@ -39,6 +40,7 @@ def build() -> argparse.ArgumentParser:
     verb(
         "submit", _submit, "validate a job, show what each device would get, and queue it", "coordinator submit job.yaml --dry-run", "job"
     ).add_argument("--dry-run", action="store_true", help="validate and show only")
+    verb("status", _status, "is the service well, and what is wrong if not", "coordinator status")
     verb("jobs", _jobs, "all jobs and their state", "coordinator jobs")
     verb("approve", _approve, "sign a job that waits for another operator", "coordinator approve docs-1 --key bob.key", "job").add_argument(
         "--yes", action="store_true", help="sign it; without this it is shown"
@@ -117,13 +119,14 @@ def _client(args: argparse.Namespace) -> "Client":
 
 
 def _serve(args: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    config = _config(args)
+    begin(config.log, logging.WARNING)
     # Its matrices are small: a second BLAS thread slows them down, and one gives the same bits everywhere.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .serve import serve  # after that: NumPy reads it when it is imported
 
     try:
-        asyncio.run(serve(_config(args), args.insecure))
+        asyncio.run(serve(config, args.insecure))
     except OSError as error:
         raise ConfigError(f"the service cannot start: {error}", "check `data_dir`, `broker.port` and `api_port`") from None
     return 0
@@ -181,6 +184,14 @@ def _operators(args: argparse.Namespace) -> int:
     some = f"{cli.table(rows)}\n{known['approvals']} must sign a job"
     cli.show(args, known, some if rows else "there is no roster: the token in data_dir is enough for everything")
     return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    said = _client(args).get("/health")
+    shown = {k: v for k, v in said.items() if k not in ("conditions", "problem")}
+    wrong = cli.table(said["conditions"]) if said["conditions"] else "nothing is wrong"
+    cli.show(args, said, "\n".join(f"{k:22} {v}" for k, v in shown.items()) + f"\n{wrong}")
+    return int(any(c["severity"] == "error" for c in said["conditions"]))
 
 
 def _jobs(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """The coordinator's YAML. Every key has a default."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -75,6 +75,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long wants for the same blob are gathered before its pieces are published."""
 
 
+class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Prometheus metrics, as plain HTTP under `/metrics`."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """None: no metrics are served; 0 takes a free port."""
+
+
 class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything an operator can set."""
 
@@ -90,6 +98,9 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     https: Https = Https()
     enrolment: Enrolment = Enrolment()
     limits: Limits = Limits()
+    metrics: Metrics = Metrics()
+    log: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line."""
 
     @property
     def mutual_tls(self) -> bool:

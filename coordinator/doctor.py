@@ -62,6 +62,9 @@ def _service(home: Path) -> list[Finding]:
             f"runs; broker {health['broker']}" + (f": {health['problem']}" if not health["ok"] else ""),
         )
     ]
+    found += [
+        finding(c["code"], c["severity"], c["text"], c["do"]) for c in health["conditions"] if c["code"] not in ("broker-away", "disk-low")
+    ]
     quiet = [d["device"] for d in devices if d["state"] == "invited"]
     if quiet:
         found.append(finding("devices", "warning", f"invited, never heard of: {', '.join(quiet)}", "edge-agent enroll TOKEN, then run"))

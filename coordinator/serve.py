@@ -7,11 +7,12 @@ import sys
 
 from federated.address import parse_url, tls_context, without_password
 from federated.errors import ConfigError
+from federated.metrics import MetricsServer
 from federated.mqtt import MqttBus
 from federated.notify import alive, notify
 from federated.topics import checked
 
-from . import renewal
+from . import health, renewal
 from .access import Files
 from .api import Api
 from .authority import Authority, own_names
@@ -65,6 +66,15 @@ def _link_tls(config: CoordinatorConfig, authority: Authority | None) -> ssl.SSL
     return tls_context(str(authority.ca), *map(str, authority.client())) if authority else None
 
 
+async def _metrics(config: CoordinatorConfig, service: Service) -> MetricsServer:
+    """Listens where the YAML says so."""
+    server = MetricsServer(lambda: health.exposition(service))
+    if config.metrics.port is not None:
+        await server.start(config.metrics.host, config.metrics.port)
+        print(f"metrics at http://{config.metrics.host}:{server.port}/metrics", flush=True)
+    return server
+
+
 async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
     """Until SIGTERM. Raises ConfigError where it cannot begin."""
     if not insecure:
@@ -82,6 +92,7 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
     service = Service(config, bus, public, authority, broker.cut if broker else None)
     await service.start()
     runner = await Api(service).start(config.home, config.api_port)
+    metrics = await _metrics(config, service)
     print(f"coordinator of fleet `{config.fleet}` runs; broker {without_password(url)}{f' ({broker.kind})' if broker else ''}", flush=True)
     tasks = [asyncio.create_task(alive(service.in_words), name="notify")]
     if authority:
@@ -100,6 +111,7 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
             task.cancel()
         notify("STOPPING=1")
         await runner.cleanup()
+        await metrics.stop()
         await service.stop()
         if broker:
             await broker.stop()

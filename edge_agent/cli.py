@@ -13,6 +13,7 @@ from typing import Any
 
 from federated import cli
 from federated.errors import ConfigError
+from federated.logs import begin
 from federated.within import within
 
 DEFAULT = "/etc/edge-agent/agent.yaml"
@@ -60,8 +61,8 @@ def _run(args: argparse.Namespace) -> int:
     from .engine import ProcessEngine
     from .service import Agent
 
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     config = _config(args)
+    begin(config.log, logging.INFO if args.verbose else logging.WARNING)
     who = identity.load(config.home)
     profile, bits_ms = _known(config, probe)
     bus = MqttBus(
@@ -100,8 +101,14 @@ def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 async def _serve(agent: Any) -> None:
+    from federated.metrics import MetricsServer
     from federated.notify import alive, notify
 
+    from . import health
+
+    metrics = MetricsServer(lambda: health.exposition(agent))
+    if agent.config.metrics.port is not None:
+        await metrics.start(agent.config.metrics.host, agent.config.metrics.port)
     task = asyncio.create_task(agent.run(), name="agent")
     living = asyncio.create_task(alive(lambda: f"{agent.status['state']} {agent.status.get('job', '')}".strip()), name="notify")
     loop = asyncio.get_running_loop()
@@ -114,6 +121,7 @@ async def _serve(agent: Any) -> None:
         return
     finally:
         living.cancel()
+        await metrics.stop()
         notify("STOPPING=1")
 
 

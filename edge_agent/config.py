@@ -1,7 +1,7 @@
 """The agent's YAML: what the owner of a device maps, allows and requires. Every key has a default."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -62,6 +62,14 @@ class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Workers that may compute at once on this machine; None: one per core."""
 
 
+class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Prometheus metrics, as plain HTTP under `/metrics`."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """None: no metrics are served; 0 takes a free port."""
+
+
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything an owner can set."""
 
@@ -77,6 +85,9 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Stack entries that are put behind a job's own stack."""
     link: Link = Link()
     worker: WorkerLimits = WorkerLimits()
+    metrics: Metrics = Metrics()
+    log: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line."""
     on_adapter: tuple[str, ...] = ()
     """Command that is run when a new adapter lies in `<state_dir>/adapter/current`: at a job's end, and in between at most every 30 s."""
 

@@ -1,6 +1,7 @@
 """What is most often set up wrong on a device, each with what to do."""
 
 import importlib.util
+import json
 import platform
 import shutil
 import socket
@@ -33,7 +34,19 @@ def examine(path: Path) -> list[Finding]:
     ]
     if (known := certificate.facts(config.home)) is not None:
         found.append(_certificate(known))
-    return [*found, _broker(config)]
+    return [*found, _broker(config), *_running(config.home)]
+
+
+def _running(home: Path) -> list[Finding]:
+    """What a running service found wrong itself, but for what was looked at above."""
+    try:
+        said = json.loads((home / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if time.time() - float(said.get("at", 0)) > 120 or said.get("state") == "stopped":
+        return [finding("service", "warning", "the service does not run", "systemctl start edge-agent, or edge-agent run")]
+    seen = ("disk-low", "broker-away", "certificate-ends", "clock-wrong", "data-missing")
+    return [finding(c["code"], c["severity"], c["text"], c["do"]) for c in said.get("conditions", []) if c["code"] not in seen]
 
 
 def _state(home: Path) -> Finding:

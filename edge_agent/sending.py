@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Sender:
     ) -> None:
         self.outbox, self.status, self.say, self.publish, self.answer_s = outbox, status, say, publish, answer_s
         self.mail = asyncio.Event()
+        self._since: float | None = None
         self._answers: dict[str, asyncio.Queue[Grant | Receipt | None]] = {}
 
     async def run(self) -> None:
@@ -51,6 +53,10 @@ class Sender:
                 if self.status["state"] == "sending":
                     self.status.write(state="idle")
                 await self.mail.wait()
+
+    def unanswered_s(self) -> float:
+        """For how long nobody has answered an offer; 0 where none waits."""
+        return 0.0 if self._since is None else time.monotonic() - self._since
 
     def wake(self) -> None:
         """The connection is new: whoever waits for an answer asks again."""
@@ -76,11 +82,13 @@ class Sender:
                 small = meta.inline and not offered and len(data) + OFFER_BYTES <= meta.blob.chunk
                 await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature, data if small else b"", meta.cost))
                 offered = True
+                self._since = self._since if self._since is not None else time.monotonic()
                 try:
                     while True:
                         answer = await within(self.answer_s * min(6, 1 + tries), queue.get())
                         if answer is None:
                             break
+                        self._since = None
                         if isinstance(answer, Receipt):
                             self._settle(answer)
                             return

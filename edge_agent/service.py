@@ -13,6 +13,7 @@ from typing import Any, Literal
 from federated.bus import Bus
 from federated.errors import Refused, WireError
 from federated.files import digest_of
+from federated.health import plain
 from federated.messages import (
     Assignment,
     DatasetOffer,
@@ -31,7 +32,7 @@ from federated.messages import (
 from federated.topics import Topics
 from federated.within import within
 
-from . import certificate, consent
+from . import certificate, consent, health
 from .bases import Bases
 from .config import AgentConfig
 from .engine import Engine, EngineFailed
@@ -44,6 +45,8 @@ from .status import Status
 
 log = logging.getLogger(__name__)
 VERSION = "0.1.0"
+LOOK_S = 15.0
+"""Between two looks at what may be wrong."""
 SHORT_S = 1.0
 """A phase that is over sooner is not worth a message."""
 
@@ -361,5 +364,7 @@ class Agent:
             await asyncio.sleep(1.0)
             if self.status.count():
                 self.status.write(resumed_down=self.fetcher.resumed)
+            if self.status.every(LOOK_S):
+                self.status.set(conditions=plain(health.conditions(self)))
             self.status.flush()
             self._look_for_adapter()

@@ -28,6 +28,7 @@ class Status:
         self.facts: dict[str, Any] = {"state": "connecting", **facts}
         self.counters = Counters.load(home / "counters.json")
         self._seen = (0, 0)
+        self._looked = -1e9
         self._stale, self._written = True, -OFTEN_S
         self._saved = (self.counters.up + self.counters.down, time.monotonic())
 
@@ -45,6 +46,13 @@ class Status:
     def fail(self, reason: str) -> None:
         """The last thing that went wrong."""
         self.facts["last_error"] = reason
+
+    def every(self, seconds: float) -> bool:
+        """True at most once in so many seconds."""
+        now = time.monotonic()
+        due = now - self._looked >= seconds
+        self._looked = now if due else self._looked
+        return due
 
     def count(self) -> bool:
         """Bring the byte counters up to date; True where they moved."""

@@ -104,6 +104,7 @@ def test_every_verb_has_an_example_and_json(program: str) -> None:
             "rounds",
             "devices",
             "invite",
+            "status",
             "approve",
             "backup",
             "restore",
