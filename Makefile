@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEXT ?= How do I parse command line options?
 DEMO_ARGS ?=
 
-.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link dst chaos clean
+.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link dst chaos package clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /' | sort
@@ -38,6 +38,9 @@ check: install  ## lint and types, for three systems
 
 test: check  ## lint, types and all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+package: install  ## Debian packages for this machine, with checksums and SBOM, in dist/
+	@sh packaging/deb/build.sh dist $(BIN)/python
 
 test-oldest: install  ## the same tests with the oldest versions that we allow
 	@test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest

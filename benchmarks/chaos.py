@@ -59,7 +59,8 @@ async def measure(folder: Path, scale: str) -> dict[str, Any]:
         "tuner_arms": arms, "tuner_arms_chosen_again": same,
     }  # fmt: skip
     report("chaos", rows, **facts)
-    print("\n".join(f"  {row}" for row in wild.unusual))
+    other = [(a, b) for a, b in zip(quiet.ledger, wild.ledger, strict=False) if a != b]
+    print("\n".join(f"  {row}" for row in [*wild.unusual, *other[:3]]))
     good = not facts["updates_lost"] and not facts["updates_double"] and facts["adapter_identical"] and facts["ledger_identical"]
     return {**facts, "good": good and arms == same and facts["faults"] == faults}
 

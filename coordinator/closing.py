@@ -18,7 +18,7 @@ from federated.errors import ConfigError, Refused, WireError
 from federated.messages import read_assignment
 from federated.update import Update
 
-from . import apply, quality, store
+from . import apply, norm_check, quality, store
 from .incoming import Keeper, Lifter
 from .registry import Version
 
@@ -70,16 +70,29 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
         (r["device"], r["round"]): r for of in {of for _, of in folding} for r in run.ledger.rows(store.assignments, job=run.job, round=of)
     }
     norms: dict[str, float] = {}
+    usual = norm_check.Usual(run.norms, run.plan.spec.norm_factor)
 
-    def updates() -> Iterator[Update]:
+    def liftable() -> Iterator[tuple[RowMapping, Update]]:
         for device, of in sorted(folding):
             if (row := rows.get((device, of))) is not None and (u := lifted(run, lifter, row)) is not None:
-                norms[device] = u.norm()
-                yield u
+                yield row, u
+
+    if usual.unknown and len(folding) >= norm_check.ENOUGH:
+        usual.learn(u for _, u in liftable())  # decoded twice, in a job's first round alone
+
+    def updates() -> Iterator[Update]:
+        for row, u in liftable():
+            norm = u.norm()
+            if reason := usual.objects(u, norm):
+                put_aside(run, row, reason)
+                continue
+            norms[u.device] = norm
+            yield u
 
     version, used = apply.next_version(run.server, run.version, updates(), len(folding), number)
     if not used:
         raise ConfigError(f"round {number}: no update could be used; `coordinator rounds {run.job}` says why")
+    run.norms = usual.remembered()
     run.planner.carry_views(run.version, version)
     total = sum(norms.values()) or 1.0
     pull = {d: n / total for d, n in sorted(norms.items())}
@@ -95,12 +108,18 @@ def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping) -> Update | None:
     try:
         made = lifter.lift(run.update_path(of, device), read_assignment(row["body"]), device)
     except (WireError, OSError, Refused) as error:
-        run.ledger.change(store.assignments, {"job": run.job, "round": of, "device": device}, state="refused", reason=str(error))
-        run.ledger.tell(run.job, device, f"its update of round {of} was put aside: {error}")
+        put_aside(run, row, str(error))
         return None
     if made.age and not run.plan.stack.using("ready"):
         made = replace(made, weight=made.weight * LATE_DISCOUNT**made.age)
     return made
+
+
+def put_aside(run: "JobRunner", row: RowMapping, reason: str) -> None:
+    """An update that is not used, and stays on disk for whoever looks into it."""
+    where = {"job": run.job, "round": row["round"], "device": row["device"]}
+    run.ledger.change(store.assignments, where, state="refused", reason=reason)
+    run.ledger.tell(run.job, row["device"], f"its update of round {row['round']} was put aside: {reason}")
 
 
 def observe(run: "JobRunner", rows: Sequence[RowMapping], pull: Mapping[str, float]) -> None:

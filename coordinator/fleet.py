@@ -152,6 +152,9 @@ class Devices:
             return "has not said hello yet"
         if not any(fnmatch(device, p) for p in spec.devices):
             return "the job does not aim at it"
+        for tag, pattern in spec.where.items():
+            if not fnmatch(said.tags.get(tag, ""), pattern) or tag not in said.tags:
+                return f"its tag `{tag}` is {said.tags.get(tag, 'not set')!r}, the job wants {pattern!r}"
         offers = {d.name: d.task for d in said.datasets}
         if offers.get(spec.task.dataset) != spec.task.kind:
             return f"maps no dataset `{spec.task.dataset}` for {spec.task.kind}"
@@ -174,6 +177,7 @@ class Devices:
                     "profile": said.profile.get("name", "") if said else "",
                     "budget_mb": said.profile.get("model_budget_mb") if said else None,
                     "seen": row["seen"],
+                    "tags": said.tags if said else {},
                     "datasets": [d.name for d in said.datasets] if said else [],
                     "bytes_in": row["bytes_in"],
                     "note": row["note"],

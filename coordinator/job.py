@@ -77,6 +77,10 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicySpec = PolicySpec()
     training: Training = Training()
     devices: tuple[str, ...] = ("*",)
+    where: dict[str, str] = {}
+    """Tags that a device must have, with patterns: `{site: lab, gpu: "*"}`."""
+    norm_factor: Annotated[float, Meta(ge=0)] = 6.0
+    """An update whose norm for its steps is more than so many medians of the last rounds is put aside; 0: never."""
     quorum: Rate = 0.8
     """Share of the invited devices that must have answered when the deadline has passed."""
     deadline_s: Annotated[float, Meta(ge=0)] | Literal["auto"] = "auto"

@@ -73,6 +73,8 @@ class JobRunner:
         # `clock` is written down; all waiting goes by `ticks`, which no correction of the clock can move.
         self.ticks = ticks
         self.nudges = waiting.Nudges(limits.nudge_s)
+        self.norms: list[list[float]] = []
+        """Norms of the updates of the last rounds, each for one step."""
         self.examples: dict[str, float] = {}
         """Device → how many examples it last trained on."""
         self._blobs: dict[int, set[str]] = {}
@@ -142,10 +144,11 @@ class JobRunner:
         self.server.state = {n: state.get("methods", {}).get(n, {}) for n in self.plan.stack.methods}
         self.tuner = self.new_tuner(state.get("tuner", {}))
         self.examples = dict(state.get("examples", {}))
+        self.norms = [list(r) for r in state.get("norms", [])]
 
     def state(self) -> dict[str, Any]:
         """The inverse of `restore`."""
-        return {"methods": self.server.state, "tuner": self.tuner.state, "examples": self.examples}
+        return {"methods": self.server.state, "tuner": self.tuner.state, "examples": self.examples, "norms": self.norms}
 
     async def members(self) -> Members:
         """Eligible devices that can hold an arm; waits until there are enough."""

@@ -80,6 +80,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     datasets: dict[str, Dataset] = {}
     models: dict[str, str] = {}
     """Name of a base model → folder, `hub:organisation/name`, or `coordinator` to fetch it from there."""
+    tags: dict[str, str] = {}
+    """What jobs may aim at, such as `site: lab`."""
     allow: Allow = Allow()
     require: tuple[Any, ...] = ()
     """Stack entries that are put behind a job's own stack."""

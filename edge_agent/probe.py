@@ -22,6 +22,14 @@ from .config import AgentConfig
 BOARD = Path("/proc/device-tree/model")
 
 
+def _battery() -> Any:
+    """None where there is none, or where the system does not say (containers hide it)."""
+    try:
+        return psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def facts() -> dict[str, Any]:
     """Machine, board, cores, memory, temperature and GPUs, as far as the system tells."""
     memory = psutil.virtual_memory()
@@ -37,7 +45,7 @@ def facts() -> dict[str, Any]:
         "disk_free_mb": round(psutil.disk_usage(str(Path.home())).free / (1 << 20)),
         "gpus": gpus(),
     }
-    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    battery = _battery()
     if battery is not None:
         found["battery"] = {"percent": battery.percent, "plugged": battery.power_plugged}
     return found

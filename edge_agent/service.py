@@ -30,6 +30,7 @@ from federated.messages import (
     unpack,
 )
 from federated.topics import Topics
+from federated.version import VERSION
 from federated.within import within
 
 from . import certificate, consent, health
@@ -44,7 +45,6 @@ from .sending import Sender
 from .status import Status
 
 log = logging.getLogger(__name__)
-VERSION = "0.1.0"
 LOOK_S = 15.0
 """Between two looks at what may be wrong."""
 SHORT_S = 1.0
@@ -61,7 +61,7 @@ class Agent:
         self.profile, self.bits_ms = profile, bits_ms
         self.topics = Topics(identity.fleet)
         self.outbox = Outbox(config.home)
-        self.status = Status(config.home, bus, device=identity.device, fleet=identity.fleet)
+        self.status = Status(config.home, bus, device=identity.device, fleet=identity.fleet, agent=VERSION)
         self.sender = Sender(self.outbox, self.status, self.say, lambda kind, payload: self._publish(kind, payload), config.link.answer_s)
         self.fetcher = Fetcher(bus, self.topics, config.home / "blobs", self.say, config.link.answer_s)
         self.fetcher.kbps = config.link.down_kbps
@@ -137,6 +137,7 @@ class Agent:
             jobs=list(self.config.allow.jobs),
             require=list(self.config.require),
             bits_ms=self.bits_ms,
+            tags=self.config.tags,
             held=[f"{m.job}/{m.round}" for _, m in self.outbox.due()],
         )
 

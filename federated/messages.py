@@ -15,6 +15,8 @@ import msgspec
 from .errors import TooLarge, WireError, WrongVersion
 
 PROTOCOL = 1
+OLDEST = max(1, PROTOCOL - 1)
+"""The version before ours is understood too: a fleet is upgraded device by device."""
 MAX_MESSAGE = 1 << 20
 MAC_BYTES = 16
 
@@ -59,6 +61,8 @@ class Hello(Message, tag="hello", frozen=True):
     jobs: list[str] = []
     require: list[Any] = []
     bits_ms: dict[str, float] = {}
+    tags: dict[str, str] = {}
+    """What jobs may aim at, such as `site: lab`."""
     held: list[str] = []
     """`job/round` of updates that wait in the outbox."""
 
@@ -228,8 +232,8 @@ _up: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Up)
 _down: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Down)
 
 
-def _mac(key: bytes, sender: str, number: int, body: bytes) -> bytes:
-    text = b"%d\0%s\0%d\0" % (PROTOCOL, sender.encode(), number) + body
+def _mac(key: bytes, version: int, sender: str, number: int, body: bytes) -> bytes:
+    text = b"%d\0%s\0%d\0" % (version, sender.encode(), number) + body
     return hmac.new(key, text, hashlib.sha256).digest()[:MAC_BYTES]
 
 
@@ -237,7 +241,7 @@ def seal(message: Message, sender: str, key: bytes, signature: bytes = b"", numb
     """`message` as bytes, under the link key."""
     body = _encoder.encode(message)
     number = number or time.time_ns() // 1000
-    return _encoder.encode(Envelope(PROTOCOL, sender, number, body, _mac(key, sender, number, body), signature))
+    return _encoder.encode(Envelope(PROTOCOL, sender, number, body, _mac(key, PROTOCOL, sender, number, body), signature))
 
 
 def unpack(data: bytes) -> Envelope:
@@ -248,9 +252,10 @@ def unpack(data: bytes) -> Envelope:
         envelope = _envelopes.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise WireError(f"not a message: {error}") from None
-    if envelope.version != PROTOCOL:
+    if not OLDEST <= envelope.version <= PROTOCOL:
+        spoken = str(PROTOCOL) if OLDEST == PROTOCOL else f"{OLDEST} and {PROTOCOL}"
         raise WrongVersion(
-            f"`{envelope.sender[:64]}` speaks protocol {envelope.version}, this side speaks {PROTOCOL}", "upgrade the older side"
+            f"`{envelope.sender[:64]}` speaks protocol {envelope.version}, this side speaks {spoken}", "upgrade the older side"
         )
     return envelope
 
@@ -262,7 +267,7 @@ def body(message: Message) -> bytes:
 
 def check(envelope: Envelope, key: bytes) -> None:
     """Raises WireError unless the envelope was sealed under `key`."""
-    if not hmac.compare_digest(_mac(key, envelope.sender, envelope.number, envelope.body), envelope.mac):
+    if not hmac.compare_digest(_mac(key, envelope.version, envelope.sender, envelope.number, envelope.body), envelope.mac):
         raise WireError(
             f"a message that names `{envelope.sender[:64]}` as sender is not sealed with its key",
             "enrol the device again, or find out who else publishes on its topic",
@@ -299,5 +304,5 @@ def _read(decoder: msgspec.msgpack.Decoder[M], data: bytes) -> M:
 
 
 def manifest(job: str, round: int, device: str, digest: str) -> bytes:
-    """What a device signs for an update."""
-    return f"rankfleet update {PROTOCOL}\n{job}\n{round}\n{device}\n{digest}\n".encode()
+    """What a device signs for an update. Its first line has a version of its own: it may outlive the protocol's."""
+    return f"rankfleet update 1\n{job}\n{round}\n{device}\n{digest}\n".encode()

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Makes the virtual environment of one version: venv.sh NAME VERSION. Nothing of an older version is touched.
+set -eu
+name=$1 version=$2 place=/opt/$1.versions/$2 lib=/usr/lib/$1
+rm -rf "$place.new" "$place"
+mkdir -p "/opt/$name.versions"
+flags=$(sh "$lib/install-torch.sh" --venv-flags)
+# shellcheck disable=SC2086 - none or one word
+/usr/bin/python3 -m venv $flags "$place"
+extras=$([ "$name" = coordinator ] && echo 'coordinator,postgres' || echo 'device')
+"$place/bin/python" -m pip install -q --disable-pip-version-check --no-index --find-links "$lib/wheels" "rankfleet[$extras]==$version"
+if [ "$name" = edge-agent ] && [ -z "${RANKFLEET_NO_TORCH:-}" ]; then
+    # A device without a network can be given them later; until then the agent says what is missing.
+    if sh "$lib/install-torch.sh" "$place/bin/python"; then
+        "$place/bin/python" -m pip install -q --disable-pip-version-check --find-links "$lib/wheels" "rankfleet[agent]==$version" ||
+            echo "transformers could not be installed: edge-agent doctor says what to do" >&2
+    else
+        echo "torch could not be installed: edge-agent doctor says what to do" >&2
+    fi
+fi
