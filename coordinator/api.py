@@ -75,6 +75,7 @@ class Api:
                 web.post("/devices/{device}/invite", self.invite),
                 web.post("/devices/{device}/revoke", self.revoke),
                 web.post("/devices/{device}/{verb:suspend|resume}", self.pause_device),
+                web.post("/devices/{device}/{what:logs|doctor}", self.bundle),
                 web.get("/jobs/{job}/arms", self.arms),
                 web.get("/jobs/{job}/versions", self.versions),
                 web.post("/jobs/{job}/versions/{number}/{verb}", self.version_verb),
@@ -287,6 +288,11 @@ class Api:
         else:
             self.service.resume(device)
         return _json({"device": device, "done": verb})
+
+    async def bundle(self, request: web.Request) -> web.Response:
+        """The device's log, or what its doctor finds."""
+        device, what = request.match_info["device"], request.match_info["what"]
+        return _json({"device": device, "text": await self.service.support.ask(device, "logs" if what == "logs" else "doctor")})
 
     async def arms(self, request: web.Request) -> web.Response:
         """Arms that were used, and what the tuner believes."""

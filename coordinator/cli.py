@@ -84,10 +84,9 @@ def build() -> argparse.ArgumentParser:
 
 def _fleet_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Who belongs to the fleet, and how they come in."""
-    devices = verb(
-        "devices", _devices, "the fleet; suspend a device, resume it, or revoke it for good", "coordinator devices revoke kitchen-jetson"
-    )
-    devices.add_argument("what", nargs="?", choices=["list", "suspend", "resume", "revoke"], default="list")
+    text = "the fleet; suspend, resume or revoke a device, fetch its log or what its doctor says"
+    devices = verb("devices", _devices, text, "coordinator devices revoke kitchen-jetson")
+    devices.add_argument("what", nargs="?", choices=["list", "suspend", "resume", "revoke", "logs", "doctor"], default="list")
     devices.add_argument("device", nargs="?")
     verb("invite", _invite, "a one-time claim token for a new device", "coordinator invite kitchen-jetson", "device").add_argument(
         "--qr", action="store_true", help="also as a QR code, for a device with a camera"
@@ -264,6 +263,9 @@ def _devices(args: argparse.Namespace) -> int:
         if not args.device:
             raise ConfigError(f"which device, to {args.what}?", f"coordinator devices {args.what} NAME")
         answer = _client(args).post(f"/devices/{args.device}/{args.what}")
+        if args.what in ("logs", "doctor"):
+            cli.show(args, answer, answer["text"])
+            return 0
         if args.what != "revoke":
             cli.show(args, answer, f"{args.what}: {args.device}")
             return 0

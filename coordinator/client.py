@@ -49,7 +49,7 @@ class Client:
         return self._ask("POST", path, body.encode(), extra)
 
     def _ask(self, verb: str, path: str, body: bytes, extra: Mapping[str, str] = MappingProxyType({})) -> Any:
-        connection = http.client.HTTPConnection(self.url.hostname or "127.0.0.1", self.url.port, timeout=30)
+        connection = http.client.HTTPConnection(self.url.hostname or "127.0.0.1", self.url.port, timeout=120)
         try:
             signed = self.key.request(self.fleet, verb, path, body) if self.key and verb != "GET" else {}
             connection.request(verb, path, body, {"Authorization": f"Bearer {self.token}", **signed, **extra})

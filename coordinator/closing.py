@@ -143,11 +143,15 @@ def record(run: "JobRunner", tx: Connection, version: Version) -> None:
     tx.execute(insert(table).values(job=run.job, number=version.number, state="candidate", digest=digest, created=run.clock()))
 
 
+def is_good(run: "JobRunner", number: int, metrics: dict[str, Any]) -> bool:
+    """Is what was measured of a version not worse than the last good one before it?"""
+    older = [r for r in run.ledger.rows(store.versions, job=run.job, state="good") if r["number"] < number]
+    return quality.good_enough(metrics, store.read(older[-1]["metrics"]) if older else {})
+
+
 def judge(run: "JobRunner", tx: Connection, number: int, metrics: dict[str, Any]) -> None:
     """What devices measured of this version on their own held-out tenth decides whether it is `good`."""
-    older = [r for r in run.ledger.rows(store.versions, job=run.job, state="good") if r["number"] < number]
-    last = store.read(older[-1]["metrics"]) if older else {}
-    state = "good" if quality.good_enough(metrics, last) else "candidate"
+    state = "good" if is_good(run, number, metrics) else "candidate"
     table = store.versions
     where = (table.c.job == run.job, table.c.number == number)
     tx.execute(update(table).where(*where).values(state=state, metrics=store.text(metrics)))

@@ -65,6 +65,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outstanding_mb: Annotated[float, Meta(gt=0)] = 64.0
     outstanding_chunks: Annotated[int, Meta(ge=1)] = 400
     update_mb: Annotated[float, Meta(gt=0)] = 512.0
+    keep_free_mb: Annotated[float, Meta(ge=0)] = 200.0
+    """No update is granted while less is free in the data directory: devices keep theirs until there is room."""
     nudge_s: Annotated[float, Meta(gt=0)] = 20.0
     """A device that says nothing about its assignment for so long is sent it again, then after twice as long."""
     messages_per_s: Annotated[float, Meta(gt=0)] = 10.0

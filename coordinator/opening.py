@@ -1,5 +1,6 @@
 """Open a round: choose devices and arms, write everything down, then tell them. And the last step: install the result."""
 
+import random
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -48,11 +49,13 @@ def tell(
     arms: Mapping[str, Arm],
     why: Mapping[str, str],
     expected_s: float = 0.0,
+    more: bool = False,
 ) -> None:
     """Round and assignments into the ledger in one transaction, then onto the bus."""
     now = run.clock()
     with run.ledger.write() as tx:
-        tx.execute(insert(store.rounds).values(job=run.job, number=number, state="open", opened=now, expected_s=expected_s))
+        if not more:
+            tx.execute(insert(store.rounds).values(job=run.job, number=number, state="open", opened=now, expected_s=expected_s))
         rows = [
             {
                 "job": run.job, "round": number, "device": d, "state": "assigned", "body": body(a),
@@ -114,28 +117,51 @@ def repeat(run: "JobRunner", number: int) -> None:
 
 
 async def install_everywhere(run: "JobRunner") -> None:
-    """Give the last version to every device that took part, and let it be measured there."""
+    """Give the last version to every device that took part, and let it be measured there; to the canaries first, if the job says so."""
     number = run.plan.spec.rounds
     if run.ledger.row(store.rounds, job=run.job, number=number) is None:
-        install(run, run.version, number)
+        install(run, run.version, number, canaries(run))
     else:
         repeat(run, number)
-    end = run.ticks() + INSTALL_S
-    run.nudges.start(run.ticks())
-    while run.ticks() < end:
-        if not run.pending.out(run.job, number):
-            break
-        run.nudges.send(run, number)
-        await run.change(min(1.0, run.nudges.patience_s))
+    await installed(run, number)
+    if rest := [d for d in took_part(run) if not run.ledger.row(store.assignments, job=run.job, round=number, device=d)]:
+        metrics = quality.of_version(run.ledger.rows(store.assignments, job=run.job, round=number))
+        if closing.is_good(run, run.version.number, metrics):
+            install(run, run.version, number, rest, more=True)
+            await installed(run, number)
+        else:
+            run.ledger.tell(run.job, "", f"version {run.version.number} is worse on the canaries; {len(rest)} devices keep what they have")
     rows = run.ledger.rows(store.assignments, job=run.job, round=number)
     with run.ledger.write() as tx:
         closing.judge(run, tx, run.version.number, quality.of_version(rows))
         closing.mark_closed(run, tx, number, rows)
 
 
-def install(run: "JobRunner", version: Version, number: int) -> None:
-    """Send a version to every device that ever took part, as round `number`, each in the shape of its last arm."""
+async def installed(run: "JobRunner", number: int) -> None:
+    """Until everybody has answered, or `INSTALL_S` has passed."""
+    end = run.ticks() + INSTALL_S
+    run.nudges.start(run.ticks())
+    while run.ticks() < end and run.pending.out(run.job, number):
+        run.nudges.send(run, number)
+        await run.change(min(1.0, run.nudges.patience_s))
+
+
+def took_part(run: "JobRunner") -> dict[str, Arm]:
+    """Every device that ever took part and is still one of ours → its last arm."""
     rows = [r for r in run.ledger.rows(store.assignments, "device", "round", "arm", job=run.job) if r["round"] < run.plan.spec.rounds]
-    arms = {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
+    return {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
+
+
+def canaries(run: "JobRunner") -> list[str]:
+    """Who gets the final version first: all, unless the job asks for a share of them."""
+    devices, share = sorted(took_part(run)), run.plan.spec.canary
+    if not share or len(devices) < 2:
+        return devices
+    return sorted(random.Random(f"{run.plan.spec.seed} canary").sample(devices, max(1, round(share * len(devices)))))
+
+
+def install(run: "JobRunner", version: Version, number: int, devices: list[str], more: bool = False) -> None:
+    """Send a version to devices as round `number`, each in the shape of its last arm; `more`: the round is there already."""
+    arms = {d: arm for d, arm in took_part(run).items() if d in set(devices)}
     made = {d: run.planner.install(version, d, arm, run.server) for d, arm in sorted(arms.items())}
-    tell(run, number, made, arms, {})
+    tell(run, number, made, arms, {}, more=more)

@@ -16,6 +16,7 @@ from federated.claim import Claim, link_key, write_claim
 from federated.errors import ConfigError, WireError
 from federated.messages import (
     Assignment,
+    Bundle,
     Done,
     Hello,
     Leave,
@@ -47,6 +48,7 @@ from .keys import Keys
 from .operators import Operators
 from .pending import Pending
 from .receiving import Receiving
+from .support import Support
 
 log = logging.getLogger(__name__)
 FLUSH_S = 5.0
@@ -82,6 +84,7 @@ class Service:
         self.admission = Admission(config.limits, self._misbehaves)
         self.receiving.refused = self.admission.strike
         self._cut = cut
+        self.support = Support(self.devices, self.send)
         self.operators = Operators(config, self.ledger)
         self.jobs = Jobs(config, self.ledger, self, self.blobs, self.pending, self.models, self.operators)
         self.bytes_in: dict[str, int] = {}
@@ -214,6 +217,8 @@ class Service:
             self.receiving.offered(device, message)
         elif isinstance(message, Report):
             self.receiving.reported(device, message)
+        elif isinstance(message, Bundle):
+            self.support.answered(device, message)
         elif isinstance(message, Leave):
             self.enrolment.revoke(device)
             self._gone(device, "left")

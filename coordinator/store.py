@@ -23,17 +23,22 @@ from sqlalchemy import (
     delete,
     event,
     insert,
+    inspect,
     select,
     update,
 )
+from sqlalchemy import text as text_of
 from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from federated.errors import ConfigError
 
 from .config import CoordinatorConfig
 
 meta = MetaData()
+SCHEMA = 2
+"""Rises when an older version could not read the tables any more; 2: operators, facts."""
 devices = Table(
     "devices",
     meta,
@@ -168,12 +173,31 @@ class Store:
         if url.startswith("sqlite"):
             event.listen(self.engine, "connect", _durable)
         try:
-            meta.create_all(self.engine)
+            self._up_to_date()
         except OperationalError as error:
             where = self.engine.url.render_as_string(hide_password=True)
             raise ConfigError(
                 f"the ledger at {where} cannot be opened: {error.orig}", "is the database running, and may we use it?"
             ) from None
+
+    def _up_to_date(self) -> None:
+        """Tables as this version wants them: new ones are made, columns that came later are added. Raises ConfigError."""
+        there = inspect(self.engine)
+        known = {name: {c["name"] for c in there.get_columns(name)} for name in there.get_table_names()}
+        if facts.name in known and (row := self.row(facts, name="schema")) is not None and int(row["value"]) > SCHEMA:
+            raise ConfigError(
+                f"the ledger has schema {row['value']}, this version knows {SCHEMA}", "a newer coordinator wrote it: install that version"
+            )
+        meta.create_all(self.engine)
+        with self.engine.begin() as tx:
+            for table in meta.sorted_tables:
+                for column in table.columns if table.name in known else ():
+                    if column.name not in known[table.name]:
+                        kind = column.type.compile(self.engine.dialect)
+                        tx.execute(text_of(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
+                        if isinstance(column.default, ScalarElementColumnDefault):
+                            tx.execute(update(table).values({column: column.default.arg}))
+        self.put(facts, {"name": "schema"}, value=str(SCHEMA))
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

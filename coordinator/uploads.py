@@ -4,6 +4,7 @@ A grant names the missing pieces, so an upload goes on where it stopped, whichev
 `outstanding_chunks` are under way over the whole fleet: brokers drop silently when their queues overflow.
 """
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,9 @@ class Uploads:
         missing = upload.assembly.missing()
         count = sum(stop - start for start, stop in missing)
         chunks, size = self._outstanding(except_for=upload.device)
+        if self.full():
+            upload.granted = 0  # it offers again, and then there may be room
+            return
         free = min(self.limits.outstanding_chunks - chunks, int((self.limits.outstanding_mb * 1e6 - size) // upload.assembly.blob.chunk))
         if free < 1:
             upload.granted = 0
@@ -88,6 +92,11 @@ class Uploads:
         now = time.monotonic()
         live = [u for d, u in self.live.items() if d != except_for and now - u.seen < STALE_S]
         return sum(u.granted for u in live), sum(u.granted * u.assembly.blob.chunk for u in live)
+
+    def full(self) -> bool:
+        """Is too little room left on the disk to ask for anything?"""
+        there = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        return shutil.disk_usage(there).free < self.limits.keep_free_mb * 1e6
 
     def asked_of(self, device: str) -> bool:
         """Does a piece of it count as granted?"""

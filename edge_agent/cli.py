@@ -70,7 +70,9 @@ def _run(args: argparse.Namespace) -> int:
         packet=config.link.packet_bytes, tls=_tls(config), proxy=config.link.proxy,
     )  # fmt: skip
     engine = ProcessEngine(memory_mb=config.worker.memory_mb, idle_s=config.worker.idle_s)
-    asyncio.run(_serve(Agent(who, config, bus, engine, profile, bits_ms)))
+    agent = Agent(who, config, bus, engine, profile, bits_ms)
+    agent.config_path = args.config
+    asyncio.run(_serve(agent))
     return 0
 
 

@@ -25,6 +25,8 @@ class Allow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jobs: tuple[str, ...] = ("*",)
     models: tuple[str, ...] = ("*",)
     methods: tuple[str, ...] = ("*",)
+    support: bool = True
+    """May operators fetch the last lines of the log, and what `doctor` finds?"""
     mb_per_day: Annotated[float, Meta(gt=0)] = 500.0
     """Bytes up and down over MQTT in a day, in MB."""
     model_mb: Annotated[float, Meta(gt=0)] = 8000.0

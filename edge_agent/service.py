@@ -15,7 +15,9 @@ from federated.errors import Refused, WireError
 from federated.files import digest_of
 from federated.health import plain
 from federated.messages import (
+    Ask,
     Assignment,
+    Bundle,
     DatasetOffer,
     Done,
     Grant,
@@ -33,7 +35,7 @@ from federated.topics import Topics
 from federated.version import VERSION
 from federated.within import within
 
-from . import certificate, consent, health
+from . import certificate, consent, health, support
 from .bases import Bases
 from .config import AgentConfig
 from .engine import Engine, EngineFailed
@@ -79,6 +81,10 @@ class Agent:
         self._narrow = asyncio.Lock()
         self._telling: asyncio.TimerHandle | None = None
         self._adapter = ""
+        self.config_path: Path | None = None
+        """The YAML that this was started with, for `doctor`."""
+        self.last_lines = support.LastLines()
+        logging.getLogger().addHandler(self.last_lines)
 
     async def run(self) -> None:
         """Connect, and work until cancelled."""
@@ -97,6 +103,7 @@ class Agent:
         finally:
             for task in loops:
                 task.cancel()
+            logging.getLogger().removeHandler(self.last_lines)
             await self.engine.stop()
             await self.bus.stop()
             self.status.count()
@@ -171,6 +178,8 @@ class Agent:
             self._spawn(self._ended(message), "job-ended")
         elif isinstance(message, Grant | Receipt):
             self.sender.answer(message)
+        elif isinstance(message, Ask):
+            self._spawn(self._support(message), "support")
         elif isinstance(message, Welcome):
             self._welcome.set()
             self.status.facts.pop("last_error", None)
@@ -179,6 +188,16 @@ class Agent:
             self._welcome.set()
             log.error("the coordinator says: %s", message.reason)
             self.status.fail(message.reason)
+
+    async def _support(self, asked: Ask) -> None:
+        """Answer an operator, if the owner lets us."""
+        if not self.config.allow.support:
+            text = "the owner of this device does not allow it (allow.support)"
+        elif asked.what == "logs":
+            text = self.last_lines.text() or "nothing was logged since the service started"
+        else:
+            text = await support.doctor(self.config_path)
+        await self.say(Bundle(asked.number, text))
 
     def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
         """New work; or a question about work that we know, which is answered with where it stands."""

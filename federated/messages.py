@@ -98,6 +98,20 @@ class Report(Message, tag="report", frozen=True):
     """`memory`, `consent`, `data`, `job`, `crash`: what the planner may learn from."""
 
 
+class Bundle(Message, tag="bundle", frozen=True):
+    """What the coordinator asked for: the last lines of the log, or what `doctor` finds; without secrets, and bounded."""
+
+    number: int
+    text: str
+
+
+class Ask(Message, tag="ask", frozen=True):
+    """Tell an operator more, please. The device's owner may have said no (`allow.support`)."""
+
+    number: int
+    what: Literal["logs", "doctor"]
+
+
 class Leave(Message, tag="leave", frozen=True):
     """This device goes for good; forget its key."""
 
@@ -210,8 +224,8 @@ class Done(Message, tag="done", frozen=True):
     state: str
 
 
-Up = Hello | Want | Offer | Report | Leave
-Down = Welcome | Sorry | Grant | Receipt | Assignment | Done
+Up = Hello | Want | Offer | Report | Bundle | Leave
+Down = Ask | Welcome | Sorry | Grant | Receipt | Assignment | Done
 M = TypeVar("M")
 
 

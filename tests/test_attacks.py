@@ -145,3 +145,23 @@ async def test_pickled_checkpoints_remote_code_and_hostile_templates(tmp_path: P
         assert "unsafe" in reason
         world.coordinator.jobs.cancel(name)
         assert not mark.exists()
+
+
+async def test_a_coordinator_that_asks_for_less_than_the_device_requires(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner's method is applied whatever the job says; leaving it out of the assignment does not help."""
+    used: dict[str, list[str]] = {}
+    real = rounds.LocalRound.train
+
+    def train(self: Any) -> Tensors:
+        used[self.device] = list(self.client.stack.methods)
+        assert list(self.job.stack) == []
+        return real(self)
+
+    monkeypatch.setattr(rounds.LocalRound, "train", train)
+    world = SecureWorld(tmp_path, tiny, KIND, devices=2)
+    world.agent_changes = {"d1": {"require": ("fedprox",)}}
+    async with world:
+        await world.run(job(rounds=1))
+    assert used == {"d0": [], "d1": ["fedprox"]}

@@ -1,6 +1,7 @@
 """What is shipped beside the code: default YAML that says the truth, units that systemd accepts, signs of life."""
 
 import asyncio
+import plistlib
 import re
 import shutil
 import socket
@@ -79,3 +80,26 @@ async def test_systemd_hears_that_a_service_is_up_and_alive(tmp_path: Path, monk
     assert watchdog_s() is None
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     assert not notify("READY=1")
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGING / "container").glob("*.Containerfile")), ids=lambda f: f.name)
+def test_container_files_copy_what_is_there(file: Path) -> None:
+    text = file.read_text()
+    assert re.search(r"^USER (rankfleet|edge-agent)$", text, re.MULTILINE)
+    assert "VOLUME /var/lib/" in text
+    for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE):
+        for name in line.split()[:-1]:
+            assert (PACKAGING.parent / name).exists(), name
+
+
+def test_launchd_reads_the_plist() -> None:
+    said = plistlib.loads((PACKAGING / "launchd" / "edge-agent.plist").read_bytes())
+    assert said["ProgramArguments"][1] == "run"
+    assert said["Umask"] == 0o077
+    assert said["KeepAlive"] is True
+
+
+@pytest.mark.parametrize("script", sorted((PACKAGING / "deb").glob("*")), ids=lambda f: f.name)
+def test_scripts_are_sh(script: Path) -> None:
+    assert script.read_text().startswith("#!/bin/sh\n")
+    subprocess.run(["sh", "-n", str(script)], check=True)
