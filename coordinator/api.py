@@ -1,5 +1,6 @@
 """The HTTP API on loopback that the CLI speaks, behind a token that lies beside the ledger, readable by the owner alone."""
 
+import asyncio
 import secrets
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         if request.path != "/health":
             body = await request.read()
             role = role_for(request.method, request.path_qs)
-            request.app[OPERATORS].allowed(request.method, request.path_qs, body, request.headers, role)
+            await asyncio.to_thread(request.app[OPERATORS].allowed, request.method, request.path_qs, body, request.headers, role)
         answer: web.StreamResponse = await handler(request)
         return answer
     except RankfleetError as error:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +53,8 @@ class Client:
         connection = http.client.HTTPConnection(self.url.hostname or "127.0.0.1", self.url.port, timeout=120)
         try:
             signed = self.key.request(self.fleet, verb, path, body) if self.key and verb != "GET" else {}
+            if token := os.environ.get("RANKFLEET_TOKEN", ""):
+                signed = {**signed, "X-Oidc": token}
             connection.request(verb, path, body, {"Authorization": f"Bearer {self.token}", **signed, **extra})
             answer = connection.getresponse()
             data = json.loads(answer.read())

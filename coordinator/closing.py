@@ -149,6 +149,12 @@ def is_good(run: "JobRunner", number: int, metrics: dict[str, Any]) -> bool:
     return quality.good_enough(metrics, store.read(older[-1]["metrics"]) if older else {})
 
 
+def is_latest_good(run: "JobRunner") -> bool:
+    """Did devices find the newest version good?"""
+    row = run.ledger.row(store.versions, job=run.job, number=run.version.number)
+    return row is not None and row["state"] == "good"
+
+
 def judge(run: "JobRunner", tx: Connection, number: int, metrics: dict[str, Any]) -> None:
     """What devices measured of this version on their own held-out tenth decides whether it is `good`."""
     state = "good" if is_good(run, number, metrics) else "candidate"
@@ -176,10 +182,14 @@ def settle(run: "JobRunner", tx: Connection, number: int, folding: Folding) -> N
 
 
 def tidy(run: "JobRunner", number: int) -> None:
-    """Raw updates and views that no late update can need any more go; digests stay in the ledger."""
+    """Raw updates and views that no late update can need any more go; digests stay in the ledger.
+
+    Raw updates stay until devices found a version good that they went into: until then somebody may have to look into them.
+    """
     oldest = number - KEEP
+    good = max((r["number"] for r in run.ledger.rows(store.versions, "number", job=run.job, state="good")), default=0)
     run.registry.forget_before(oldest, {run.planner.snapshot_number(number), 0})
     for path in (run.home / "updates" / run.job).glob("r??????"):
-        if int(path.name[1:]) < oldest:
+        if int(path.name[1:]) < min(oldest, good):
             shutil.rmtree(path, ignore_errors=True)
     run.blobs.forget(run.blobs_in_use(oldest))

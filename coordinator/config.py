@@ -85,6 +85,15 @@ class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """None: no metrics are served; 0 takes a free port."""
 
 
+class Oidc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Operators who log in at an OpenID Connect issuer. Empty issuer: keys alone."""
+
+    issuer: str = ""
+    audience: str = "rankfleet"
+    claim: str = "roles"
+    """Claim that holds `rankfleet-viewer`, `rankfleet-operator` or `rankfleet-admin`."""
+
+
 class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything an operator can set."""
 
@@ -100,6 +109,7 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     https: Https = Https()
     enrolment: Enrolment = Enrolment()
     limits: Limits = Limits()
+    oidc: Oidc = Oidc()
     metrics: Metrics = Metrics()
     log: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""

@@ -1,6 +1,7 @@
 """Open a round: choose devices and arms, write everything down, then tell them. And the last step: install the result."""
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -135,6 +136,8 @@ async def install_everywhere(run: "JobRunner") -> None:
     with run.ledger.write() as tx:
         closing.judge(run, tx, run.version.number, quality.of_version(rows))
         closing.mark_closed(run, tx, number, rows)
+    if closing.is_latest_good(run):
+        shutil.rmtree(run.home / "updates" / run.job, ignore_errors=True)  # no version can need them, and they are devices' data
 
 
 async def installed(run: "JobRunner", number: int) -> None:

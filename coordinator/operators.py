@@ -26,6 +26,7 @@ from federated.roster import (
 
 from . import store
 from .config import CoordinatorConfig
+from .oidc import Issuer
 
 FRESH_S = 300.0
 """How far an operator's clock may be from ours, and so how long a request could be said again: those are remembered."""
@@ -36,6 +37,7 @@ class Operators:
 
     def __init__(self, config: CoordinatorConfig, ledger: store.Store) -> None:
         self.fleet, self.path, self.ledger = config.fleet, config.home / "roster", ledger
+        self.issuer = Issuer(config.oidc)
         self.signed: SignedRoster | None = None
         self.roster: Roster | None = None
         self._heard: OrderedDict[bytes, float] = OrderedDict()
@@ -66,11 +68,20 @@ class Operators:
         return roster
 
     def allowed(self, method: str, path: str, body: bytes, headers: Mapping[str, str], role: str) -> str:
-        """The operator who signed a request, if that role or a higher one is his. Raises Refused."""
-        if self.roster is None:
+        """The operator who signed a request, or whom an issuer's token names, if that role or a higher one is his. Raises Refused.
+
+        May ask the issuer: to be called in a thread.
+        """
+        if self.roster is None and not self.issuer.config.issuer:
             return "the owner of the token"
         if role == "viewer":
             return "anybody with the token"
+        if (token := headers.get("X-Oidc", "")) and self.issuer.config.issuer:
+            who, has = self.issuer.role(token)
+            if RANKS[has] < RANKS[role]:
+                raise Refused(f"`{who}` is a {has}; this takes the role {role}")
+            self.audit(who, method, path)
+            return who
         at, name, key, signature = self._claimed(headers)
         try:
             fresh = abs(time.time() - float(at)) <= FRESH_S
@@ -82,6 +93,7 @@ class Operators:
             raise Refused("the request is not signed by an operator of this fleet", "--key FILE, or RANKFLEET_KEY")
         if signature in self._heard:
             raise Refused("this very request was heard before")
+        assert self.roster is not None
         if RANKS[self.roster.operators[name].role] < RANKS[role]:
             raise Refused(f"`{name}` is a {self.roster.operators[name].role}; this takes the role {role}")
         self._remember(signature)
@@ -89,7 +101,8 @@ class Operators:
         return name
 
     def _claimed(self, headers: Mapping[str, str]) -> tuple[str, str, bytes, bytes]:
-        assert self.roster is not None
+        if self.roster is None:
+            raise Refused("no token of the issuer came with the request", "RANKFLEET_TOKEN")
         try:
             key = decode_key(headers.get("X-Operator", ""), "the operator's key")
             signature = bytes.fromhex(headers.get("X-Signature", ""))

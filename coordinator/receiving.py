@@ -229,12 +229,13 @@ class Receiving:
             seconds, purpose = max(0.001, time.time() - float(row["sent_at"])), incoming.purpose(row["body"])
         else:
             seconds, purpose = asked.seconds(), asked.purpose
-        target = self.home / "updates" / job / f"r{round:06d}" / device
-        target.parent.mkdir(parents=True, exist_ok=True)
         if purpose == "install":
             if arrival.path:
                 arrival.path.unlink(missing_ok=True)
-        elif arrival.path:
+            return told, seconds, self.home
+        target = self.home / "updates" / job / f"r{round:06d}" / device
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if arrival.path:
             os.replace(arrival.path, target)
         else:
             _write(target, data)

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESTART = """#!/bin/sh
-pkill -f 'edge-agent run' && sleep 1
+pkill -f '[/]opt/edge-agent.*run' && sleep 1
 su -s /bin/sh edge-agent -c 'edge-agent run --config /etc/edge-agent/agent.yaml >/tmp/agent.log 2>&1 &'
 """
 
@@ -83,7 +83,7 @@ def clean_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanRoot]:
     try:
         yield CleanRoot(root)
     finally:
-        subprocess.run(["chroot", str(root), "/bin/sh", "-c", "pkill -f /opt/edge-agent; pkill -f /opt/coordinator"], check=False)
+        subprocess.run(["chroot", str(root), "/bin/sh", "-c", "pkill -f '[/]opt/edge-agent'; pkill -f '[/]opt/coordinator'"], check=False)
         time.sleep(0.5)
         for mounted in (root / "dev", root / "proc", root, folder):
             subprocess.run(["umount", "-l", str(mounted)], check=False)
@@ -154,10 +154,10 @@ def test_installed_upgraded_rolled_back_and_removed(clean_root: CleanRoot, tmp_p
     assert clean_root.run("sha256sum /var/lib/edge-agent/identity.json /var/lib/edge-agent/device.key") == identity
 
     # Removed: the program goes, what the device knows stays; purged: nothing stays.
-    clean_root.run("pkill -f /opt/edge-agent; dpkg --remove edge-agent")
+    clean_root.run("pkill -f '[/]opt/edge-agent'; dpkg --remove edge-agent")
     assert not (clean_root.path / "opt/edge-agent.versions").exists()
     assert (clean_root.path / "var/lib/edge-agent/identity.json").exists()
-    clean_root.run("dpkg --purge edge-agent; pkill -f /opt/coordinator; dpkg --purge coordinator")
+    clean_root.run("dpkg --purge edge-agent; pkill -f '[/]opt/coordinator'; dpkg --purge coordinator")
     left = clean_root.run("ls -d /opt/edge-agent* /opt/coordinator* /etc/edge-agent* /etc/rankfleet* /usr/bin/edge-agent || true")
     left += clean_root.run("ls -d /var/lib/edge-agent* /var/lib/rankfleet* /usr/lib/edge-agent* /lib/systemd/system/edge-agent* || true")
     assert [line for line in left.splitlines() if "cannot access" not in line] == []

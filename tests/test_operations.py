@@ -105,3 +105,15 @@ async def test_with_little_room_left_devices_keep_their_updates(tmp_path: Path, 
         assert {r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name)} == {"assigned"}
         free[0] = 1e12
         await world.until(lambda: world.job_state(name) == "finished")
+
+
+async def test_raw_updates_go_when_a_job_ends_well_and_stay_otherwise(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with World(tmp_path, tiny, devices=2) as world:
+        folder = tmp_path / "coordinator" / "updates"
+        good = await world.run(job(rounds=2))
+        assert not (folder / good).exists()
+        monkeypatch.setattr("coordinator.closing.is_good", lambda run, number, metrics: False)
+        doubtful = await world.run(job(rounds=6))
+        assert sorted(p.name for p in (folder / doubtful).iterdir()) == [f"r{n:06d}" for n in range(6)]
+        rows = world.coordinator.ledger.rows(store.assignments, job=good)
+        assert all(len(r["digest"]) == 64 for r in rows)

@@ -1,16 +1,21 @@
 """Operators: roles, signatures, approvals; and a coordinator in the wrong hands, which devices do not obey."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 import yaml
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from coordinator import store
 from coordinator.api import Api
 from coordinator.broker import mosquitto
+from coordinator.config import Oidc
+from coordinator.oidc import Issuer
 from coordinator.operator_key import OperatorKey, generate
 from federated.errors import ConfigError, Refused
 from federated.roster import encode_key
@@ -192,3 +197,63 @@ def test_keys_are_not_overwritten_and_not_left_open(tmp_path: Path) -> None:
     (tmp_path / "a.key").write_text("nonsense")
     with pytest.raises(ConfigError, match="is no key"):
         OperatorKey(tmp_path / "a.key")
+
+
+class Login:
+    """An issuer on loopback."""
+
+    def __init__(self) -> None:
+        from cryptography.hazmat.primitives.asymmetric import rsa
+
+        self.key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        self.url = ""
+
+    async def start(self) -> web.AppRunner:
+        app = web.Application()
+        app.add_routes([web.get("/.well-known/openid-configuration", self.about), web.get("/keys", self.keys)])
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        return runner
+
+    async def about(self, request: web.Request) -> web.Response:
+        return web.json_response({"issuer": self.url, "jwks_uri": f"{self.url}/keys"})
+
+    async def keys(self, request: web.Request) -> web.Response:
+        key = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(self.key.public_key()))
+        return web.json_response({"keys": [{**key, "kid": "1", "use": "sig", "alg": "RS256"}]})
+
+    def token(self, key: Any = None, **claims: Any) -> str:
+        said = {"iss": self.url, "aud": "rankfleet", "sub": "carol", "exp": time.time() + 60, "roles": ["rankfleet-operator"], **claims}
+        return jwt.encode(said, key or self.key, algorithm="RS256", headers={"kid": "1"})
+
+
+async def test_operators_who_log_in_at_an_issuer(tmp_path: Path, tiny: Path) -> None:
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    login = Login()
+    runner = await login.start()
+    async with World(tmp_path, tiny, devices=1) as world:
+        world.coordinator.operators.issuer = Issuer(Oidc(issuer=login.url))
+        suspend = lambda **headers: asked(world, None, "POST", "/devices/d0/suspend", **headers)  # noqa: E731
+        assert "no token of the issuer" in (await suspend())[1]["error"]
+        for token, why in (
+            (login.token(roles=["rankfleet-viewer"]), "takes the role operator"),
+            (login.token(roles=["root"]), "names no role"),
+            (login.token(aud="another"), "not taken"),
+            (login.token(iss="https://elsewhere"), "not taken"),
+            (login.token(exp=time.time() - 60), "not taken"),
+            (login.token(key=rsa.generate_private_key(public_exponent=65537, key_size=2048)), "not taken"),
+            (jwt.encode({"sub": "x", "roles": ["rankfleet-admin"]}, "", algorithm="none", headers={"kid": "1"}), "not taken"),
+            ("rubbish", "not taken"),
+        ):
+            status, answer = await suspend(**{"X-Oidc": token})
+            assert (status, why in answer["error"]) == (400, True), answer
+        assert (await suspend(**{"X-Oidc": login.token()}))[0] == 200
+        assert [r["operator"] for r in world.coordinator.ledger.rows(store.audit)] == ["carol"]
+    await runner.cleanup()
+    with pytest.raises(ConfigError, match="cannot be asked"):
+        Issuer(Oidc(issuer=login.url)).role(login.token())
+    with pytest.raises(ConfigError, match="not at https"):
+        Issuer(Oidc(issuer="http://login.example")).role("x")
