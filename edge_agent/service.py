@@ -385,6 +385,8 @@ class Agent:
             if self.status.count():
                 self.status.write(resumed_down=self.fetcher.resumed)
             if self.status.every(LOOK_S):
-                self.status.set(conditions=plain(health.conditions(self)))
+                found = plain(health.conditions(self))
+                if found != self.status.get("conditions", []):
+                    self.status.write(conditions=found)
             self.status.flush()
             self._look_for_adapter()

@@ -83,7 +83,8 @@ class Status:
 
     def flush(self, now: bool = False) -> None:
         """To disk, if anything is new and the last time was not a moment ago, or `now`; a full disk is logged, never fatal."""
-        if not self._stale or (not now and time.monotonic() - self._written <= OFTEN_S):
+        stale = self._stale or self.facts.get("connected") != self.bus.connected.is_set()
+        if not stale or (not now and time.monotonic() - self._written <= OFTEN_S):
             return
         self._stale, self._written = False, time.monotonic()
         c = self.counters

@@ -51,7 +51,7 @@ def test_hostile_bytes(data: bytes) -> None:
 def test_hostile_bodies(data: bytes) -> None:
     from federated.messages import _mac
 
-    envelope = Envelope(1, "nano", 1, data, _mac(KEY, "nano", 1, data))
+    envelope = Envelope(1, "nano", 1, data, _mac(KEY, 1, "nano", 1, data))
     try:
         open_up(envelope, KEY)
     except WireError as error:
