@@ -18,7 +18,7 @@ from federated.errors import ConfigError, Refused, WireError
 from federated.messages import read_assignment
 from federated.update import Update
 
-from . import apply, norm_check, quality, store
+from . import apply, claims, norm_check, quality, store
 from .incoming import Keeper, Lifter
 from .registry import Version
 
@@ -69,12 +69,16 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     rows = {
         (r["device"], r["round"]): r for of in {of for _, of in folding} for r in run.ledger.rows(store.assignments, job=run.job, round=of)
     }
+    told = {d: float(n) for (d, _), r in rows.items() if isinstance(n := store.read(r["telemetry"]).get("examples"), int | float) and n > 0}
+    allowed = claims.bounds(told, run.examples, run.plan.spec.most_weight)
+    for device, text in claims.notes(told, run.examples, allowed):
+        run.ledger.tell(run.job, device, f"round {number}: {text}")
     norms: dict[str, float] = {}
     usual = norm_check.Usual(run.norms, run.plan.spec.norm_factor)
 
     def liftable() -> Iterator[tuple[RowMapping, Update]]:
         for device, of in sorted(folding):
-            if (row := rows.get((device, of))) is not None and (u := lifted(run, lifter, row)) is not None:
+            if (row := rows.get((device, of))) is not None and (u := lifted(run, lifter, row, allowed)) is not None:
                 yield row, u
 
     if usual.unknown and len(folding) >= norm_check.ENOUGH:
@@ -100,13 +104,14 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     return version, pull
 
 
-def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping) -> Update | None:
+def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping, allowed: Mapping[str, float]) -> Update | None:
     """One update in canonical coordinates; None for one that cannot be used, which is put aside with the reason."""
     if row["state"] == "refused":
         return None
     device, of = row["device"], row["round"]
     try:
         made = lifter.lift(run.update_path(of, device), read_assignment(row["body"]), device)
+        made = replace(made, weight=min(made.weight, allowed.get(device, made.weight)))
     except (WireError, OSError, Refused) as error:
         put_aside(run, row, str(error))
         return None

@@ -81,6 +81,8 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Tags that a device must have, with patterns: `{site: lab, gpu: "*"}`."""
     canary: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the devices that get the final version first; the others follow if it is not worse there than the last good one."""
+    most_weight: Annotated[float, Meta(ge=0)] = 10.0
+    """Examples that a device claims count as at most so many medians of the round's claims, and as twice its own last one; 0: no bound."""
     norm_factor: Annotated[float, Meta(ge=0)] = 6.0
     """An update whose norm for its steps is more than so many medians of the last rounds is put aside; 0: never."""
     quorum: Rate = 0.8

@@ -17,6 +17,8 @@ from federated.loader import load
 from . import certificate, identity, probe
 from .config import AgentConfig
 
+CUDA_HOME = Path("/usr/local")
+
 
 def examine(path: Path) -> list[Finding]:
     """All findings; later checks need what earlier ones found."""
@@ -86,7 +88,7 @@ def _torch() -> Finding:
 
 def _gpu() -> Finding:
     release = platform.release()
-    if "tegra" in release and not list(Path("/usr/local").glob("cuda*")):
+    if "tegra" in release and not list(CUDA_HOME.glob("cuda*")):
         return finding("gpu", "error", "a Jetson without CUDA: training would run on the CPU", "install JetPack's CUDA and NVIDIA's torch")
     return finding("gpu", "ok", ", ".join(probe.gpus()) or "none; trains on the CPU")
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import coordinator.closing
 import federated.messages
 from coordinator import store
 from coordinator.broker import mosquitto
+from coordinator.claims import bounds, notes
 from coordinator.job import read_job
 from coordinator.norm_check import Usual
 from edge_agent import rounds
@@ -165,3 +167,39 @@ async def test_a_coordinator_that_asks_for_less_than_the_device_requires(
     async with world:
         await world.run(job(rounds=1))
     assert used == {"d0": [], "d1": ["fedprox"]}
+
+
+def test_claims_out_of_proportion() -> None:
+    said = {"a": 100.0, "b": 120.0, "c": 80.0, "liar": 1e7}
+    allowed = bounds(said, {}, 10.0)
+    assert allowed["liar"] == 1100.0
+    assert min(allowed.values()) == 1100.0
+    again = bounds({**said, "a": 900.0}, {"a": 100.0, "liar": 90.0}, 10.0)
+    assert (again["a"], again["liar"]) == (2 * 510.0, 2 * 510.0)
+    assert dict(notes({"a": 900.0}, {"a": 100.0}, {"a": 200.0})) == {"a": "of the 900 examples that it claims 200 count"}
+    assert [t for _, t in notes({"a": 30.0}, {"a": 100.0}, {})] == ["it claims 30 examples, 100 before"]
+    assert bounds(said, {}, 0.0) == {}
+
+
+async def test_a_device_that_claims_a_million_examples_weighs_ten(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, weights = rounds.LocalRound.train, {}
+
+    def train(self: Any) -> Tensors:
+        sent = real(self)
+        self.told["examples"] = 10**6 if self.device == "d2" else self.told["examples"]
+        return sent
+
+    lift = coordinator.closing.lifted
+
+    def lifted(*args: Any) -> Any:
+        made = lift(*args)
+        weights[made.device] = made.weight
+        return made
+
+    monkeypatch.setattr(rounds.LocalRound, "train", train)
+    monkeypatch.setattr(coordinator.closing, "lifted", lifted)
+    async with World(tmp_path, tiny, devices=3) as world:
+        name = await world.run(job(rounds=1))
+        told = [e["text"] for e in world.coordinator.ledger.rows(store.events, job=name) if e["device"] == "d2"]
+    assert weights["d2"] == 10 * max(weights["d0"], weights["d1"])
+    assert "of the 1000000 examples that it claims" in told[0]
