@@ -10,6 +10,7 @@ from federated.errors import ConfigError
 from federated.metrics import MetricsServer
 from federated.mqtt import MqttBus
 from federated.notify import alive, notify
+from federated.platform_lock import hold
 from federated.topics import checked
 
 from . import health, renewal
@@ -80,7 +81,7 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
     if not insecure:
         refuse_open_link(config)
     checked(config.fleet, "fleet")
-    config.home.mkdir(parents=True, exist_ok=True)
+    hold(config.home, "coordinator")
     ended = _ended()
     b, authority = config.broker, Authority(config.home, config.fleet) if config.mutual_tls else None
     names = own_names(b.host, parse_url(b.advertise).host if b.advertise else "") if authority else []

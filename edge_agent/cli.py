@@ -56,6 +56,7 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _run(args: argparse.Namespace) -> int:
     from federated.mqtt import MqttBus
+    from federated.platform_lock import hold
 
     from . import identity, probe
     from .engine import ProcessEngine
@@ -64,6 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     config = _config(args)
     begin(config.log, logging.INFO if args.verbose else logging.WARNING)
     who = identity.load(config.home)
+    hold(config.home, "edge-agent")
     profile, bits_ms = _known(config, probe)
     bus = MqttBus(
         config.link.broker or who.broker, f"rf-{who.fleet}-{who.device}", keepalive_s=config.link.keepalive_s,

@@ -131,6 +131,8 @@ def test_a_job_from_the_command_line(programs: Programs, tmp_path: Path) -> None
     assert "toy-1: finished, 3 rounds closed" in shown
     assert (tmp_path / "job.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tb" / "toy-1").iterdir())
+    assert "another coordinator runs with" in programs.coordinator("serve", code=1)
+    assert "another edge-agent runs with" in programs.run("edge_agent", "run", "--config", str(programs.agents["d0"]), code=1)
     assert "no job `nope`" in programs.coordinator("rounds", "nope", code=1)
     assert "is finished" in programs.coordinator("cancel", "toy-1", code=1)
     status = json.loads(programs.run("edge_agent", "status", "--config", str(programs.agents["d0"]), "--json"))

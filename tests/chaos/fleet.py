@@ -49,6 +49,9 @@ class Machine:
         return done.stdout
 
     def start(self) -> None:
+        """As a service manager would: one at a time."""
+        if self.process is not None and self.process.poll() is None:
+            return
         self.starts += 1
         with self.log.open("ab") as log:
             command = [sys.executable, "-W", "ignore", "-m", *self.command]
