@@ -33,16 +33,27 @@ def can_mount(folder: Path) -> bool:
 
 
 class CleanRoot:
-    """Another root directory with its own changes."""
+    """Another root directory with its own changes and its own processes: an agent that is installed here is not touched."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        inside = "mount -t proc proc /proc; exec sleep 3600"
+        self.holder = subprocess.Popen(
+            ["unshare", "--pid", "--mount", "--fork", "--kill-child", "chroot", str(path), "/bin/sh", "-c", inside]
+        )
+        time.sleep(0.5)
+        self.first = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()[0]
+
+    def within(self, *command: str) -> list[str]:
+        return ["nsenter", "--target", self.first, "--pid", "--mount", f"--root=/proc/{self.first}/root", "--wd=/", *command]
+
+    def close(self) -> None:
+        self.holder.kill()
+        self.holder.wait()
 
     def run(self, command: str, code: int = 0, **environment: str) -> str:
         plain = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive", **environment}
-        done = subprocess.run(
-            ["chroot", str(self.path), "/bin/sh", "-c", command], capture_output=True, text=True, check=False, env=plain, timeout=200
-        )
+        done = subprocess.run(self.within("/bin/sh", "-c", command), capture_output=True, text=True, check=False, env=plain, timeout=200)
         assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
@@ -55,9 +66,7 @@ class CleanRoot:
 
     def until_connected(self, version: str) -> None:
         for _ in range(60):
-            done = subprocess.run(
-                ["chroot", str(self.path), "cat", "/var/lib/edge-agent/status.json"], capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(self.within("cat", "/var/lib/edge-agent/status.json"), capture_output=True, text=True, check=False)
             if f'"agent":"{version}"' in done.stdout and '"connected":true' in done.stdout:
                 return
             time.sleep(0.5)
@@ -78,14 +87,13 @@ def clean_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CleanRoot]:
         subprocess.run(["umount", str(folder)], check=False)
         pytest.skip("a clean root takes root rights, overlayfs and dpkg")
     root = folder / "root"
-    subprocess.run(["mount", "-t", "proc", "proc", str(root / "proc")], check=True)
     subprocess.run(["mount", "--bind", "/dev", str(root / "dev")], check=True)
+    clean = CleanRoot(root)
     try:
-        yield CleanRoot(root)
+        yield clean
     finally:
-        subprocess.run(["chroot", str(root), "/bin/sh", "-c", "pkill -f '[/]opt/edge-agent'; pkill -f '[/]opt/coordinator'"], check=False)
-        time.sleep(0.5)
-        for mounted in (root / "dev", root / "proc", root, folder):
+        clean.close()
+        for mounted in (root / "dev", root, folder):
             subprocess.run(["umount", "-l", str(mounted)], check=False)
 
 

@@ -9,6 +9,15 @@ flags=$(sh "$lib/install-torch.sh" --venv-flags)
 /usr/bin/python3 -m venv $flags "$place"
 extras=$([ "$name" = coordinator ] && echo 'coordinator,postgres' || echo 'device')
 "$place/bin/python" -m pip install -q --disable-pip-version-check --no-index --find-links "$lib/wheels" "rankfleet[$extras]==$version"
+# What the version before had beside our own wheels, torch above all, is linked and not fetched again; another Python has to fetch it.
+before=$(readlink "/opt/$name" 2>/dev/null || true)
+new=$(echo "$place"/lib/python3.*/site-packages)
+old=$before${new#"$place"}
+if [ -n "$before" ] && [ "$before" != "$place" ] && [ -d "$old" ]; then
+    for entry in "$old"/*; do
+        [ -e "$new/${entry##*/}" ] || case ${entry##*/} in rankfleet-*) ;; *) cp -al "$entry" "$new/" ;; esac
+    done
+fi
 if [ "$name" = edge-agent ] && [ -z "${RANKFLEET_NO_TORCH:-}" ]; then
     # A device without a network can be given them later; until then the agent says what is missing.
     if sh "$lib/install-torch.sh" "$place/bin/python"; then

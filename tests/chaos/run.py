@@ -40,7 +40,7 @@ class Chaos:
     def __init__(self, fleet: Fleet, rng: random.Random, rounds: int, faults: int) -> None:
         self.fleet, self.rng, self.rounds, self.faults = fleet, rng, rounds, faults
         self.done: Counter[str] = Counter()
-        self.ticks, self.paused = 0, False
+        self.ticks = 0
         self.open: list[float] = []
         self.recoveries: list[float] = []
         self._later: set[asyncio.Task[None]] = set()
@@ -76,6 +76,7 @@ class Chaos:
         for i in range(self.faults):
             due = i * self.rounds // self.faults
             while self.round() < due and self.fleet.job_state() not in ("finished", "failed"):
+                self.hold(False)
                 await asyncio.sleep(0.1)
             if self.fleet.job_state() in ("finished", "failed"):
                 return
@@ -85,13 +86,19 @@ class Chaos:
                 await asyncio.sleep(0.01)
             self.done[kind] += 1
             self.open.append(time.monotonic())
+        while self.fleet.job_state() not in ("finished", "failed"):
+            self.hold(False)
+            await asyncio.sleep(0.5)
 
     def hold(self, ahead: bool) -> None:
-        """The job must not be over before the faults are: where rounds run ahead, no further one is opened."""
-        if ahead != self.paused:
-            with contextlib.suppress(RuntimeError):  # the coordinator may be dead at the moment; the next fault asks again
+        """The job must not be over before the faults are: where rounds run ahead, no further one is opened.
+
+        What was answered may be lost as everything else; what the ledger says counts. The coordinator may be dead: the next look asks again.
+        """
+        state = self.fleet.job_state()
+        if (ahead and state == "running") or (not ahead and state == "paused"):
+            with contextlib.suppress(RuntimeError):
                 self.fleet.coordinator.run("coordinator", "pause" if ahead else "resume", "toy-1", "--config", self.fleet.config)
-                self.paused = ahead
 
     async def fault(self, kind: str) -> bool:
         """Do it; False where there was nothing to do it to."""
