@@ -93,7 +93,7 @@ class Chaos:
     def hold(self, ahead: bool) -> None:
         """The job must not be over before the faults are: where rounds run ahead, no further one is opened.
 
-        What was answered may be lost as everything else; what the ledger says counts. The coordinator may be dead: the next look asks again.
+        An answer may be lost as everything else; what the ledger says counts. The coordinator may be dead: the next look asks again.
         """
         state = self.fleet.job_state()
         if (ahead and state == "running") or (not ahead and state == "paused"):
