@@ -45,7 +45,16 @@ class CleanRoot:
         self.first = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children").read_text().split()[0]
 
     def within(self, *command: str) -> list[str]:
-        return ["nsenter", "--target", self.first, "--pid", "--mount", f"--root=/proc/{self.first}/root", "--wd=/", *command]
+        return [
+            "nsenter",
+            "--target",
+            self.first,
+            "--pid",
+            "--mount",
+            f"--root=/proc/{self.first}/root",
+            f"--wd=/proc/{self.first}/root",
+            *command,
+        ]
 
     def close(self) -> None:
         self.holder.kill()
