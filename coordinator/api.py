@@ -33,7 +33,7 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         if request.path != "/health":
             body = await request.read()
-            role = role_for(request.method, request.path_qs)
+            role = role_for(request.method, request.path, _dry(request))
             await asyncio.to_thread(request.app[OPERATORS].allowed, request.method, request.path_qs, body, request.headers, role)
         answer: web.StreamResponse = await handler(request)
         return answer
@@ -43,6 +43,11 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
 
 TOKEN: web.AppKey[str] = web.AppKey("token", str)
 OPERATORS: web.AppKey[Operators] = web.AppKey("operators", Operators)
+
+
+def _dry(request: web.Request) -> bool:
+    """Is a job only to be looked at?"""
+    return bool(request.query.get("dry"))
 
 
 def _signed(request: web.Request) -> tuple[bytes, bytes]:
@@ -133,7 +138,7 @@ class Api:
         plan = self.service.jobs.plan(read_job(text))
         preview = self.preview(plan)
         job, operators = "", self.service.operators
-        if not request.query.get("dry"):
+        if not _dry(request):
             signed = _signed(request) if operators.roster else None
             job = self.service.jobs.submit(text, signed)
         return _json({"job": job, "devices": preview, "lacks": operators.lacks(job, text) if job else 0})

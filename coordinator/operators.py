@@ -146,10 +146,8 @@ class Operators:
         return pack(Warrant(text, self._signatures(job), self.signed)) if self.signed else None
 
 
-def role_for(method: str, path: str) -> str:
-    """Which role a request takes."""
-    if method == "GET" or path.endswith("?dry=1"):
-        return "viewer"
-    if path.endswith("/revoke") or path == "/operators":
-        return "admin" if path != "/operators" else "viewer"  # a roster is signed itself, and by an admin
-    return "operator"
+def role_for(method: str, path: str, dry: bool) -> str:
+    """Which role a request takes: `path` without its query, `dry` for a job that is only looked at."""
+    if method == "GET" or (path == "/jobs" and dry) or path == "/operators":
+        return "viewer"  # a roster is signed itself, by an admin
+    return "admin" if path.endswith("/revoke") else "operator"

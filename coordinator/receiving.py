@@ -81,6 +81,8 @@ class Receiving:
             return
         if self.pending.get(key) is None and not self._still_wanted(key, offer):
             return
+        if self.uploads.full():
+            return  # it keeps its update and offers again
         if offer.data and self._held + len(offer.data) <= HELD_BYTES and len(offer.data) <= self.limits.update_mb * 1e6:
             if len(offer.data) != offer.blob.size or digest_of(offer.data) != offer.blob.digest:
                 raise WireError(f"the update of round {offer.round} is not what its offer says")

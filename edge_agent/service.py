@@ -81,6 +81,7 @@ class Agent:
         self._narrow = asyncio.Lock()
         self._telling: asyncio.TimerHandle | None = None
         self._adapter = ""
+        self._asked = False
         self.config_path: Path | None = None
         """The YAML that this was started with, for `doctor`."""
         self.last_lines = support.LastLines()
@@ -190,14 +191,21 @@ class Agent:
             self.status.fail(message.reason)
 
     async def _support(self, asked: Ask) -> None:
-        """Answer an operator, if the owner lets us."""
+        """Answer an operator, if the owner lets us; one question at a time, however often it is heard."""
+        if self._asked:
+            return
+        self._asked = True
+        try:
+            await self.say(Bundle(asked.number, await self._told(asked)))
+        finally:
+            self._asked = False
+
+    async def _told(self, asked: Ask) -> str:
         if not self.config.allow.support:
-            text = "the owner of this device does not allow it (allow.support)"
-        elif asked.what == "logs":
-            text = self.last_lines.text() or "nothing was logged since the service started"
-        else:
-            text = await support.doctor(self.config_path)
-        await self.say(Bundle(asked.number, text))
+            return "the owner of this device does not allow it (allow.support)"
+        if asked.what == "logs":
+            return self.last_lines.text() or "nothing was logged since the service started"
+        return await support.doctor(self.config_path)
 
     def _assigned(self, job: Assignment, raw: bytes, key: str) -> None:
         """New work; or a question about work that we know, which is answered with where it stands."""

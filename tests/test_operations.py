@@ -95,11 +95,26 @@ def test_an_older_ledger_gets_what_it_lacks_and_a_newer_one_is_left_alone(tmp_pa
         store.Store(store.url_of(config))
 
 
-async def test_with_little_room_left_devices_keep_their_updates(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_that_lacks_nothing_is_queued_after_a_kill(tmp_path: Path, tiny: Path) -> None:
+    async with World(tmp_path, tiny, devices=1) as world:
+        await world.kill_coordinator()
+        with sqlite3.connect(tmp_path / "coordinator" / "ledger.db") as ledger:
+            ledger.execute(
+                "insert into jobs (id, text, state, created, number, reason) values ('toy-1', ?, 'held', 0, 1, '')", (job(rounds=1),)
+            )
+        ledger.close()
+        await world.start_coordinator()
+        await world.until(lambda: world.job_state("toy-1") == "finished")
+
+
+@pytest.mark.parametrize("packet", [400, 50_000])
+async def test_with_little_room_left_devices_keep_their_updates(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, packet: int
+) -> None:
     free = [1e6]
     real = shutil.disk_usage
     monkeypatch.setattr(coordinator.uploads.shutil, "disk_usage", lambda path: real(path)._replace(free=free[0]))
-    async with World(tmp_path, tiny, devices=2, packet=400) as world:
+    async with World(tmp_path, tiny, devices=2, packet=packet) as world:
         name = world.coordinator.jobs.submit(job(rounds=1))
         await world.until(lambda: all(a.outbox.due() for a, _ in world.agents.values()))
         assert {r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name)} == {"assigned"}

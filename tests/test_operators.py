@@ -72,6 +72,9 @@ async def test_roles(tmp_path: Path, tiny: Path, people: People) -> None:
             assert (await asked(world, who, "POST", "/devices/d0/suspend"))[0] == status
         assert "takes the role admin" in (await asked(world, bob, "POST", "/devices/d0/revoke"))[1]["error"]
         assert (await asked(world, alice, "POST", "/devices/d0/revoke"))[0] == 200
+        for path in ("/devices/d0/revoke?dry=1", "/devices/d0/suspend?dry=1", "/jobs/toy-1/cancel?dry=1"):
+            assert "not signed" in (await asked(world, None, "POST", path))[1]["error"]
+        assert "takes the role admin" in (await asked(world, bob, "POST", "/devices/d0/revoke?a=b"))[1]["error"]
         trail = [(r["operator"], r["text"]) for r in world.coordinator.ledger.rows(store.audit)]
         assert trail[1:] == [("bob", "/devices/d0/suspend"), ("alice", "/devices/d0/revoke")]
 
