@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from federated.metrics import Metrics
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -75,14 +77,6 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Messages that a device may have saved up."""
     gather_ms: Annotated[float, Meta(ge=0)] = 50.0
     """How long wants for the same blob are gathered before its pieces are published."""
-
-
-class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Prometheus metrics, as plain HTTP under `/metrics`."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
-    """None: no metrics are served; 0 takes a free port."""
 
 
 class Oidc(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,12 +9,12 @@ from aiohttp import web
 
 from federated.enrolment import CertificateAnswer, CertificateRequest, mac_of, read_request, signed
 from federated.errors import WireError
+from federated.roster import signed_by
 
 from . import store
 from .authority import Authority
 from .config import Enrolment as Config
 from .fleet import Devices
-from .keys import verify
 
 log = logging.getLogger(__name__)
 DAY_S = 86_400.0
@@ -52,7 +52,7 @@ class Enrolment:
         key = self.devices.key(asked.device)
         if key is None or not hmac.compare_digest(mac_of(key, content), asked.mac):
             raise WireError("no claim of this device is known here", "coordinator invite NAME, and enrol with the new token")
-        if not verify(asked.public_key, asked.signature, content):
+        if not signed_by(asked.public_key, asked.signature, content):
             raise WireError("the request is not signed by the key that it shows")
         if reason := self.void(asked.device):
             raise WireError(reason, "coordinator invite NAME, and enrol with the new token")

@@ -12,7 +12,7 @@ from . import store
 if TYPE_CHECKING:
     from .service import Service
 
-LOW_MB, EMPTY_MB = 2000, 200
+LOW_MB = 2000
 SILENT_S = 3 * 86_400.0
 SOON_S = 7 * 86_400.0
 
@@ -53,8 +53,8 @@ def _held(service: "Service") -> str:
 
 
 CONDITIONS: list[Declared["Service"]] = [
-    Declared("disk-full", "error", lambda s: _disk(s, EMPTY_MB), "make room; nothing is lost, updates wait on the devices"),
-    Declared("disk-low", "warning", lambda s: _disk(s, LOW_MB, EMPTY_MB), "make room before it is full"),
+    Declared("disk-full", "error", lambda s: _disk(s, s.config.limits.keep_free_mb), "make room; updates wait on the devices"),
+    Declared("disk-low", "warning", lambda s: _disk(s, LOW_MB, s.config.limits.keep_free_mb), "make room before it is full"),
     Declared("broker-away", "error", _broker, "is the broker running, and its certificate valid?"),
     Declared("job-waits", "error", lambda s: s.jobs.problem, "the text says for what", depends_on=("disk-full",)),
     Declared("device-suspended", "warning", _suspended, "coordinator devices: the note says why; coordinator devices resume NAME"),

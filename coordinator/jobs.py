@@ -76,10 +76,10 @@ class Jobs:
 
     async def run(self) -> None:
         """One job after the other, in the order of submission."""
-        for row in self.ledger.rows(store.jobs, "id", state=HELD):
-            self.approved(row["id"])  # a kill may have come between its last signature and this
         while True:
             try:
+                for row in self.ledger.rows(store.jobs, "id", state=HELD):
+                    self.approved(row["id"])  # a kill may have come between its last signature and this
                 waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in (*ENDED, HELD)), key=lambda r: r["number"])
             except OperationalError as error:
                 await self._wait_for_room("the ledger", error)

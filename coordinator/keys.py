@@ -1,9 +1,8 @@
-"""The coordinator's signing key, and checks of devices' signatures."""
+"""The coordinator's signing key."""
 
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from federated.files import write_atomic
 
@@ -21,12 +20,3 @@ class Keys:
     def sign(self, data: bytes) -> bytes:
         """64 bytes."""
         return self._private.sign(data)
-
-
-def verify(public: bytes, signature: bytes, data: bytes) -> bool:
-    """Is `signature` over `data` of the holder of `public`?"""
-    try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
-    except (InvalidSignature, ValueError):
-        return False
-    return True

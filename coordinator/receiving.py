@@ -17,11 +17,11 @@ from sqlalchemy import bindparam, update
 from federated.errors import WireError
 from federated.files import digest_of, sync_folder
 from federated.messages import Message, Offer, Receipt, Report, manifest
+from federated.roster import signed_by
 
 from . import incoming, store
 from .config import Limits
 from .fleet import Devices
-from .keys import verify
 from .pending import Key, Pending
 from .uploads import Upload, Uploads
 
@@ -219,7 +219,7 @@ class Receiving:
         """Check one update and put its file in place. Returns (its report, seconds since it was asked for, the folder)."""
         job, round, device = arrival.key
         offer, public = arrival.offer, self.devices.public(device)
-        if not public or not verify(public, offer.signature, manifest(job, round, device, offer.blob.digest)):
+        if not public or not signed_by(public, offer.signature, manifest(job, round, device, offer.blob.digest)):
             raise WireError("the update is not signed by this device's key")
         data = arrival.data or (arrival.path.read_bytes() if arrival.path else b"")
         told = {**incoming.check(data), "cost": incoming.bounded(offer.cost)}

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from federated.metrics import Metrics
+
 
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One logical dataset of this device: where it lies and which column means what."""
@@ -62,14 +64,6 @@ class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     idle_s: Annotated[float, Meta(gt=0)] = 300.0
     slots: Annotated[int, Meta(ge=1)] | None = None
     """Workers that may compute at once on this machine; None: one per core."""
-
-
-class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Prometheus metrics, as plain HTTP under `/metrics`."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
-    """None: no metrics are served; 0 takes a free port."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

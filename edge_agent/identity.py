@@ -5,6 +5,7 @@ The link key never travels: both sides derive it from the secret in the claim to
 """
 
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ from . import certificate
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+
+FLEETS_OWN = ("epoch", "roster.version")
+"""What the state directory remembers of one coordinator's life, beside the jobs."""
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -54,6 +59,11 @@ def enroll(token: str, home: Path, again: bool = False) -> Identity:
         identity = Identity(claim.fleet, claim.device, claim.broker, link_key(claim), claim.coordinator, public, claim.operators)
         if claim.door:
             certificate.obtain(home, claim.device, identity.link_key, private, claim.door, claim.pin)
+        if again:
+            # Rounds, epoch and roster are those of the fleet before: another one's jobs may have the same names, and lower numbers.
+            shutil.rmtree(home / "jobs", ignore_errors=True)
+            for name in FLEETS_OWN:
+                (home / name).unlink(missing_ok=True)
         write_atomic(home / "device.key", private.private_bytes_raw(), 0o600)
         write_atomic(home / "identity.json", msgspec.json.encode(identity), 0o600)
         (home / "enrolling.key").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from federated.catalogue import build_stack
 from federated.errors import Conflict, DoesNotFit, NotFinite, Refused, WireError
 from federated.messages import Assignment, manifest, read_assignment, unpack
 from federated.method import Round, overrides
+from federated.roster import signed_by
 from federated.spec import Spec
 from federated.stack import ClientSide, Stack
 from federated.tensors import Array, Tensors
@@ -281,15 +282,9 @@ class Worker:
 
 def _verified(order: Order) -> Assignment:
     """The assignment, if the coordinator of this fleet signed it. Raises WireError."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
     envelope = unpack(order.envelope)
-    public = Ed25519PublicKey.from_public_bytes(identity.known(Path(order.home)).coordinator)
-    try:
-        public.verify(envelope.signature, envelope.body)
-    except InvalidSignature:
-        raise WireError("the assignment is not signed by this fleet's coordinator", "enrol the device again") from None
+    if not signed_by(identity.known(Path(order.home)).coordinator, envelope.signature, envelope.body):
+        raise WireError("the assignment is not signed by this fleet's coordinator", "enrol the device again")
     return read_assignment(envelope.body)
 
 

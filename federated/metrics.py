@@ -3,6 +3,19 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+
+class Metrics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Prometheus metrics, as plain HTTP under `/metrics`."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """None: no metrics are served; 0 takes a free port."""
+
 
 Sample = tuple[str, Mapping[str, str], float]
 """Name, labels, value."""

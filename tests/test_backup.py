@@ -1,5 +1,6 @@
 """A coordinator is put back to an older state on another host; its devices, which are ahead of it, go on with it."""
 
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from coordinator import store
 from coordinator.backup import backup, restore
 from coordinator.config import CoordinatorConfig
+from edge_agent import identity
 from federated.errors import ConfigError
 
 from .world import World, job
@@ -39,6 +41,24 @@ async def test_every_enrolment_survives_and_the_job_goes_on(tmp_path: Path, tiny
         assert [d["state"] for d in world.coordinator.devices.table()] == ["enrolled"] * 3
         agent = world.agents["d0"][0]
         assert not agent.outbox.begin(epoch)  # what was said before the fire is not heard any more
+
+
+async def test_a_device_that_joins_a_younger_fleet_hears_it(tmp_path: Path, tiny: Path) -> None:
+    """The coordinator before was restored, far in the future; job names are the same. None of that may count any more."""
+    async with World(tmp_path / "a", tiny, devices=1) as first:
+        first.coordinator.epoch += 10**9
+        assert await first.run(job(rounds=2)) == "toy-1"
+        home = first.home / "d0"
+    assert (home / "epoch").exists()
+    async with World(tmp_path / "b", tiny, devices=1) as second:
+        await second.kill_agent("d0")
+        shutil.rmtree(second.home / "d0")
+        shutil.copytree(home, second.home / "d0", symlinks=True)
+        (second.home / "d0" / "roster.version").write_text("99")
+        identity.enroll(second.coordinator.invite("d0"), second.home / "d0", again=True)
+        await second.start_agent("d0")
+        assert await second.run(job(rounds=2)) == "toy-1"
+        assert not (second.home / "d0" / "roster.version").exists()
 
 
 def test_what_is_not_taken(tmp_path: Path) -> None:
