@@ -23,8 +23,8 @@ from tests.simulation.run import FAULTS, ROUNDS, Outcome, simulate
 from .table import report
 
 SEEDS = {"quick": 200, "full": 3000}
-TRIES = {"quick": 40, "full": 120}
-"""Seeds in which a planted defect must show."""
+TRIES = {"quick": 120, "full": 300}
+"""Seeds in which a planted defect must show; the rarest shows in one of fourteen."""
 STUCK_S = 900.0
 """Virtual seconds after which a run with a planted defect counts as stuck; the sound ones take about 120."""
 

@@ -90,9 +90,8 @@ class Node:
         self.program: Any = None
         self.lives = 0
         self._image = home.with_name(f"{home.name}.next")
-        self._fuse = 0
-        self._power = False
-        self.disk.touched = self._touched
+        self._fuse, self._power, self._only = 0, False, False
+        self.disk.touched = self.touched
         self.graveyard: list[Any] = []
 
     def start(self) -> None:
@@ -125,12 +124,13 @@ class Node:
         """Does it run?"""
         return self.life is not None and not self.life.dead
 
-    def fuse(self, touches: int, power: bool) -> None:
-        """Kill it at its next but so many syncs or renames."""
-        self._fuse, self._power = touches, power
+    def fuse(self, touches: int, power: bool, transactions: bool = False) -> None:
+        """Kill it at its next but so many syncs or renames, or at the begin or end of a transaction alone."""
+        self._fuse, self._power, self._only = touches, power, transactions
 
-    def _touched(self) -> None:
-        if self._fuse and self.alive and LIFE.get() is self.life:
+    def touched(self, transaction: bool = False) -> None:
+        """Something goes to disk now."""
+        if self._fuse and self.alive and LIFE.get() is self.life and (transaction or not self._only):
             self._fuse -= 1
             if not self._fuse:
                 self.kill(self._power)
@@ -168,10 +168,10 @@ class Coordinator(Node):
         @contextmanager
         def write() -> Iterator[Any]:
             """Before and after a transaction is a moment to be killed in, too."""
-            self.disk.touched()
+            self.touched(transaction=True)
             with real() as tx:
                 yield tx
-            self.disk.touched()
+            self.touched(transaction=True)
 
         self.program.ledger.write = write
         await self.program.start()

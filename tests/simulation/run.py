@@ -106,12 +106,12 @@ class Simulation:
         return self.coordinator if self.rng.random() < 0.5 else self.rng.choice(self.devices)
 
     def kill(self, power: bool) -> None:
-        """Now, or at one of the next moments in which something goes to disk."""
-        node = self.victim()
-        if self.rng.random() < 0.3:
+        """Now, or at one of the next moments in which something goes to disk; of the coordinator's, often between two transactions."""
+        node, way = self.victim(), self.rng.random()
+        if way < 0.3:
             node.kill(power)
         else:
-            node.fuse(self.rng.randint(1, 12), power)
+            node.fuse(self.rng.randint(1, 12), power, transactions=way > 0.6 and node is self.coordinator)
 
     def disk_full(self) -> None:
         """The coordinator's disk takes nothing for a while, beginning at one of its next writes."""
