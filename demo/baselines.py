@@ -11,10 +11,9 @@ from bandit.arms import Arm, expand
 from coordinator import aggregate, apply, channels, views
 from coordinator.job import Plan
 from coordinator.registry import Version
-from edge_agent.adapter import as_tensor
 from edge_agent.config import Dataset
 from edge_agent.data import Shard
-from edge_agent.model import Base
+from edge_agent.model import Base, as_tensor
 from edge_agent.tasks import engine
 from edge_agent.trainer import Trainer
 from federated.messages import Assignment, Recipe
@@ -44,8 +43,7 @@ class Evaluator:
         head = {k: as_tensor(t) for k, t in version.dense.items()}
         with torch.inference_mode():
             parts = [
-                self.task.forward(self.base.model, head, self.task.collate(self.examples[i : i + 64]))
-                for i in range(0, len(self.examples), 64)
+                self.task.forward(self.base, head, self.task.collate(self.examples[i : i + 64])) for i in range(0, len(self.examples), 64)
             ]
         return torch.cat(parts)
 
@@ -158,7 +156,7 @@ def features(evaluator: Evaluator, rows: Rows) -> tuple[np.ndarray[Any, Any], np
         for at in range(0, len(order), 64):
             picked = order[at : at + 64]
             batch = evaluator.task.collate([examples[i] for i in picked])
-            found[picked] = evaluator.task.features(evaluator.base.model, batch).numpy()  # type: ignore[attr-defined]
+            found[picked] = evaluator.task.features(evaluator.base, batch).numpy()  # type: ignore[attr-defined]
     return found, np.array([e["label"] for e in examples])
 
 

@@ -1,16 +1,17 @@
-"""Frozen linear maps in few bits: INT8 with one scale per row, NF4 in blocks of 64.
+"""NF4 with double quantisation: 4.127 bits a weight, in the layout of bitsandbytes, whose kernel reads our bytes where it runs.
 
-NF4 levels are quantiles of the normal distribution (Dettmers et al., 2023, section 3). Packing
-is that of bitsandbytes, high nibble first, so its kernel reads our bytes where it runs; pure torch otherwise. The backward
-pass dequantises again instead of keeping a full-precision copy.
+Levels are quantiles of the normal distribution, in blocks of 64 (Dettmers et al., 2023, section 3). The blocks' maxima, less their
+mean, are kept as 8-bit floats of their own kind in blocks of 256 (there, "double quantisation"; the table is that of Dettmers et al.,
+2016, dynamic tree quantisation). Packing is high nibble first.
 """
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-BLOCK = 64
+BLOCK, OUTER = 64, 256
 
 
 NF4 = (
@@ -23,27 +24,70 @@ NF4 = (
 _LEVELS = torch.tensor(NF4)
 _PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], dim=1)
 """Byte → its two levels."""
+Packed = dict[str, Tensor]
 
 
-def pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(packed u8 (n/2,), absmax fp32 (n/64,)) of a weight (out, in), zero-padded to whole blocks."""
+def _tree() -> Tensor:
+    """256 values of a dynamic 8-bit float: seven decades, each cut twice as finely as the one below; with 0 and 1."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        middles = ((edges[:-1] + edges[1:]) / 2.0) * 10.0 ** (decade - 6)
+        values += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+_TREE = _tree()
+_TREE_MIDDLES = (_TREE[1:] + _TREE[:-1]) / 2
+
+
+def pack_nf4(weight: Tensor) -> Packed:
+    """A weight (out, in), zero-padded to whole blocks: `nf4` u8 (n/2,), `max8` u8 (n/64,), `max` fp32 (n/64/256,), `mean` fp32 ()."""
     flat = weight.detach().float().reshape(-1)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     absmax = flat.abs().amax(dim=1)
-    scaled = flat / absmax.clamp_min(1e-30).unsqueeze(1)
+    scaled = flat * (1.0 / absmax.clamp_min(1e-30)).unsqueeze(1)  # as bitsandbytes rounds
     middles = (_LEVELS[1:] + _LEVELS[:-1]) / 2
-    codes = torch.bucketize(scaled, middles).to(torch.uint8).view(-1, 2)
-    return (codes[:, 0] << 4) | codes[:, 1], absmax
+    codes = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8).view(-1, 2)
+    return {"nf4": (codes[:, 0] << 4) | codes[:, 1], **_pack_maxima(absmax)}
 
 
-def unpack_nf4(packed: Tensor, absmax: Tensor, out: int, in_: int) -> Tensor:
+def _pack_maxima(absmax: Tensor) -> Packed:
+    mean = absmax.mean()
+    shifted = absmax - mean
+    padded = torch.nn.functional.pad(shifted, (0, -shifted.numel() % OUTER)).view(-1, OUTER)
+    outer = padded.abs().amax(dim=1)
+    codes = torch.bucketize(padded / outer.clamp_min(1e-30).unsqueeze(1), _TREE_MIDDLES, out_int32=True)
+    return {"max8": codes.to(torch.uint8).view(-1)[: absmax.numel()].clone(), "max": outer, "mean": mean}
+
+
+def maxima(packed: Packed) -> Tensor:
+    """The blocks' maxima, fp32 (n/64,)."""
+    codes = packed["max8"]
+    values = torch.nn.functional.embedding(codes.int(), _TREE.to(codes.device).unsqueeze(1)).view(-1)
+    outer = packed["max"].repeat_interleave(OUTER)[: codes.numel()]
+    return values.mul_(outer).add_(packed["mean"])
+
+
+def unpack_nf4(packed: Packed, out: int, in_: int) -> Tensor:
     """The weight (out, in), fp32."""
+    codes, absmax = packed["nf4"], maxima(packed)
     if _kernel is not None and out * in_ % BLOCK == 0:
-        return _with_kernel(packed, absmax, out, in_)
+        return _with_kernel(codes, absmax, out, in_)
     # A lookup as an embedding is three times as fast as indexing.
-    pairs = torch.nn.functional.embedding(packed.int(), _PAIRS.to(packed.device))
-    values = pairs.view(-1, BLOCK) * absmax.unsqueeze(1)
+    pairs = torch.nn.functional.embedding(codes.int(), _PAIRS.to(codes.device))
+    values = pairs.view(-1, BLOCK).mul_(absmax.unsqueeze(1))
     return values.view(-1)[: out * in_].view(out, in_)
+
+
+def packed_bytes(weights: int, bits: int, rows: int) -> int:
+    """Bytes that a map of so many weights in so many rows takes."""
+    if bits >= 16:
+        return weights * bits // 8
+    if bits == 8:
+        return weights + 4 * rows
+    blocks = math.ceil(weights / BLOCK)
+    return blocks * BLOCK // 2 + blocks + 4 * math.ceil(blocks / OUTER) + 4
 
 
 _kernel: Any = None
@@ -57,11 +101,10 @@ def use_bitsandbytes() -> bool:
     try:
         import bitsandbytes.functional as functional
 
-        weight = torch.linspace(-1, 1, 128).view(2, 64)
-        packed, absmax = pack_nf4(weight)
-        expected = unpack_nf4(packed, absmax, 2, 64)
+        packed = pack_nf4(torch.linspace(-1, 1, 128).view(2, 64))
+        expected = unpack_nf4(packed, 2, 64)
         _kernel = functional
-        if torch.allclose(unpack_nf4(packed, absmax, 2, 64), expected, atol=1e-6):
+        if torch.allclose(unpack_nf4(packed, 2, 64), expected, atol=1e-6):
             return True
     except Exception as error:
         # Any failure of a foreign kernel means the same: do without it.
@@ -70,73 +113,15 @@ def use_bitsandbytes() -> bool:
     return False
 
 
-def _with_kernel(packed: Tensor, absmax: Tensor, out: int, in_: int) -> Tensor:
+def _with_kernel(codes: Tensor, absmax: Tensor, out: int, in_: int) -> Tensor:
+    # As rows of one block each: with rows that are no whole blocks the kernel (0.50, CPU) mixes up their maxima.
     state = _kernel.QuantState(
-        absmax, shape=torch.Size((out, in_)), code=_LEVELS.to(packed.device), blocksize=BLOCK, quant_type="nf4", dtype=torch.float32
+        absmax,
+        shape=torch.Size((out * in_ // BLOCK, BLOCK)),
+        code=_LEVELS.to(codes.device),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=torch.float32,
     )
-    result: Tensor = _kernel.dequantize_4bit(packed.view(-1, 1), state)
-    return result
-
-
-class _Frozen(torch.autograd.Function):
-    """y = x·Wᵀ with W dequantised on the way forward and again on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "QuantLinear") -> Tensor:
-        ctx.layer = layer
-        return torch.nn.functional.linear(x, layer.dense().to(x.dtype), layer.bias_as(x))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.layer.dense().to(grads[0].dtype), None
-
-
-class QuantLinear(nn.Module):
-    """A frozen `nn.Linear` in 8 or 4 bits."""
-
-    def __init__(self, linear: nn.Linear, bits: int) -> None:
-        super().__init__()
-        self.bits, self.out_features, self.in_features = bits, linear.out_features, linear.in_features
-        weight = linear.weight.detach()
-        if bits == 4:
-            packed, scale = pack_nf4(weight)
-        else:
-            scale = weight.abs().amax(dim=1).clamp_min(1e-30) / 127
-            packed = torch.round(weight / scale.unsqueeze(1)).to(torch.int8)
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-
-    packed: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def dense(self) -> Tensor:
-        """The weight, fp32 (out, in)."""
-        if self.bits == 4:
-            return unpack_nf4(self.packed, self.scale, self.out_features, self.in_features)
-        return self.packed.float() * self.scale.unsqueeze(1)
-
-    def bias_as(self, x: Tensor) -> Tensor | None:
-        """The bias in the dtype of `x`."""
-        return None if self.bias is None else self.bias.to(x.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → (…, out)."""
-        result: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
-        return result
-
-
-class HalfEmbedding(nn.Module):
-    """A frozen embedding stored in fp16, looked up as fp32."""
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.register_buffer("weight", embedding.weight.detach().half())
-        self.padding_idx = embedding.padding_idx
-
-    weight: Tensor
-
-    def forward(self, index: Tensor) -> Tensor:
-        """Indices → fp32 rows."""
-        return torch.nn.functional.embedding(index, self.weight).float()
+    result: Tensor = _kernel.dequantize_4bit(codes.view(-1, 1), state)
+    return result.view(out, in_)

@@ -24,9 +24,8 @@ from profiles.card import ModelCard, read_card
 from profiles.cost import memory_mb
 
 from . import current, identity, system, warrant
-from .adapter import as_tensor
 from .data import Shard
-from .model import Base
+from .model import Base, as_tensor
 from .order import Meta, Order, commit, last_state, state_file
 from .tasks import TaskEngine, engine
 from .trainer import Examples, Stopwatch, Trainer
@@ -113,7 +112,7 @@ class LocalRound:
         self.start = self.client.begin(self.anchor)
         base.place(view.spec, view.tensors)
         for name, method in stack.using("attach"):
-            base.model = method.attach(base.model, view.spec, self.client.context(name))
+            method.attach(base, view.spec, self.client.context(name))
 
     def evaluate(self, held: Examples) -> None:
         """Measure the version as it arrived on examples that are never trained on."""
@@ -153,9 +152,7 @@ class LocalRound:
         return tensors | {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
 
     def _publish(self, tensors: Tensors) -> None:
-        self.serves = partial(
-            current.publish, Path(self.order.home), self.job, self.view, tensors, self.base.model.__class__.__name__.startswith("GPT2")
-        )
+        self.serves = partial(current.publish, Path(self.order.home), self.job, self.view, tensors, self.base.transposed)
 
     def commit(self, tensors: Tensors) -> None:
         """Update, state and signature in one folder, put in its place in one step."""

@@ -18,8 +18,9 @@ from federated.method import StepContext
 from federated.stack import ClientSide, seed_of
 from federated.tensors import Tensors
 
-from .adapter import as_tensor
-from .model import Base
+from . import batches
+from .batches import size_of
+from .model import Base, as_tensor
 from .tasks import TaskEngine
 
 WARMUP = 0.1
@@ -83,40 +84,37 @@ class Trainer:
         )
 
     def batches(self) -> Iterator[dict[str, Any]]:
-        """The round's batches: a seeded permutation of the examples, repeated as often as needed."""
-        generator = torch.Generator().manual_seed(seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63)
-        order: list[int] = []
-        for _ in range(self.job.recipe.steps):
-            while len(order) < self.job.recipe.batch:
-                order += torch.randperm(len(self.examples), generator=generator).tolist()
-            picked, order = order[: self.job.recipe.batch], order[self.job.recipe.batch :]
+        """The round's batches, seeded; see `batches.order`."""
+        seed = seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63
+        recipe = self.job.recipe
+        for picked in batches.order([size_of(e) for e in self.examples], recipe.batch, recipe.steps, seed):
             yield self.task.collate([self.examples[i] for i in picked])
 
     def task_loss(self, params: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """Mean loss of the task; `params` are the live tensors, of which the head is handed on."""
         head = {k: params.get(k, t) for k, t in self.head.items()}
-        loss: Tensor = self.task.losses(self.task.forward(self.base.model, head, batch), batch).mean()
+        loss: Tensor = self.task.losses(self.task.forward(self.base, head, batch), batch).mean()
         return loss
 
     def fit(self, start: dict[str, Tensor], penalty: Callable[[dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
         """The job's local steps from `start`. Hooks run unless `penalty` makes this a private fit. Raises Refused on NaN."""
         params: dict[str, Tensor] = {**self.base.parameters(), **{k: t for k, t in self.head.items() if t.requires_grad}}
-        with torch.no_grad():
-            for k, p in params.items():
-                p.copy_(start[k])
-        recipe = self.job.recipe
-        optimiser = _optimiser(recipe.optimizer, list(params.values()), recipe.lr)
+        recipe, flat = self.job.recipe, Flat(params, start)
+        optimiser = _optimiser(recipe.optimizer, flat.values, recipe.lr)
         warm = max(1, math.ceil(WARMUP * recipe.steps))
         for step, batch in enumerate(self.batches()):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * min(1.0, (step + 1) / warm)
-            loss = self._step(params, batch, penalty)
+            loss, grads = self._step(params, batch, penalty)
+            flat.take(grads)
             optimiser.step()
             self.progress(step + 1, loss)
         return {k: p.detach().clone() for k, p in params.items()}
 
-    def _step(self, params: dict[str, Tensor], batch: dict[str, Any], penalty: Callable[..., Tensor] | None) -> float:
-        """Loss and gradients of one batch, hooks in their order; gradients end in `.grad`, clipped."""
+    def _step(
+        self, params: dict[str, Tensor], batch: dict[str, Any], penalty: Callable[..., Tensor] | None
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients of one batch, hooks in their order."""
         stack, contexts = self.client.stack, self.contexts
         if penalty is None:
             for n, m in stack.using("batch"):
@@ -135,14 +133,11 @@ class Trainer:
         if penalty is None:
             for n, m in stack.using("grad"):
                 grads = m.grad(grads, params, contexts[n])
-        for k, p in params.items():
-            p.grad = grads[k]
-        torch.nn.utils.clip_grad_norm_(list(params.values()), MAX_NORM)
-        return value
+        return value, grads
 
     def samples(self, prompts: list[str]) -> list[str]:
         """Answers of the adapter as it stands, where the task can give any."""
-        return self.task.samples(self.base.model, prompts) if hasattr(self.task, "samples") else []
+        return self.task.samples(self.base, prompts) if hasattr(self.task, "samples") else []
 
     @torch.inference_mode()
     def measure(self, examples: Examples, head: dict[str, Tensor] | None = None) -> dict[str, float]:
@@ -152,7 +147,7 @@ class Trainer:
         total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
         for at in range(0, len(examples), batch):
             made = self.task.collate(examples[at : at + batch])
-            scores = self.task.forward(self.base.model, head, made)
+            scores = self.task.forward(self.base, head, made)
             losses = self.task.losses(scores, made).double()
             total["loss"] += float(losses.sum())
             total["square"] += float(losses.square().sum())
@@ -161,10 +156,31 @@ class Trainer:
         return total
 
 
-def _optimiser(name: str, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+class Flat:
+    """All trained tensors as one: they become views of `values`, so that clipping and the optimiser are a handful of operations."""
+
+    def __init__(self, params: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+        self.values = torch.cat([start[k].detach().reshape(-1) for k in params]) if params else torch.zeros(0)
+        self.values.grad = torch.zeros_like(self.values)
+        self.places: dict[str, Tensor] = {}
+        at = 0
+        for k, p in params.items():
+            p.data = self.values[at : at + p.numel()].view(p.shape)
+            self.places[k] = self.values.grad[at : at + p.numel()].view(p.shape)
+            at += p.numel()
+
+    def take(self, grads: dict[str, Tensor]) -> None:
+        """Gradients by name, clipped to a norm of `MAX_NORM` together."""
+        torch._foreach_copy_(list(self.places.values()), [grads[k] for k in self.places])
+        gradient = self.values.grad
+        assert gradient is not None
+        gradient.mul_((MAX_NORM / (gradient.norm() + 1e-6)).clamp_max(1.0))
+
+
+def _optimiser(name: str, values: Tensor, lr: float) -> torch.optim.Optimizer:
     if name == "sgd":
-        return torch.optim.SGD(params, lr=lr)
-    return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, foreach=True)
+        return torch.optim.SGD([values], lr=lr)
+    return torch.optim.AdamW([values], lr=lr, weight_decay=0.0, fused=True)
 
 
 class Stopwatch:

@@ -12,8 +12,7 @@ import torch
 from coordinator import store
 from coordinator.export import load, write
 from coordinator.job import Plan
-from edge_agent.adapter import as_tensor
-from edge_agent.model import Base
+from edge_agent.model import Base, as_tensor
 from edge_agent.tasks import engine
 from federated.spec import Pair, Spec
 from profiles.card import read_card
@@ -36,7 +35,7 @@ async def test_plain_peft_predicts_the_same(tmp_path: Path, tiny: Path) -> None:
     task, texts = engine(plan.task(), str(tiny)), [r["text"] for r in rows(200, seed=99)]
     head = {k: as_tensor(t) for k, t in version.dense.items()}
     with torch.inference_mode():
-        ours = task.forward(base.model, head, task.collate(task.encode([{"text": t} for t in texts])))
+        ours = task.forward(base, head, task.collate(task.encode([{"text": t} for t in texts])))
     sys.path.insert(0, str(tmp_path / "out"))
     try:
         import load as written  # type: ignore[import-not-found]

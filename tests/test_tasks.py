@@ -89,7 +89,7 @@ def test_losses_equal_the_models_own(causal: Path) -> None:
     base = Base(causal, [], 32, {}, causal=True)
     plain = AutoModelForCausalLM.from_pretrained(causal).eval()
     with torch.inference_mode():
-        ours = task.losses(task.forward(base.model, {}, batch), batch)
+        ours = task.losses(task.forward(base, {}, batch), batch)
         for n in range(6):
             one = {k: t[n : n + 1] for k, t in batch.items()}
             assert float(ours[n]) == pytest.approx(float(plain(**one).loss), abs=1e-5)
@@ -193,6 +193,6 @@ def test_numbers_of_a_prompt_do_not_depend_on_its_neighbours(llama: Path) -> Non
     base, found = Base(llama, [], 32, {}, causal=True), task.encode(questions(5, 3))
     with torch.inference_mode():
         together = task.collate(found)
-        all_at_once = task.losses(task.forward(base.model, {}, together), together)
-        alone = [task.losses(task.forward(base.model, {}, b), b)[0] for b in (task.collate([e]) for e in found)]
+        all_at_once = task.losses(task.forward(base, {}, together), together)
+        alone = [task.losses(task.forward(base, {}, b), b)[0] for b in (task.collate([e]) for e in found)]
     assert np.allclose(all_at_once.numpy(), torch.stack(alone).numpy(), atol=1e-5)

@@ -20,8 +20,8 @@ class TaskEngine(Protocol):
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch: a dictionary of tensors with the key `labels`."""
 
-    def forward(self, model: Any, head: dict[str, Any], batch: dict[str, Any]) -> Any:
-        """Scores of a batch."""
+    def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> Any:
+        """Scores of a batch, from a `Base` and the head's tensors."""
 
     def losses(self, scores: Any, batch: dict[str, Any]) -> Any:
         """Loss of every example, (batch,)."""

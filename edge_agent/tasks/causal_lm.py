@@ -1,25 +1,26 @@
 """Instruction tuning of a causal language model: next-token loss on answer tokens alone.
 
 Rows have `instruction`, `output` and maybe `input`; or, with `template: chat`, `messages` (role and content), rendered by the
-tokenizer's own chat template, where every assistant turn is an answer. Logits are made for columns with an answer token only.
+tokenizer's own chat template, where every assistant turn is an answer. Logits are made for answer tokens only.
 """
 
 import re
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from federated.errors import Refused
 from federated.messages import Task
 
+from ..model.base import IGNORED
+
 TEMPLATE = "Instruction: {instruction}\nInput: {input}\nAnswer: "
 PLAIN = "Instruction: {instruction}\nAnswer: "
-IGNORED = -100
 _FIELD = re.compile(r"\{(instruction|input)\}")
 SAMPLE_TOKENS = 48
 Tokens = tuple[list[int], list[bool]]
 """Ids, and which of them are to be learnt."""
+Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Engine:
@@ -106,46 +107,32 @@ class Engine:
             labels[row, : len(tokens)] = torch.where(torch.tensor(e["learnt"]), tokens, IGNORED)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def forward(self, model: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
-        """Logits (batch, columns, vocabulary) of the columns before an answer token."""
-        kept = self._columns(batch)
-        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        logits: torch.Tensor = model(**given, logits_to_keep=kept).logits
-        return (logits if logits.shape[1] == len(kept) else logits[:, kept]).float()
-
-    def _columns(self, batch: dict[str, Any]) -> torch.Tensor:
-        found: torch.Tensor = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero().squeeze(1)
+    def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> Scores:
+        """Loss of every answer token, whether it would be guessed, and its example; logits are never held all at once."""
+        found: Scores = base.answers(batch)
         return found
 
-    def _targets(self, batch: dict[str, Any]) -> torch.Tensor:
-        targets: torch.Tensor = batch["labels"][:, 1:][:, self._columns(batch)]
-        return targets
-
-    def losses(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    def losses(self, scores: Scores, batch: dict[str, Any]) -> torch.Tensor:
         """Mean cross-entropy over each example's answer tokens, (batch,)."""
-        targets = self._targets(batch)
-        each = cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-        loss: torch.Tensor = each.sum(1) / (targets != IGNORED).sum(1).clamp_min(1)
-        return loss
+        return _means(scores[0], scores[2], len(batch["labels"]))
 
-    def correct(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+    def correct(self, scores: Scores, batch: dict[str, Any]) -> torch.Tensor:
         """Share of each example's answer tokens that would be guessed, (batch,)."""
-        targets = self._targets(batch)
-        right = (scores.argmax(-1) == targets) & (targets != IGNORED)
-        share: torch.Tensor = right.sum(1).float() / (targets != IGNORED).sum(1).clamp_min(1)
-        return share
+        return _means(scores[1].float(), scores[2], len(batch["labels"]))
 
     @torch.inference_mode()
-    def samples(self, model: Any, prompts: list[str]) -> list[str]:
+    def samples(self, base: Any, prompts: list[str]) -> list[str]:
         """What the model answers to the job's own prompts, greedily."""
         found = []
         for prompt in prompts:
             asked = [{"role": "user", "content": prompt}]
             text = self._render(asked, True) if self.chat else self._prompt_ids({"instruction": prompt})
-            ids = torch.tensor([text[-self.length :]])
-            made = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
-            )  # fmt: skip
-            found.append(str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip())
+            ids = base.generate(text[-self.length :], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
+            found.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip())
         return found
+
+
+def _means(values: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
+    """Mean of each example's values, (count,); 0 where it has none."""
+    sums = values.new_zeros(count).index_add(0, owners, values)
+    return sums / torch.bincount(owners, minlength=count).clamp_min(1)

@@ -33,10 +33,10 @@ class Engine:
         """Stacked images."""
         return {"pixel_values": torch.stack([e["pixels"] for e in examples]), "labels": torch.tensor([e["label"] for e in examples])}
 
-    def forward(self, model: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
+    def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         """Scores (batch, labels)."""
-        first = model(pixel_values=batch["pixel_values"]).last_hidden_state[:, 0].float()
-        return linear(first, head["head.weight"], head["head.bias"])
+        rows, layout = base.hidden(batch)
+        return linear(layout.spread(rows)[:, 0], head["head.weight"], head["head.bias"])
 
     def losses(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Cross-entropy per example."""

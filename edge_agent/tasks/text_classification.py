@@ -35,16 +35,15 @@ class Engine:
             mask[row, : len(e["ids"])] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([e["label"] for e in examples])}
 
-    def features(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    def features(self, base: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Mean of the last hidden states over real tokens, fp32 (batch, hidden)."""
-        hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.float()
-        mask = batch["attention_mask"].unsqueeze(-1)
-        pooled: torch.Tensor = (hidden * mask).sum(1) / mask.sum(1)
+        rows, layout = base.hidden(batch)
+        pooled: torch.Tensor = layout.means(rows)
         return pooled
 
-    def forward(self, model: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
+    def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         """Scores (batch, labels)."""
-        return linear(self.features(model, batch), head["head.weight"], head["head.bias"])
+        return linear(self.features(base, batch), head["head.weight"], head["head.bias"])
 
     def losses(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Cross-entropy per example."""

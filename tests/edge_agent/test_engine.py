@@ -10,13 +10,15 @@ from torch import nn
 
 from coordinator import channels
 from edge_agent import quantise
-from edge_agent.adapter import Adapted
 from edge_agent.config import Dataset
 from edge_agent.data import Shard
 from edge_agent.model import Base
+from edge_agent.model.adapted import Site, apply
+from edge_agent.model.frozen import Frozen
+from edge_agent.model.layout import Layout
 from edge_agent.order import Meta, commit, last_state, read_update, result_of, state_file, update_file
 from edge_agent.outbox import Counters, Outbox
-from edge_agent.quantise import NF4, QuantLinear, pack_nf4, unpack_nf4
+from edge_agent.quantise import NF4, pack_nf4, packed_bytes, unpack_nf4
 from federated.errors import Refused
 from federated.messages import Blob
 from federated.spec import Pair, Spec
@@ -35,37 +37,56 @@ def test_nf4_levels_are_normal_quantiles() -> None:
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.12)])
 def test_quantised_weights_are_near(bits: int, error: float) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(96, 50)
-    layer.weight.data.normal_()
-    quant = QuantLinear(layer, bits)
-    assert (quant.dense() - layer.weight).norm() / layer.weight.norm() < error
-    assert quant.packed.numel() * quant.packed.element_size() <= layer.weight.numel() * bits / 8 + 64
+    weight = torch.randn(50, 96)
+    base = Frozen(50, 96, Frozen.pack(weight, bits))
+    assert (base.dense() - weight).norm() / weight.norm() < error
+    assert base.nbytes() == packed_bytes(50 * 96, bits, 50)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_forward_and_backward_equal_the_dequantised_map(bits: int) -> None:
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_forward_and_backward_equal_those_of_the_dense_map(bits: int) -> None:
+    """Three maps of one input: with a pair, with a frozen carry and a pair, bare; against autograd on plain products."""
     torch.manual_seed(0)
-    quant = QuantLinear(nn.Linear(64, 24), bits)
+    sites = [
+        Site(f"m{n}", 0, Frozen(out, 64, Frozen.pack(torch.randn(out, 64), bits), torch.randn(out))) for n, out in enumerate((24, 40, 8))
+    ]
+    for site, rank in zip(sites[:2], (3, 5), strict=True):
+        site.place(torch.randn(rank, 64), torch.randn(site.base.out, rank), 1.5, True)
+    sites[1].carry = torch.randn(40, 2), torch.randn(2, 64)
     x = torch.randn(5, 64, requires_grad=True)
-    quant(x).square().sum().backward()
-    y = x.detach().clone().requires_grad_()
-    nn.functional.linear(y, quant.dense(), quant.bias).square().sum().backward()
-    assert torch.allclose(x.grad, y.grad, atol=1e-5)
-    assert not list(quant.parameters())
+    weights = [torch.randn(5, s.base.out) for s in sites]
+    leaves = [x, *(t for s in sites[:2] for t in (s.A, s.B))]
+    ours = torch.autograd.grad(sum((y * w).sum() for y, w in zip(apply(x, sites), weights, strict=True)), leaves)
+    plain = []
+    for s in sites:
+        y = nn.functional.linear(x, s.base.dense(), s.base.bias)
+        for a, b, scale in s.pairs():
+            y = y + scale * (x @ a.t() @ b.t())
+        plain.append(y)
+    theirs = torch.autograd.grad(sum((y * w).sum() for y, w in zip(plain, weights, strict=True)), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3 * b.abs().max().item())
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(apply(x, sites), plain, strict=True))
 
 
-def test_bitsandbytes_reads_our_packing() -> None:
+def test_bitsandbytes_reads_our_packing_and_we_read_its() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     torch.manual_seed(0)
-    weight = torch.randn(32, 128)
-    packed, absmax = pack_nf4(weight)
-    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    ours = unpack_nf4(packed, absmax, 32, 128)
-    assert torch.equal(theirs.flatten(), packed)
-    assert torch.equal(functional.dequantize_4bit(theirs, state), ours)
+    weight = torch.randn(320, 128)
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    packed = {"nf4": theirs.flatten(), "max8": state.absmax, "max": state.state2.absmax, "mean": state.offset}
+    assert torch.equal(functional.dequantize_4bit(theirs, state), unpack_nf4(packed, 320, 128))
+    ours = pack_nf4(weight)
+    assert torch.equal(ours["nf4"], packed["nf4"])
+    assert torch.equal(ours["max"], packed["max"])
+    ragged = pack_nf4(weight[:50, :96])
+    quantise._kernel = None
+    expected = unpack_nf4(ours, 320, 128), unpack_nf4(ragged, 50, 96)
     try:
         assert quantise.use_bitsandbytes()
-        assert torch.equal(unpack_nf4(packed, absmax, 32, 128), ours)
+        assert torch.equal(unpack_nf4(ours, 320, 128), expected[0])
+        assert torch.equal(unpack_nf4(ragged, 50, 96), expected[1])
     finally:
         quantise._kernel = None
 
@@ -78,15 +99,16 @@ def test_pruned_model_equals_the_masked_one(tiny: Path) -> None:
     for m in card.modules:
         kept = masks.get(f"{m.name}.out")
         if kept is not None:
-            linear = whole.adapted[m.name].base
             gone = np.setdiff1d(np.arange(m.out), kept)
-            linear.weight.data[gone] = 0
-            linear.bias.data[gone] = 0
+            base = whole.sites[m.name].base
+            base.tensors = {"weight": base.tensors["weight"].clone()}
+            base.tensors["weight"][gone] = 0
+            base.bias[gone] = 0
     ids = torch.tensor([[2, 5, 9, 11, 3]])
-    mask = torch.ones_like(ids)
-    a, b = (base.model.double()(input_ids=ids, attention_mask=mask).last_hidden_state for base in (small, whole))
-    assert torch.allclose(a, b, atol=1e-10)
-    assert sum(p.numel() for p in small.model.parameters()) < sum(p.numel() for p in whole.model.parameters())
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    a, b = (base.hidden(batch)[0] for base in (small, whole))
+    assert torch.allclose(a, b, atol=1e-5)
+    assert sum(s.base.nbytes() for s in small.sites.values()) < sum(s.base.nbytes() for s in whole.sites.values())
 
 
 def test_masks_are_nested_over_ratios(tiny: Path) -> None:
@@ -106,27 +128,29 @@ def test_layers_below_the_boundary_keep_nothing_for_autograd(tiny: Path) -> None
             pairs[m.name] = Pair(1, m.out, m.in_, 2, 2.0, m.out, m.in_, "v")
             tensors |= {f"{m.name}.A": np.ones((2, m.in_)), f"{m.name}.B": np.zeros((m.out, 2))}
     base.place(Spec(pairs, {}), tensors)
-    kept = []
+    kept: list[torch.Size] = []
     ids = torch.tensor([[2, 5, 3]])
+    layout = Layout(torch.ones_like(ids))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        base.model.encoder.layer[0].register_forward_hook(lambda *a: kept.clear() if not kept else pytest.fail("layer 0 kept something"))
-        base.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        below = base.core.run(base.core.embed(ids, layout), layout, 0, 1)
+        assert not kept
+        base.core.run(below, layout, 1)
     assert kept
     assert len(base.parameters()) == 12
 
 
 def test_the_carry_adds_and_is_frozen() -> None:
     torch.manual_seed(0)
-    layer = Adapted(nn.Linear(4, 3))
+    layer = Site("m", 0, Frozen(3, 4, Frozen.pack(torch.randn(3, 4), 32)))
     x = torch.randn(2, 4)
-    plain = layer(x)
+    (plain,) = apply(x, [layer])
     layer.place(torch.randn(2, 4), torch.randn(3, 2), 0.5, trained=True)
     layer.carry = (torch.randn(3, 1), torch.randn(1, 4))
     expected = plain + 0.5 * x @ layer.A.T @ layer.B.T + x @ layer.carry[1].T @ layer.carry[0].T
-    assert torch.allclose(layer(x), expected, atol=1e-6)
+    assert torch.allclose(apply(x, [layer])[0], expected, atol=1e-6)
     layer.clear()
     layer.carry = None
-    assert torch.equal(layer(x), plain)
+    assert torch.equal(apply(x, [layer])[0], plain)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])

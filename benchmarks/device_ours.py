@@ -1,0 +1,68 @@
+"""Our side of `make bench-device`: the worker's own training loop on a workload."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from .device_work import RANK, SCALE, SEED, Work, depth
+
+
+class InOrder:
+    """The workload's batches, in its order."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+
+def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> tuple[list[float], list[float]]:
+    """Seconds and loss of every step."""
+    from edge_agent.model import Base
+    from edge_agent.tasks import engine
+    from edge_agent.trainer import Trainer
+    from federated.catalogue import build_stack
+    from federated.messages import Recipe, Task
+    from federated.method import Round
+    from federated.spec import Dense, Pair, Spec
+    from federated.stack import ClientSide, Stack
+    from profiles.card import read_card
+
+    folder = Path(work.folder)
+    card = read_card(folder)
+    base = Base(folder, [], {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[numerics], {}, work.causal)
+    first = card.layers - depth(card.layers, key)
+    ends = ("q_proj", "v_proj") if work.causal else ("query", "value")
+    modules = [m for m in card.modules if m.layer >= first and m.name.endswith(ends)]
+    rng = np.random.default_rng(SEED)
+    pairs = {m.name: Pair(m.layer, m.out, m.in_, RANK, SCALE, m.out, m.in_, "") for m in modules}
+    tensors = {f"{m.name}.A": rng.uniform(-1, 1, (RANK, m.in_)).astype(np.float32) / m.in_**0.5 for m in modules}
+    tensors |= {f"{m.name}.B": np.zeros((m.out, RANK), np.float32) for m in modules}
+    dense = {} if work.causal else {"head.weight": Dense([work.labels, card.hidden]), "head.bias": Dense([work.labels])}
+    for name, d in dense.items():
+        bound = card.hidden**-0.5 if name.endswith("weight") else 0.0
+        tensors[name] = rng.uniform(-bound, bound, d.shape).astype(np.float32)
+    spec = Spec(pairs, dense)
+    recipe = Recipe(32, work.batch, work.steps, work.lr)
+    job: Any = SimpleNamespace(job="bench", round=1, rounds=1, recipe=recipe, seed=SEED)
+    client = ClientSide(
+        Stack(build_stack([]), "product"), "bench", Round(1, 1), "d", spec, steps=work.steps, lr=work.lr, down={}, state=None
+    )
+    task = engine(Task("bench", "causal_lm" if work.causal else "text_classification", [str(n) for n in range(work.labels)], 512), str(folder))
+    stamps: list[float] = []
+    losses: list[float] = []
+
+    def progress(step: int, loss: float) -> None:
+        stamps.append(time.perf_counter())
+        losses.append(loss)
+
+    base.place(spec, tensors)
+    trainer = Trainer(base, task, job, client, work.examples, progress)
+    trainer.batches = lambda: (  # type: ignore[method-assign]
+        task.collate(work.examples[at : at + work.batch]) for at in range(0, work.steps * work.batch, work.batch)
+    )
+    loaded()
+    stamps.append(time.perf_counter())
+    trainer.run(tensors, {})
+    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)], losses

@@ -1,0 +1,137 @@
+"""The base model of a job on this device, with adapters in it: what a training step sees."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from federated.errors import Refused
+from federated.spec import Spec
+from federated.tensors import Tensors
+from federated.update import Masks
+
+from ..quantise import use_bitsandbytes
+from . import foreign, vocabulary
+from .adapted import Site
+from .architecture import read_architecture
+from .checkpoint import Checkpoint
+from .layout import Layout
+from .load import Recipe, assemble
+from .prepared import Shelf, needed
+from .transformer import Transformer
+
+IGNORED = -100
+
+
+class Base:
+    """A prepared model. `sites` maps a checkpoint's name of a map to what runs in its place.
+
+    `names` are the maps that may be adapted or cut (in a known architecture all are). Raises Refused for what cannot be loaded.
+    """
+
+    def __init__(
+        self, folder: Path, names: list[str], bits: int, masks: Masks, causal: bool = False, *, shelf: Shelf | None = None, digest: str = ""
+    ) -> None:
+        self.bits, self.causal, self.transposed = bits, causal, False
+        self.sites: dict[str, Site] = {}
+        self.core: Transformer | None = None
+        self.model: Any = None
+        if bits == 4:
+            use_bitsandbytes()
+        source = Checkpoint(folder)
+        kind = read_architecture(source.config)
+        if kind is None:
+            self.model = foreign.load(folder, names, bits, masks, causal, self.sites)
+            return
+        self.transposed = kind.transposed
+        recipe = Recipe(source, kind, bits, masks, causal)
+        if shelf is not None and needed(recipe):
+            layers, rest = shelf.open(recipe, digest)
+        else:
+            layers, rest = [lambda n=n: recipe.layer(n) for n in range(kind.layers)], recipe.rest()  # type: ignore[misc]
+        self.core = assemble(recipe, list(layers), rest, self.sites)
+        self.core.dtype = torch.bfloat16 if bits == 16 else torch.float32
+        if missing := [n for n in names if n not in self.sites]:
+            raise Refused(f"the model has no module `{missing[0]}`", "job and device must hold the same base model")
+
+    def place(self, spec: Spec, tensors: Tensors) -> None:
+        """Put an adapter in (compact arrays by `<module>.A/.B`); maps that it does not name run as they are."""
+        for name, site in self.sites.items():
+            if name in spec.pairs:
+                pair = spec.pairs[name]
+                site.place(as_tensor(tensors[f"{name}.A"]), as_tensor(tensors[f"{name}.B"]), pair.scale, pair.trained)
+            else:
+                site.clear()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Trainable factors by `<module>.A/.B`."""
+        found: dict[str, Tensor] = {}
+        for name, site in sorted(self.sites.items()):
+            for side, p in (("A", site.A), ("B", site.B)):
+                if p is not None and p.requires_grad:
+                    found[f"{name}.{side}"] = p
+        return found
+
+    def hidden(self, batch: dict[str, Any]) -> tuple[Tensor, Layout]:
+        """Last hidden states of a batch: rows of real tokens (n, hidden), fp32, and where they belong."""
+        if self.core is None:
+            return foreign.hidden(self.model, batch)
+        layout = Layout(batch["attention_mask"])
+        x = self.core.embed(batch["input_ids"], layout)
+        return self.core.finish(self.core.run(x, layout)), layout
+
+    def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every answer token (`labels` other than `IGNORED`): loss, whether it would be guessed, the example that it belongs to."""
+        before, owners = answer_places(batch["labels"])
+        targets = batch["labels"].flatten()[before + 1]
+        if self.core is None:
+            return (*self._foreign_answers(batch, before, targets), owners)
+        x, layout = self.hidden(batch)
+        number = layout.mask.flatten().cumsum(0) - 1
+        rows = x.index_select(0, number[before]).to(self.core.dtype)
+        return (*vocabulary.losses(rows, *self._table(), targets), owners)
+
+    @torch.inference_mode()
+    def generate(self, ids: list[int], most: int, end: int | None) -> list[int]:
+        """What a causal model says after `ids`, greedily: at most so many tokens, up to and without `end`."""
+        said: list[int] = []
+        while len(said) < most:
+            following = self._next([*ids, *said])
+            if following == end:
+                break
+            said.append(following)
+        return said
+
+    def _next(self, ids: list[int]) -> int:
+        given = torch.tensor([ids])
+        if self.core is None:
+            return int(self.model(input_ids=given, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+        rows, _ = self.hidden({"input_ids": given, "attention_mask": torch.ones_like(given)})
+        return int(vocabulary.guesses(rows[-1:].to(self.core.dtype), *self._table())[0])
+
+    def _table(self) -> tuple[Tensor, Tensor | None]:
+        assert self.core is not None
+        return self.core.tables.get("head", self.core.tables["word"]), self.core.tables.get("head_bias")
+
+    def _foreign_answers(self, batch: dict[str, Any], before: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        width = batch["labels"].shape[1]
+        columns = (before % width).unique()
+        given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        logits = self.model(**given, use_cache=False, logits_to_keep=columns).logits.float()
+        logits = logits if logits.shape[1] == len(columns) else logits[:, columns]
+        rows = logits[before // width, torch.searchsorted(columns, before % width)]
+        return torch.nn.functional.cross_entropy(rows, targets, reduction="none"), rows.argmax(-1) == targets
+
+
+def answer_places(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat places in (batch, length) of the tokens before an answer token, and their examples."""
+    owners, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return owners * labels.shape[1] + columns, owners
+
+
+def as_tensor(array: object, device: torch.device | str = "cpu") -> Tensor:
+    """A NumPy array (maybe read-only, maybe fp16) as an fp32 tensor of its own."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(array, dtype=np.float32, copy=True)).to(device)

@@ -1,0 +1,135 @@
+"""The forward pass of every family that the engine runs itself, from any layer to any other, over rows of real tokens.
+
+The residual stream is fp32; maps and attention run in `dtype`. Norms, embeddings and base are frozen, and nothing is dropped out.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from .adapted import Site, apply
+from .architecture import Architecture
+from .layout import Layout
+from .pieces import activate, gated, rms_norm, rotate
+
+Norm = tuple[Tensor, Tensor | None]
+
+
+class Layer:
+    """One layer's maps and norms; heads and channels may be fewer than in the checkpoint."""
+
+    def __init__(self, qkv: Sequence[Site], o: Site, wide: Sequence[Site], down: Site, norms: dict[str, Norm], kv_heads: int) -> None:
+        self.qkv, self.o, self.wide, self.down, self.norms, self.kv_heads = qkv, o, wide, down, norms, kv_heads
+
+    @property
+    def sites(self) -> list[Site]:
+        """All maps."""
+        return [*self.qkv, self.o, *self.wide, self.down]
+
+
+class Transformer:
+    """Embeddings and layers. Layers below the one that a cache starts at may be missing (None)."""
+
+    def __init__(self, kind: Architecture, tables: dict[str, Tensor], layers: list[Layer | None], norms: dict[str, Norm]) -> None:
+        self.kind, self.tables, self.layers, self.norms = kind, tables, layers, norms
+        self.dtype = torch.float32
+        self.checkpointing = False
+        self._angles: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def embed(self, ids: Tensor, layout: Layout) -> Tensor:
+        """Token ids (batch, length) → rows (n, hidden) that the first layer reads."""
+        x = self.tables["word"].index_select(0, layout.take(ids.flatten())).float()
+        if self.kind.word_scale != 1.0:
+            x = x * self.kind.word_scale
+        if "position" in self.tables:
+            x = x + self.tables["position"].index_select(0, layout.positions + self.kind.offset)
+        if "kind" in self.tables:
+            x = x + self.tables["kind"][0]
+        return self._norm(x, self.norms["norm0"]) if "norm0" in self.norms else x
+
+    def run(self, x: Tensor, layout: Layout, first: int = 0, last: int | None = None) -> Tensor:
+        """Layers `first` to `last` (not included) on rows (n, hidden)."""
+        for number in range(first, self.kind.layers if last is None else last):
+            layer = self.layers[number]
+            assert layer is not None, f"layer {number} was dropped"
+            if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or _trained(layer)):
+                x = checkpoint(self._layer, x, layout, layer, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = self._layer(x, layout, layer)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The norm behind the last layer, where there is one."""
+        return self._norm(x, self.norms["final"]) if "final" in self.norms else x
+
+    def _norm(self, x: Tensor, norm: Norm) -> Tensor:
+        weight, bias = norm
+        if self.kind.rms:
+            return rms_norm(x, weight, self.kind.eps)
+        return layer_norm(x, (x.shape[-1],), weight, bias, self.kind.eps)
+
+    def _layer(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
+        if self.kind.post:
+            x = self._norm(x + self._attention(x.to(self.dtype), layout, layer), layer.norms["norm1"])
+            return self._norm(x + self._wide(x.to(self.dtype), layer), layer.norms["norm2"])
+        read = self._norm(x, layer.norms["norm1"]).to(self.dtype)
+        if self.kind.parallel:
+            return x + self._attention(read, layout, layer) + self._wide(read, layer)
+        x = x + self._attention(read, layout, layer)
+        return x + self._wide(self._norm(x, layer.norms["norm2"]).to(self.dtype), layer)
+
+    def _wide(self, x: Tensor, layer: Layer) -> Tensor:
+        found = apply(x, layer.wide)
+        name = self.kind.activation
+        middle = gated(found[0], found[1], name) if len(found) == 2 else activate(found[0], name)
+        return apply(middle, [layer.down])[0]
+
+    def _attention(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
+        size = self.kind.head_size
+        found = apply(x, layer.qkv)
+        if len(found) == 1:
+            found = list(found[0].chunk(3, dim=-1))
+        q, k, v = (t.reshape(t.shape[0], -1, size) for t in found)
+        if "q_norm" in layer.norms:
+            q, k = (self._norm(t.float(), layer.norms[n]).to(x.dtype) for t, n in ((q, "q_norm"), (k, "k_norm")))
+        if self.kind.theta:
+            cos, sin = (t.index_select(0, layout.positions).unsqueeze(1) for t in self._turns(layout.length, x.dtype))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (layout.spread(t).transpose(1, 2) for t in (q, k, v))
+        if q.shape[1] != k.shape[1]:
+            k, v = (_repeated(t, q.shape[1] // t.shape[1]) for t in (k, v))
+        mask = self._mask(layout)
+        seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.kind.causal and mask is None)
+        return apply(layout.rows_of(seen.transpose(1, 2).flatten(2)), [layer.o])[0]
+
+    def _mask(self, layout: Layout) -> Tensor | None:
+        """None where nothing is hidden, or only what comes later: padding stands on the right."""
+        if not self.kind.causal:
+            return None if layout.full else layout.mask[:, None, None, :]
+        if not self.kind.window or layout.length <= self.kind.window:
+            return None
+        at = torch.arange(layout.length, device=layout.mask.device)
+        back = at.unsqueeze(1) - at.unsqueeze(0)
+        return ((back >= 0) & (back < self.kind.window))[None, None]
+
+    def _turns(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every position and rotating pair, (length, rotary / 2)."""
+        if (length, dtype) not in self._angles:
+            half = torch.arange(0, self.kind.rotary, 2, dtype=torch.float32) / self.kind.rotary
+            angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / self.kind.theta**half)
+            if len(self._angles) > 64:
+                self._angles.clear()
+            self._angles[length, dtype] = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._angles[length, dtype]
+
+
+def _repeated(x: Tensor, times: int) -> Tensor:
+    """Key or value heads (batch, kv, length, size), each for the queries of its group."""
+    return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+def _trained(layer: Layer) -> bool:
+    return any(a.requires_grad for s in layer.sites for a, _, _ in s.pairs())
