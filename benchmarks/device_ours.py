@@ -1,5 +1,6 @@
 """Our side of `make bench-device`: the worker's own training loop on a workload."""
 
+import itertools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,13 +9,6 @@ from typing import Any
 import numpy as np
 
 from .device_work import RANK, SCALE, SEED, Work, depth
-
-
-class InOrder:
-    """The workload's batches, in its order."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
 
 
 def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> tuple[list[float], list[float]]:
@@ -49,7 +43,9 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
     client = ClientSide(
         Stack(build_stack([]), "product"), "bench", Round(1, 1), "d", spec, steps=work.steps, lr=work.lr, down={}, state=None
     )
-    task = engine(Task("bench", "causal_lm" if work.causal else "text_classification", [str(n) for n in range(work.labels)], 512), str(folder))
+    task = engine(
+        Task("bench", "causal_lm" if work.causal else "text_classification", [str(n) for n in range(work.labels)], 512), str(folder)
+    )
     stamps: list[float] = []
     losses: list[float] = []
 
@@ -59,10 +55,12 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
 
     base.place(spec, tensors)
     trainer = Trainer(base, task, job, client, work.examples, progress)
-    trainer.batches = lambda: (  # type: ignore[method-assign]
-        task.collate(work.examples[at : at + work.batch]) for at in range(0, work.steps * work.batch, work.batch)
+    trainer.batches = (
+        lambda: (  # type: ignore[method-assign]
+            task.collate(work.examples[at : at + work.batch]) for at in range(0, work.steps * work.batch, work.batch)
+        )
     )
     loaded()
     stamps.append(time.perf_counter())
     trainer.run(tensors, {})
-    return [b - a for a, b in zip(stamps, stamps[1:], strict=False)], losses
+    return [b - a for a, b in itertools.pairwise(stamps)], losses

@@ -40,9 +40,7 @@ def model(work: Work, key: str, numerics: str) -> Any:
             setattr(config, name, 0.0)
     quantised = numerics.startswith("nf4")
     compute = torch.bfloat16 if numerics == "nf4-bf16" else torch.float32
-    few = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
+    few = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
     kind = AutoModelForCausalLM if work.causal else AutoModel
     base = kind.from_pretrained(work.folder, config=config, dtype=torch.float32, **({"quantization_config": few} if quantised else {}))
     if quantised:
@@ -101,12 +99,17 @@ def train(work: Work, key: str, numerics: str, loaded: Any) -> tuple[list[float]
 
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
-            folder, per_device_train_batch_size=work.batch, max_steps=work.steps, learning_rate=work.lr, lr_scheduler_type="constant_with_warmup",
-            warmup_steps=max(1, work.steps // 10), logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=numerics == "bf16",
-            remove_unused_columns=False, dataloader_num_workers=0, seed=SEED, disable_tqdm=True, optim="adamw_torch_fused", weight_decay=0.0,
+            folder, per_device_train_batch_size=work.batch, max_steps=work.steps, learning_rate=work.lr,
+            lr_scheduler_type="constant_with_warmup", warmup_steps=max(1, work.steps // 10), logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=numerics == "bf16",
+            remove_unused_columns=False, dataloader_num_workers=0, seed=SEED, disable_tqdm=True, optim="adamw_torch_fused",
+            weight_decay=0.0,
         )  # fmt: skip
         trainer = InOrder(
-            model=model(work, key, numerics), args=options, train_dataset=work.examples, data_collator=Collator(work.causal), callbacks=[Clock()]
+            model=model(work, key, numerics),
+            args=options,
+            train_dataset=work.examples,
+            data_collator=Collator(work.causal),
+            callbacks=[Clock()],
         )
         loaded()
         begin = time.perf_counter()

@@ -54,7 +54,6 @@ def main() -> None:
         from . import device_peer as module
     else:
         from . import device_ours as module  # type: ignore[no-redef]
-        import edge_agent.trainer
     from . import device_work
 
     torch.set_num_threads(int(threads))

@@ -15,15 +15,17 @@ ANSWER = 0.25
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-135m": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 2048, "rope_theta": 1e4,
+        "tie_word_embeddings": True,
     },
     "qwen2-0.5b": {
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 2048, "rope_theta": 1e6, "tie_word_embeddings": True,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "max_position_embeddings": 2048, "rope_theta": 1e6,
+        "tie_word_embeddings": True,
     },
     "tiny": {
         "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 1e4, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 BATCH = {"minilm": 16, "llama-135m": 4, "qwen2-0.5b": 1, "tiny": 4}

@@ -77,7 +77,7 @@ class Planner:
         placement = self._expanded(arm.placement)
         adjusted = server.plan({"rank": max(placement.values()), "depth": 0, "steps": arm.steps, "lr": spec.training.lr}, device, number)
         placement = {m: min(r, int(adjusted["rank"])) for m, r in placement.items()}
-        recipe = self._recipe(arm, placement, int(adjusted["steps"]), float(adjusted["lr"]))
+        recipe = self._recipe(version.number, arm, placement, int(adjusted["steps"]), float(adjusted["lr"]))
         return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train", inline)
 
     def _expanded(self, rule: str) -> dict[str, int]:
@@ -88,17 +88,19 @@ class Planner:
     def install(self, version: Version, device: str, arm: Arm, server: ServerSide) -> Assignment:
         """The final version for one device: nothing is trained, it is measured and put in place."""
         placement = self._expanded(arm.placement)
-        recipe = self._recipe(arm, placement, 1, self.plan.spec.training.lr)
+        recipe = self._recipe(version.number, arm, placement, 1, self.plan.spec.training.lr)
         return self._assignment(version, self.plan.spec.rounds, device, arm, placement, recipe, server, "the final version", "install")
 
-    def _recipe(self, arm: Arm, placement: Mapping[str, int], steps: int, lr: float) -> Recipe:
+    def _recipe(self, version: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float) -> Recipe:
         t = self.plan.spec.training
         key = (tuple(placement.items()), arm.prune, arm.bits, arm.batch)
         if key not in self._needs:
             length, head = self.plan.spec.task.max_length, self.plan.head_size
             self._needs[key] = memory_mb(self.plan.card, placement, arm.prune, arm.bits, arm.batch, length, head)
         need = self._needs[key]
-        return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2))
+        every, floor = self.plan.spec.frozen_every, min(m.layer for m in self.plan.modules)
+        keeps = every - version % every
+        return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2), keeps, floor)
 
     def _assignment(
         self,

@@ -34,6 +34,10 @@ class Order(msgspec.Struct, frozen=True):
     require: tuple[Any, ...] = ()
     slots: int | None = None
     inline: bool = False
+    cache_mb: float = 0.0
+    """Disk that the activation cache may take."""
+    shelf_mb: float = 0.0
+    """Disk that prepared bases may take; 0: none are kept."""
 
 
 MAX_META = 1 << 16

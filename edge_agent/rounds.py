@@ -26,6 +26,8 @@ from profiles.cost import memory_mb
 from . import current, identity, system, warrant
 from .data import Shard
 from .model import Base, as_tensor
+from .model.activations import example_key
+from .model.prefix import choose, trained_from
 from .order import Meta, Order, commit, last_state, state_file
 from .tasks import TaskEngine, engine
 from .trainer import Examples, Stopwatch, Trainer
@@ -92,6 +94,7 @@ class LocalRound:
         self.key, self.device = identity.signer(Path(order.home)), identity.known(Path(order.home)).device
         self.told: dict[str, Any] = {"version": job.version, "bits": job.recipe.bits}
         self.serves: Callable[[], None] = lambda: None
+        self.counts: dict[str, float] = {}
         self.state = known
         result = Path(order.result)
         if known and known[0].parent == result.parent and known[0].name < result.name:
@@ -113,6 +116,37 @@ class LocalRound:
         base.place(view.spec, view.tensors)
         for name, method in stack.using("attach"):
             method.attach(base, view.spec, self.client.context(name))
+
+    def cache(self, held: Examples, room_mb: float) -> None:
+        """Keep what the unchanging lower layers put out, where that is valid and pays; the report says what came of it."""
+        base, recipe, examples = self.base, self.job.recipe, [*self.trainer.examples, *held[: self.job.recipe.evaluate]]
+        told = ""
+        at = 0
+        if base.core is None or any("ids" not in e for e in examples[:1]):
+            told = "this architecture runs on transformers' modules"
+        elif users := [n for hook in ("batch", "attach") for n, _ in self.client.stack.using(hook)]:
+            told = f"`{users[0]}` changes what the model sees"
+        else:
+            draws = recipe.steps * recipe.batch + 2 * recipe.probe + len(held[: recipe.evaluate])
+            left = self.job.rounds - self.job.round + 1
+            own = trained_from(base.sites, base.core.kind.layers)
+            at, told = choose(own, min(own, recipe.floor), draws, len(examples), recipe.keeps, left)
+        if at:
+            for e in examples:
+                e.setdefault("key", example_key(e["ids"]))
+            folder = Path(self.order.result).parent / "activations"
+            told = base.cache(at, [e["ids"] for e in examples], room_mb, folder, self.order.cache_mb)
+        if told:
+            base.prefix = None
+        self.told["cache"] = told or f"layers below {at}"
+
+    def lighten(self) -> None:
+        """What the cache made superfluous leaves memory. Its counts go beside the update: they depend on restarts, the update must not."""
+        if (prefix := self.base.prefix) is not None:
+            store = prefix.store
+            self.counts = {"cache_made": store.made, "cache_found": store.hits, "cache_written_mb": round(store.written / 1e6, 2)}
+            store.made = store.hits = store.written = 0
+            self.base.lighten()
 
     def evaluate(self, held: Examples) -> None:
         """Measure the version as it arrived on examples that are never trained on."""
@@ -160,7 +194,7 @@ class LocalRound:
         blob = blob_of(update, self.order.chunk)
         signed = manifest(self.job.job, self.job.round, self.device, blob.digest)
         signature = self.key.sign(signed)
-        cost = {**self.watch.seconds, "peak_mb": system.peak_rss_mb()}
+        cost = {**self.watch.seconds, **self.counts, "peak_mb": system.peak_rss_mb()}
         meta = Meta(self.job.job, self.job.round, blob, signature, cost, self.order.inline)
         state = self.client.saved()
         commit(Path(self.order.result), update, freeze(state), meta)
@@ -205,20 +239,26 @@ class Worker:
     def _round(self, order: Order, job: Assignment, progress: Progress) -> None:
         watch, view = Stopwatch(), View(order.blobs)
         with watch("load"):
-            self._fits(order, job, view.spec)
+            room = order.budget_mb - self._fits(order, job, view.spec)
             base = self._prepared(order, job, view)
             task, train, held, shard = self._examples(order, job)
         known, self._state = self._state, None
         local = self.round(order, job, view, base, task, train, watch, progress, known)
         local.told["skipped"] = shard.unknown
+        if job.purpose == "train":
+            local.cache(held, room)
+        else:
+            base.prefix = None
         local.evaluate(held)
-        local.commit(local.install() if job.purpose == "install" else local.train())
+        sent = local.install() if job.purpose == "install" else local.train()
+        local.lighten()
+        local.commit(sent)
         self._state, self._serves = local.state, local.serves
         if job.purpose == "install":
             self.idle()
 
-    def _fits(self, order: Order, job: Assignment, spec: Spec) -> None:
-        """Refuse before anything is allocated. Raises Refused."""
+    def _fits(self, order: Order, job: Assignment, spec: Spec) -> float:
+        """MB that the arm needs. Refuses before anything is allocated. Raises Refused or DoesNotFit."""
         card = self._card(Path(order.model))
         if card.digest != job.model_digest:
             raise Refused(
@@ -239,6 +279,7 @@ class Worker:
             raise DoesNotFit(
                 f"the arm needs {need:.0f} MB, this device allows {order.budget_mb:.0f} MB", "lower rank or depth, prune, or use fewer bits"
             )
+        return need
 
     def _card(self, folder: Path) -> ModelCard:
         if str(folder) not in self._cards:

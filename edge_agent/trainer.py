@@ -88,7 +88,14 @@ class Trainer:
         seed = seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63
         recipe = self.job.recipe
         for picked in batches.order([size_of(e) for e in self.examples], recipe.batch, recipe.steps, seed):
-            yield self.task.collate([self.examples[i] for i in picked])
+            yield self._collate([self.examples[i] for i in picked])
+
+    def _collate(self, examples: Examples) -> dict[str, Any]:
+        """A batch; with the names of its examples where their lower layers' output is kept."""
+        batch = self.task.collate(examples)
+        if self.base.prefix is not None:
+            batch["key"] = torch.tensor([e["key"] for e in examples])
+        return batch
 
     def task_loss(self, params: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """Mean loss of the task; `params` are the live tensors, of which the head is handed on."""
@@ -139,14 +146,14 @@ class Trainer:
         """Answers of the adapter as it stands, where the task can give any."""
         return self.task.samples(self.base, prompts) if hasattr(self.task, "samples") else []
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(self, examples: Examples, head: dict[str, Tensor] | None = None) -> dict[str, float]:
         """Sums over `examples` with the adapter as it stands: loss, its square, right answers, count."""
         head = head if head is not None else self.head
         batch = min(32, 4 * self.job.recipe.batch)
         total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
         for at in range(0, len(examples), batch):
-            made = self.task.collate(examples[at : at + batch])
+            made = self._collate(examples[at : at + batch])
             scores = self.task.forward(self.base, head, made)
             losses = self.task.losses(scores, made).double()
             total["loss"] += float(losses.sum())

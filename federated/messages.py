@@ -188,6 +188,10 @@ class Recipe(msgspec.Struct, frozen=True):
     """Held-out examples on which the received version is measured, at most."""
     memory_mb: float = 0.0
     """What the planner expects the arm to need."""
+    keeps: int = 1
+    """Rounds, this one included, for which frozen layers that have adapters stay as they are."""
+    floor: int = 0
+    """The lowest layer that anybody in this job adapts."""
 
 
 class Assignment(Message, tag="assignment", frozen=True):

@@ -1,5 +1,6 @@
 """The base model of a job on this device, with adapters in it: what a training step sees."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from federated.update import Masks
 
 from ..quantise import use_bitsandbytes
 from . import foreign, vocabulary
+from .activations import Activations
 from .adapted import Site
 from .architecture import read_architecture
 from .checkpoint import Checkpoint
 from .layout import Layout
 from .load import Recipe, assemble
+from .prefix import Prefix, prefix_id
 from .prepared import Shelf, needed
 from .transformer import Transformer
 
@@ -33,9 +36,10 @@ class Base:
     def __init__(
         self, folder: Path, names: list[str], bits: int, masks: Masks, causal: bool = False, *, shelf: Shelf | None = None, digest: str = ""
     ) -> None:
-        self.bits, self.causal, self.transposed = bits, causal, False
+        self.bits, self.causal, self.transposed, self.digest, self.masks = bits, causal, False, digest, masks
         self.sites: dict[str, Site] = {}
         self.core: Transformer | None = None
+        self.prefix: Prefix | None = None
         self.model: Any = None
         if bits == 4:
             use_bitsandbytes()
@@ -49,8 +53,8 @@ class Base:
         if shelf is not None and needed(recipe):
             layers, rest = shelf.open(recipe, digest)
         else:
-            layers, rest = [lambda n=n: recipe.layer(n) for n in range(kind.layers)], recipe.rest()  # type: ignore[misc]
-        self.core = assemble(recipe, list(layers), rest, self.sites)
+            layers, rest = [lambda n=n: recipe.layer(n) for n in range(kind.layers)], recipe.rest  # type: ignore[misc]
+        self.core = assemble(recipe, layers, rest, self.sites)
         self.core.dtype = torch.bfloat16 if bits == 16 else torch.float32
         if missing := [n for n in names if n not in self.sites]:
             raise Refused(f"the model has no module `{missing[0]}`", "job and device must hold the same base model")
@@ -74,12 +78,39 @@ class Base:
         return found
 
     def hidden(self, batch: dict[str, Any]) -> tuple[Tensor, Layout]:
-        """Last hidden states of a batch: rows of real tokens (n, hidden), fp32, and where they belong."""
+        """Last hidden states of a batch: rows of tokens (layout.size, hidden), fp32, and where they belong."""
         if self.core is None:
             return foreign.hidden(self.model, batch)
         layout = Layout(batch["attention_mask"])
-        x = self.core.embed(batch["input_ids"], layout)
-        return self.core.finish(self.core.run(x, layout)), layout
+        if self.prefix is not None and "key" in batch:
+            x = self.core.run(self.prefix.states(batch, layout), layout, self.prefix.at)
+        else:
+            x = self.core.run(self.core.embed(batch["input_ids"], layout), layout)
+        return self.core.finish(x), layout
+
+    def cache(self, at: int, examples: Sequence[Sequence[int]], memory_mb: float, folder: Path | None = None, disk_mb: float = 0.0) -> str:
+        """From now on keep what enters layer `at` for these examples (token ids); what is kept stays while it is valid. Says why not."""
+        assert self.core is not None
+        name = self._prefix_id(at)
+        if self.prefix is None or self.prefix.store.name != name:
+            lower = self.prefix
+            if lower is not None and not (lower.at < at and lower.store.name == self._prefix_id(lower.at)):
+                lower = None
+            store = Activations(name, self.core.kind.hidden, memory_mb, folder, disk_mb)
+            self.prefix = Prefix(self.core, at, store, examples, lower)
+            if (need := self.prefix.bytes_needed() / 1e6) > memory_mb + disk_mb:
+                self.prefix = None
+                return f"it would take {need:.0f} MB, there are {memory_mb + disk_mb:.0f}"
+        return ""
+
+    def _prefix_id(self, at: int) -> str:
+        assert self.core is not None
+        return prefix_id(self.sites, at, self.digest, self.bits, self.core.dtype, self.masks)
+
+    def lighten(self) -> None:
+        """Once the cache has all that will be asked for, the layers below it leave memory."""
+        if self.core is not None and self.prefix is not None and self.prefix.complete:
+            self.core.drop(self.prefix.at, embeddings=not self.causal or "head" in self.core.tables)
 
     def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Of every answer token (`labels` other than `IGNORED`): loss, whether it would be guessed, the example that it belongs to."""

@@ -1,4 +1,7 @@
-"""Where the real tokens of a batch lie. Everything but attention runs on real tokens alone, one row each: padding costs nothing there."""
+"""Where the real tokens of a batch lie. Everything but attention runs on real tokens alone, one row each: padding costs nothing there.
+
+Some rows of zeros stand at the end, so that the number of rows takes few values: kernels are made for every new shape.
+"""
 
 from functools import cached_property
 
@@ -8,15 +11,23 @@ from torch import Tensor
 from .pieces import pick, spread
 
 
+def rounded(rows: int) -> int:
+    """The next of eight sizes in an octave, at least in steps of 8."""
+    step = max(8, 1 << max(0, rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
 class Layout:
-    """A batch of `counts` tokens each, padded to `length` for attention."""
+    """A batch of `counts` tokens each, padded to `length` for attention; `size` rows, of which the first `real` are tokens."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask.bool()
         self.batch, self.length = mask.shape
         self.counts = self.mask.sum(1)
-        self.full = bool(self.mask.all())
-        self.rows = None if self.full else self.mask.flatten().nonzero().squeeze(1)
+        self.real = int(self.counts.sum())
+        full = self.real == self.mask.numel()
+        self.size = self.real if full else rounded(self.real)
+        self.rows = None if full else self.mask.flatten().nonzero().squeeze(1)
 
     @staticmethod
     def of(counts: Tensor) -> "Layout":
@@ -26,27 +37,34 @@ class Layout:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Each row's position in its example, (n,)."""
+        """Each row's position in its example, (size,)."""
         return self.take((self.mask.cumsum(1) - 1).flatten())
 
     def take(self, padded: Tensor) -> Tensor:
-        """(batch·length, …) → the real rows (n, …)."""
-        return padded if self.rows is None else padded.index_select(0, self.rows)
+        """(batch·length, …) → rows (size, …)."""
+        if self.rows is None:
+            return padded
+        return torch.cat([padded.index_select(0, self.rows), padded.new_zeros(self.size - self.real, *padded.shape[1:])])
+
+    def join(self, rows: list[Tensor]) -> Tensor:
+        """Examples' rows, one behind the other → (size, …)."""
+        spare = self.size - self.real
+        return torch.cat([*rows, rows[0].new_zeros(spare, *rows[0].shape[1:])] if spare else rows)
 
     def spread(self, x: Tensor) -> Tensor:
-        """Rows (n, …) → (batch, length, …), zeros where there is no token."""
+        """Rows (size, …) → (batch, length, …), zeros where there is no token."""
         if self.rows is not None:
             x = spread(x, self.rows, self.batch * self.length)
         return x.view(self.batch, self.length, *x.shape[1:])
 
     def rows_of(self, padded: Tensor) -> Tensor:
-        """(batch, length, …) → the real rows (n, …), with a way back."""
+        """(batch, length, …) → rows (size, …), with a way back."""
         x = padded.reshape(self.batch * self.length, *padded.shape[2:])
-        return x if self.rows is None else pick(x, self.rows)
+        return x if self.rows is None else pick(x, self.rows, self.size)
 
     def means(self, x: Tensor) -> Tensor:
         """Each example's mean row, (batch, h): one small product."""
         owner = torch.arange(self.batch, device=x.device).repeat_interleave(self.counts)
         share = x.new_zeros(self.batch, x.shape[0])
-        share[owner, torch.arange(x.shape[0], device=x.device)] = 1.0 / self.counts.to(x.dtype)[owner]
+        share[owner, torch.arange(self.real, device=x.device)] = 1.0 / self.counts.to(x.dtype)[owner]
         return share @ x

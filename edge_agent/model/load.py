@@ -4,6 +4,7 @@ Peak memory is the final size and one map: tensors are mapped, and an fp32 check
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,14 +87,20 @@ def _half(table: Tensor) -> Tensor:
     return table if table.dtype in (torch.float16, torch.bfloat16) else table.half()
 
 
-def assemble(recipe: Recipe, layers: list[Callable[[], Packed] | None], rest: Packed, sites: dict[str, Site]) -> Transformer:
-    """The model from packed layers, each asked for once; `sites` gets every map by its checkpoint name."""
-    made: list[Layer | None] = []
-    for number, give in enumerate(layers):
-        made.append(None if give is None else _layer(recipe, number, give(), sites))
+def assemble(recipe: Recipe, layers: list[Callable[[], Packed]], rest: Callable[[], Packed], sites: dict[str, Site]) -> Transformer:
+    """The model from packed layers; `sites` gets every map by its checkpoint name."""
     kept: tuple[str, ...] = ("word", "position", "kind", "head", "head_bias")
-    tables = {k: rest[k] if k in ("word", "head") else rest[k].float() for k in kept if k in rest}
-    return Transformer(recipe.kind, tables, made, _norms(rest, ("norm0", "final")))
+
+    def tables() -> dict[str, Tensor]:
+        found = rest()
+        return {k: found[k] if k in ("word", "head") else found[k].float() for k in kept if k in found}
+
+    sources = [partial(_made, recipe, n, give, sites) for n, give in enumerate(layers)]
+    return Transformer(recipe.kind, tables, sources, _norms(rest(), ("norm0", "final")))
+
+
+def _made(recipe: Recipe, number: int, give: Callable[[], Packed], sites: dict[str, Site]) -> Layer:
+    return _layer(recipe, number, give(), sites)
 
 
 def _norms(packed: Packed, parts: tuple[str, ...]) -> dict[str, Norm]:

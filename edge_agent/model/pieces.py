@@ -110,43 +110,51 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Spread(torch.autograd.Function):
-    """Rows to their places in a padded block; the way back picks them."""
+    """Rows to their places in a padded block; the way back picks them. Spare rows at the end stay out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, total: int) -> Tensor:
         ctx.save_for_backward(rows)
-        return x.new_zeros(total, *x.shape[1:]).index_copy_(0, rows, x)
+        ctx.size = x.shape[0]
+        return x.new_zeros(total, *x.shape[1:]).index_copy_(0, rows, x[: len(rows)])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        return g.index_select(0, rows), None, None
+        return _with_spare(g, rows, ctx.size), None, None
 
 
 class _Pick(torch.autograd.Function):
     """Rows out of a padded block; the way back puts them there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.total = x.shape[0]
-        return x.index_select(0, rows)
+        return _with_spare(x, rows, size)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        return g.new_zeros(ctx.total, *g.shape[1:]).index_copy_(0, rows, g), None
+        return g.new_zeros(ctx.total, *g.shape[1:]).index_copy_(0, rows, g[: len(rows)]), None, None
 
 
 def spread(x: Tensor, rows: Tensor, total: int) -> Tensor:
-    """x (n, …) at `rows` of a block of zeros (total, …)."""
+    """The first rows of x (size, …) at `rows` of a block of zeros (total, …)."""
     result: Tensor = _Spread.apply(x, rows, total)  # type: ignore[no-untyped-call]
     return result
 
 
-def pick(x: Tensor, rows: Tensor) -> Tensor:
-    """`rows` of x."""
-    result: Tensor = _Pick.apply(x, rows)  # type: ignore[no-untyped-call]
+def _with_spare(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    y = x.new_empty(size, *x.shape[1:])
+    torch.index_select(x, 0, rows, out=y[: len(rows)])
+    y[len(rows) :] = 0
+    return y
+
+
+def pick(x: Tensor, rows: Tensor, size: int) -> Tensor:
+    """`rows` of x, and zeros behind them up to (size, …)."""
+    result: Tensor = _Pick.apply(x, rows, size)  # type: ignore[no-untyped-call]
     return result

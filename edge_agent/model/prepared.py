@@ -46,7 +46,7 @@ class Shelf:
     def __init__(self, folder: Path, quota_mb: float) -> None:
         self.folder, self.quota_mb, self.written = folder, quota_mb, 0
 
-    def open(self, recipe: Recipe, digest: str) -> tuple[list[Callable[[], Packed]], Packed]:
+    def open(self, recipe: Recipe, digest: str) -> tuple[list[Callable[[], Packed]], Callable[[], Packed]]:
         """Layers (each read when it is called for) and tables. Made if they are not there. Raises OSError where the disk is full."""
         target = self.folder / key(recipe, digest)
         if not self._whole(target):
@@ -58,7 +58,8 @@ class Shelf:
             found: Packed = load_file(target / _file(number))
             return found
 
-        return [lambda n=n: layer(n) for n in range(recipe.kind.layers)], load_file(target / "rest.safetensors")  # type: ignore[misc]
+        rest: Callable[[], Packed] = lambda: load_file(target / "rest.safetensors")  # noqa: E731
+        return [lambda n=n: layer(n) for n in range(recipe.kind.layers)], rest  # type: ignore[misc]
 
     def _whole(self, target: Path) -> bool:
         """Is everything there, and as it was written?"""

@@ -3,7 +3,7 @@
 The residual stream is fp32; maps and attention run in `dtype`. Norms, embeddings and base are frozen, and nothing is dropped out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,16 +31,39 @@ class Layer:
 
 
 class Transformer:
-    """Embeddings and layers. Layers below the one that a cache starts at may be missing (None)."""
+    """Embeddings and layers. What a cache makes superfluous can be dropped; it is read again when it is needed after all."""
 
-    def __init__(self, kind: Architecture, tables: dict[str, Tensor], layers: list[Layer | None], norms: dict[str, Norm]) -> None:
-        self.kind, self.tables, self.layers, self.norms = kind, tables, layers, norms
+    def __init__(
+        self, kind: Architecture, tables: Callable[[], dict[str, Tensor]], layers: Sequence[Callable[[], Layer]], norms: dict[str, Norm]
+    ) -> None:
+        self.kind, self.norms, self._tables, self._sources = kind, norms, tables, layers
+        self.layers: list[Layer | None] = [make() for make in layers]
+        self.tables = tables()
         self.dtype = torch.float32
         self.checkpointing = False
         self._angles: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
+    def layer(self, number: int) -> Layer:
+        """A layer, read again if it was dropped."""
+        found = self.layers[number]
+        if found is None:
+            found = self.layers[number] = self._sources[number]()
+        return found
+
+    def drop(self, below: int, embeddings: bool) -> None:
+        """Let go of the layers under `below`, and of the embeddings where they are no output table."""
+        for number, layer in enumerate(self.layers[:below]):
+            if layer is not None:
+                for site in layer.sites:
+                    site.base.tensors = {}
+            self.layers[number] = None
+        if embeddings:
+            self.tables = {k: t for k, t in self.tables.items() if k.startswith("head")}
+
     def embed(self, ids: Tensor, layout: Layout) -> Tensor:
         """Token ids (batch, length) → rows (n, hidden) that the first layer reads."""
+        if "word" not in self.tables:
+            self.tables = self._tables()
         x = self.tables["word"].index_select(0, layout.take(ids.flatten())).float()
         if self.kind.word_scale != 1.0:
             x = x * self.kind.word_scale
@@ -53,8 +76,7 @@ class Transformer:
     def run(self, x: Tensor, layout: Layout, first: int = 0, last: int | None = None) -> Tensor:
         """Layers `first` to `last` (not included) on rows (n, hidden)."""
         for number in range(first, self.kind.layers if last is None else last):
-            layer = self.layers[number]
-            assert layer is not None, f"layer {number} was dropped"
+            layer = self.layer(number)
             if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or _trained(layer)):
                 x = checkpoint(self._layer, x, layout, layer, use_reentrant=False)  # type: ignore[assignment]
             else:
@@ -108,7 +130,7 @@ class Transformer:
     def _mask(self, layout: Layout) -> Tensor | None:
         """None where nothing is hidden, or only what comes later: padding stands on the right."""
         if not self.kind.causal:
-            return None if layout.full else layout.mask[:, None, None, :]
+            return None if layout.rows is None else layout.mask[:, None, None, :]
         if not self.kind.window or layout.length <= self.kind.window:
             return None
         at = torch.arange(layout.length, device=layout.mask.device)
