@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,12 +56,30 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
 
     base.place(spec, tensors)
     trainer = Trainer(base, task, job, client, work.examples, progress)
-    trainer.batches = (
-        lambda: (  # type: ignore[method-assign]
-            task.collate(work.examples[at : at + work.batch]) for at in range(0, work.steps * work.batch, work.batch)
-        )
-    )
+    if key.endswith("cached"):
+        _warm(base, trainer, work, first)
+
+    def in_order() -> Iterator[dict[str, Any]]:
+        for at in range(0, work.steps * work.batch, work.batch):
+            yield trainer._collate(work.examples[at : at + work.batch])
+
+    trainer.batches = in_order  # type: ignore[method-assign]
     loaded()
     stamps.append(time.perf_counter())
     trainer.run(tensors, {})
     return [b - a for a, b in itertools.pairwise(stamps)], losses
+
+
+def _warm(base: Any, trainer: Any, work: Work, at: int) -> None:
+    """Fill the cache of the layers below `at`, as a first epoch would."""
+    import torch
+
+    from edge_agent.model.activations import example_key
+
+    for e in work.examples:
+        e["key"] = example_key(e["ids"])
+    base.cache(at, [e["ids"] for e in work.examples], 1e5)
+    with torch.no_grad():
+        for n in range(0, len(work.examples), 16):
+            base.hidden(trainer._collate(work.examples[n : n + 16]))
+    base.lighten()

@@ -99,18 +99,13 @@ def train(work: Work, key: str, numerics: str, loaded: Any) -> tuple[list[float]
 
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
-            folder, per_device_train_batch_size=work.batch, max_steps=work.steps, learning_rate=work.lr,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=max(1, work.steps // 10), logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=numerics == "bf16",
-            remove_unused_columns=False, dataloader_num_workers=0, seed=SEED, disable_tqdm=True, optim="adamw_torch_fused",
-            weight_decay=0.0,
+            folder, per_device_train_batch_size=work.batch, max_steps=work.steps, learning_rate=work.lr, weight_decay=0.0,
+            lr_scheduler_type="constant_with_warmup", warmup_steps=max(1, work.steps // 10), logging_steps=1, save_strategy="no",
+            report_to=[], use_cpu=True, bf16=numerics == "bf16", remove_unused_columns=False, dataloader_num_workers=0, seed=SEED,
+            disable_tqdm=True, optim="adamw_torch_fused",
         )  # fmt: skip
-        trainer = InOrder(
-            model=model(work, key, numerics),
-            args=options,
-            train_dataset=work.examples,
-            data_collator=Collator(work.causal),
-            callbacks=[Clock()],
-        )
+        tuned, collator = model(work, key, numerics), Collator(work.causal)
+        trainer = InOrder(model=tuned, args=options, train_dataset=work.examples, data_collator=collator, callbacks=[Clock()])
         loaded()
         begin = time.perf_counter()
         trainer.train()

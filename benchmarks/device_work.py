@@ -97,4 +97,7 @@ def _random_model(folder: Path, config: dict[str, Any]) -> Path:
         torch.manual_seed(SEED)
         made = AutoConfig.for_model(config["model_type"], **{k: v for k, v in config.items() if k != "model_type"})
         AutoModelForCausalLM.from_config(made, dtype=torch.float32).save_pretrained(folder)
+        from tokenizers import Tokenizer, models
+
+        Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
     return folder

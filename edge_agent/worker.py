@@ -26,8 +26,9 @@ def main(make: Any = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     orders = _reader(sys.stdin)
-    _silence()
     from .rounds import Worker
 
     worker = (make or Worker)()
@@ -49,14 +50,6 @@ def _quietly(work: Any) -> None:
         work()
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-
-
-def _silence() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if hasattr(transformers.logging, "disable_progress_bar"):
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _reason(error: Exception) -> dict[str, str]:

@@ -37,7 +37,8 @@ def lm(folder: Path, **options: Any) -> Any:
 
 
 def words(task: Any, ids: Any) -> str:
-    return " ".join(task.tokenizer.convert_ids_to_tokens(list(ids)))
+    tokenizer = task.tokens.rich
+    return " ".join(tokenizer.convert_ids_to_tokens(list(ids)) if tokenizer else (task.tokens.plain.id_to_token(i) for i in ids))
 
 
 def test_only_the_answer_is_learnt(llama: Path) -> None:

@@ -5,6 +5,7 @@ tokenizer's own chat template, where every assistant turn is an answer. Logits a
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from federated.errors import Refused
 from federated.messages import Task
 
 from ..model.base import IGNORED
+from .tokens import Tokens
 
 TEMPLATE = "Instruction: {instruction}\nInput: {input}\nAnswer: "
 PLAIN = "Instruction: {instruction}\nAnswer: "
 _FIELD = re.compile(r"\{(instruction|input)\}")
 SAMPLE_TOKENS = 48
-Tokens = tuple[list[int], list[bool]]
+Learnt = tuple[list[int], list[bool]]
 """Ids, and which of them are to be learnt."""
 Scores = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -27,12 +29,10 @@ class Engine:
     """Prompts and answers as tokens, batches, losses; and samples for the report."""
 
     def __init__(self, task: Task, folder: str) -> None:
-        from transformers import AutoTokenizer
-
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.length, self.template = task.max_length, task.template
         self.chat = task.template == "chat"
-        if self.chat and not getattr(self.tokenizer, "chat_template", None):
+        self.tokens = Tokens(Path(folder), chat=self.chat)
+        if self.chat and not getattr(self.tokens.rich, "chat_template", None):
             raise Refused(
                 "`template: chat` needs a tokenizer with a chat template", "leave `template` out, or write one with {instruction}"
             )
@@ -60,15 +60,14 @@ class Engine:
         return _FIELD.sub(lambda found: fields[found[1]], template)
 
     def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
-        ids = list(self.tokenizer(self.prompt(row))["input_ids"])
-        end = self.tokenizer.eos_token_id
-        return ids[:-1] if end is not None and ids[-1:] == [end] else ids
+        (ids,) = self.tokens.ids([self.prompt(row)])
+        return ids[:-1] if self.tokens.end is not None and ids[-1:] == [self.tokens.end] else ids
 
-    def _pair(self, row: dict[str, Any]) -> Tokens:
+    def _pair(self, row: dict[str, Any]) -> Learnt:
         """A prompt loses its beginning, down to half of the length; an answer its end."""
-        answer = list(self.tokenizer(str(row["output"]).strip(), add_special_tokens=False)["input_ids"])
-        if answer and self.tokenizer.eos_token_id is not None:
-            answer.append(self.tokenizer.eos_token_id)
+        (answer,) = self.tokens.ids([str(row["output"]).strip()], special=False)
+        if answer and self.tokens.end is not None:
+            answer.append(self.tokens.end)
         prompt = self._prompt_ids(row)[-max(self.length // 2, self.length - len(answer)) :]
         ids = [*prompt, *answer][: self.length]
         return ids, [i >= len(prompt) for i in range(len(ids))]
@@ -93,13 +92,14 @@ class Engine:
         return ids[: self.length], learnt[: self.length]
 
     def _render(self, messages: list[dict[str, str]], answer_follows: bool) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer_follows, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = self.tokens.rich.apply_chat_template(messages, add_generation_prompt=answer_follows, tokenize=False)
+        (ids,) = self.tokens.ids([text], special=False)
+        return ids
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Right-padded; `labels` are the ids where they are learnt, `IGNORED` elsewhere."""
         longest = max(len(e["ids"]) for e in examples)
-        ids = torch.full((len(examples), longest), self.tokenizer.pad_token_id or 0, dtype=torch.long)
+        ids = torch.zeros(len(examples), longest, dtype=torch.long)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for row, e in enumerate(examples):
             tokens = torch.tensor(e["ids"])
@@ -127,8 +127,8 @@ class Engine:
         for prompt in prompts:
             asked = [{"role": "user", "content": prompt}]
             text = self._render(asked, True) if self.chat else self._prompt_ids({"instruction": prompt})
-            ids = base.generate(text[-self.length :], SAMPLE_TOKENS, self.tokenizer.eos_token_id)
-            found.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip())
+            ids = base.generate(text[-self.length :], SAMPLE_TOKENS, self.tokens.end)
+            found.append(self.tokens.text(ids).strip())
         return found
 
 

@@ -1,5 +1,6 @@
 """One label for one text: mean-pooled last hidden state, then a linear head."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,22 +8,22 @@ from torch.nn.functional import cross_entropy, linear
 
 from federated.messages import Task
 
+from .tokens import Tokens
+
 
 class Engine:
     """Rows have `text` and `label` (a number)."""
 
     def __init__(self, task: Task, folder: str) -> None:
-        from transformers import AutoTokenizer
-
         self.fields = ["text", "label"]
         self.length = task.max_length
         self.template = task.template or "{text}"
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokens = Tokens(Path(folder))
 
     def encode(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Token ids, cut at the job's length."""
         texts = [self.template.replace("{text}", str(r["text"])) for r in rows]
-        ids = self.tokenizer(texts, truncation=True, max_length=self.length)["input_ids"] if texts else []
+        ids = self.tokens.ids(texts, self.length)
         return [{"ids": i, "label": r.get("label", 0)} for i, r in zip(ids, rows, strict=True)]
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
