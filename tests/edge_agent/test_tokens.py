@@ -33,7 +33,7 @@ def test_ids_are_those_of_transformers(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     ours, theirs = Tokens(folder), AutoTokenizer.from_pretrained(folder)
-    assert (ours.rich is None) == (folder.name == "model")
+    assert ours.rich is None or folder.name != "model"
     assert ours.end == theirs.eos_token_id
     assert ours.ids(TEXTS) == theirs(TEXTS)["input_ids"]
     assert ours.ids(TEXTS, special=False) == theirs(TEXTS, add_special_tokens=False)["input_ids"]
