@@ -27,6 +27,7 @@ class Layout:
         self.real = int(self.counts.sum())
         full = self.real == self.mask.numel()
         self.size = self.real if full else rounded(self.real)
+        self._hidden: dict[tuple[bool, int, int], Tensor | None] = {}
         self.rows = None if full else self.mask.flatten().nonzero().squeeze(1)
 
     @staticmethod
@@ -39,6 +40,26 @@ class Layout:
     def positions(self) -> Tensor:
         """Each row's position in its example, (size,)."""
         return self.take((self.mask.cumsum(1) - 1).flatten())
+
+    def hidden(self, causal: bool, window: int, group: int) -> Tensor | None:
+        """What is added to scores, broadcast over (batch, kv, group·length, length): -inf where a token must not look; None: it sees all.
+
+        The same for all layers, so made once.
+        """
+        key = (causal, window, group)
+        if key not in self._hidden:
+            self._hidden[key] = self._hide(causal, window, group)
+        return self._hidden[key]
+
+    def _hide(self, causal: bool, window: int, group: int) -> Tensor | None:
+        if not causal:
+            if self.rows is None:
+                return None
+            return torch.zeros(self.mask.shape).masked_fill_(~self.mask, -torch.inf)[:, None, None, :]
+        at = torch.arange(self.length)
+        back = at.unsqueeze(1) - at.unsqueeze(0)
+        unseen = (back < 0) | (back >= window) if window else back < 0
+        return torch.zeros(back.shape).masked_fill_(unseen, -torch.inf).repeat(group, 1)
 
     def take(self, padded: Tensor) -> Tensor:
         """(batch·length, …) → rows (size, …)."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .adapted import Site, apply
 from .architecture import Architecture
+from .attention import SHORT, attention
 from .layout import Layout
 from .pieces import activate, gated, rms_norm, rotate
 
@@ -120,6 +121,9 @@ class Transformer:
         if self.kind.theta:
             cos, sin = (t.index_select(0, layout.positions).unsqueeze(1) for t in self._turns(layout.length, x.dtype))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if layout.length <= SHORT and x.dtype == torch.float32:
+            seen = attention(q, k, v, layout, layout.hidden(self.kind.causal, self.kind.window, q.shape[1] // k.shape[1]))
+            return apply(seen, [layer.o])[0]
         q, k, v = (layout.spread(t).transpose(1, 2) for t in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (_repeated(t, q.shape[1] // t.shape[1]) for t in (k, v))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from edge_agent.model import Base
+from edge_agent.model import Base, transformer
 from edge_agent.model.base import IGNORED
 from edge_agent.model.prepared import Shelf
 
@@ -42,7 +42,10 @@ def adapted(base: Base, rank: int = 2) -> None:
         site.place(torch.randn(rank, site.base.in_) * 0.2, torch.randn(site.base.out, rank) * 0.2, 0.7, True)
 
 
-def test_hidden_states_equal_those_of_transformers(model: tuple[str, Path]) -> None:
+@pytest.mark.parametrize("short", [64, 0])
+def test_hidden_states_equal_those_of_transformers(model: tuple[str, Path], short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By batched products, and by the fused kernel as for longer sequences."""
+    monkeypatch.setattr(transformer, "SHORT", short)
     family, folder = model
     causal, given = family not in ENCODERS, batch()
     base, plain = Base(folder, [], 32, {}, causal), theirs(folder, causal)
@@ -57,8 +60,10 @@ def test_hidden_states_equal_those_of_transformers(model: tuple[str, Path]) -> N
     )
 
 
-def test_losses_and_gradients_equal_those_of_transformers(model: tuple[str, Path]) -> None:
+@pytest.mark.parametrize("short", [64, 0])
+def test_losses_and_gradients_equal_those_of_transformers(model: tuple[str, Path], short: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merged W + s·B·A in transformers' model; dL/dB and dL/dA follow from its dL/dW."""
+    monkeypatch.setattr(transformer, "SHORT", short)
     family, folder = model
     causal, given = family not in ENCODERS, batch()
     base, plain = Base(folder, [], 32, {}, causal), theirs(folder, causal)
