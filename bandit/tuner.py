@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from profiles.card import ModelCard, Module
-from profiles.cost import adapter_parameters, memory_mb, price
+from profiles.cost import price
 from profiles.device import DeviceProfile
+from profiles.memory import adapter_parameters, memory_mb
 
 from .arms import Arm, ArmSpace, expand, rank_and_depth
 from .cost_ucb import CostUCB

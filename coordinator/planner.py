@@ -16,7 +16,7 @@ from federated.tensors import Tensors
 from federated.update import LowRank, Masks
 from federated.wire import encode
 from profiles.card import Module
-from profiles.cost import memory_mb
+from profiles.memory import memory_mb
 
 from . import channels, views
 from .blobs import Blobs
@@ -40,7 +40,7 @@ class Planner:
         self.job, self.plan, self.registry, self.blobs, self.source = job, plan, registry, blobs, source
         self.warrant = warrant
         prunes = max(plan.spec.arms.prune) > 0
-        self._scores = channels.importance(model_folder, plan.card) if prunes else {}
+        self._scores = channels.importance(model_folder, plan.card) if prunes else channels.Importance({}, {})
         self._masks: dict[float, Masks] = {}
         self._frozen: tuple[int, Version] | None = None
         self._placements: dict[str, dict[str, int]] = {}

@@ -18,7 +18,7 @@ from coordinator.export import load, write
 from coordinator.job import Plan
 from coordinator.registry import Registry
 from profiles.card import read_card
-from profiles.cost import adapter_parameters
+from profiles.memory import adapter_parameters
 
 from . import baselines
 from .fleet import Fleet

@@ -21,7 +21,7 @@ from federated.tensors import Array, Tensors
 from federated.transfer import blob_of
 from federated.wire import encode, freeze, open_frame, thaw
 from profiles.card import ModelCard, read_card
-from profiles.cost import memory_mb
+from profiles.memory import StepPlan, step_plan
 
 from . import current, identity, system, warrant
 from .data import Shard
@@ -239,14 +239,17 @@ class Worker:
     def _round(self, order: Order, job: Assignment, progress: Progress) -> None:
         watch, view = Stopwatch(), View(order.blobs)
         with watch("load"):
-            room = order.budget_mb - self._fits(order, job, view.spec)
+            plan = self._fits(order, job, view.spec)
             base = self._prepared(order, job, view)
             task, train, held, shard = self._examples(order, job)
         known, self._state = self._state, None
         local = self.round(order, job, view, base, task, train, watch, progress, known)
         local.told["skipped"] = shard.unknown
+        local.trainer.micro = plan.micro
+        if base.core is not None:
+            base.core.checkpointing = plan.checkpointing
         if job.purpose == "train":
-            local.cache(held, room)
+            local.cache(held, order.budget_mb - plan.memory_mb)
         else:
             base.prefix = None
         local.evaluate(held)
@@ -257,8 +260,8 @@ class Worker:
         if job.purpose == "install":
             self.idle()
 
-    def _fits(self, order: Order, job: Assignment, spec: Spec) -> float:
-        """MB that the arm needs. Refuses before anything is allocated. Raises Refused or DoesNotFit."""
+    def _fits(self, order: Order, job: Assignment, spec: Spec) -> StepPlan:
+        """How a batch is carried out in the memory that there is. Refuses before anything is allocated. Raises Refused or DoesNotFit."""
         card = self._card(Path(order.model))
         if card.digest != job.model_digest:
             raise Refused(
@@ -266,20 +269,14 @@ class Worker:
                 "put the same files on every device",
             )
         placement = {k: p.rank for k, p in spec.pairs.items() if p.trained}
-        need = memory_mb(
-            card,
-            placement,
-            job.recipe.prune,
-            job.recipe.bits,
-            job.recipe.batch,
-            job.task.max_length,
-            sum(int(np.prod(d.shape)) for d in spec.dense.values()),
-        )
-        if need > order.budget_mb:
+        recipe, head = job.recipe, sum(int(np.prod(d.shape)) for d in spec.dense.values())
+        plan = step_plan(card, placement, recipe.prune, recipe.bits, recipe.batch, job.task.max_length, head, order.budget_mb)
+        if plan.memory_mb > order.budget_mb:
             raise DoesNotFit(
-                f"the arm needs {need:.0f} MB, this device allows {order.budget_mb:.0f} MB", "lower rank or depth, prune, or use fewer bits"
+                f"the arm needs {plan.memory_mb:.0f} MB, this device allows {order.budget_mb:.0f} MB",
+                "lower rank or depth, prune, or use fewer bits",
             )
-        return need
+        return plan
 
     def _card(self, folder: Path) -> ModelCard:
         if str(folder) not in self._cards:

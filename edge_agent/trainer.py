@@ -41,6 +41,8 @@ class Trainer:
         progress: Callable[[int, float], None] = lambda step, loss: None,
     ) -> None:
         self.base, self.task, self.job, self.client, self.examples, self.progress = base, task, job, client, train, progress
+        self.micro = job.recipe.batch
+        """Examples that are carried through the model at once; the gradient is that of the whole batch."""
         self.head: dict[str, Tensor] = {}
         self.contexts: dict[str, StepContext] = {}
 
@@ -123,6 +125,19 @@ class Trainer:
     ) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of one batch, hooks in their order."""
         stack, contexts = self.client.stack, self.contexts
+        if self.micro < len(batch["labels"]) and penalty is None and not any(stack.using(h) for h in ("batch", "objective", "loss")):
+            value, grads = self._in_pieces(params, batch)
+        else:
+            value, grads = self._at_once(params, batch, penalty)
+        if penalty is None:
+            for n, m in stack.using("grad"):
+                grads = m.grad(grads, params, contexts[n])
+        return value, grads
+
+    def _at_once(
+        self, params: dict[str, Tensor], batch: dict[str, Any], penalty: Callable[..., Tensor] | None
+    ) -> tuple[float, dict[str, Tensor]]:
+        stack, contexts = self.client.stack, self.contexts
         if penalty is None:
             for n, m in stack.using("batch"):
                 batch = m.batch(batch, contexts[n])
@@ -133,14 +148,18 @@ class Trainer:
                 loss = m.loss(loss, params, batch, contexts[n])
         else:
             loss = loss + penalty(params)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise Refused(f"training loss is {value}", "lower the job's learning rate")
-        grads: dict[str, Tensor] = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
-        if penalty is None:
-            for n, m in stack.using("grad"):
-                grads = m.grad(grads, params, contexts[n])
-        return value, grads
+        value = _finite(float(loss.detach()))
+        return value, dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+
+    def _in_pieces(self, params: dict[str, Tensor], batch: dict[str, Any]) -> tuple[float, dict[str, Tensor]]:
+        """Loss and gradients of a batch, a few examples after the other."""
+        whole, value, total = len(batch["labels"]), 0.0, [torch.zeros_like(p) for p in params.values()]
+        for at in range(0, whole, self.micro):
+            piece = narrowed({k: t[at : at + self.micro] for k, t in batch.items()})
+            loss = self.task_loss(params, piece) * (len(piece["labels"]) / whole)
+            value += _finite(float(loss.detach()))
+            torch._foreach_add_(total, list(torch.autograd.grad(loss, list(params.values()))))
+        return value, dict(zip(params, total, strict=True))
 
     def samples(self, prompts: list[str]) -> list[str]:
         """Answers of the adapter as it stands, where the task can give any."""
@@ -161,6 +180,21 @@ class Trainer:
             total["correct"] += float(self.task.correct(scores, made).sum())
             total["count"] += len(losses)
         return total
+
+
+def narrowed(batch: dict[str, Any]) -> dict[str, Any]:
+    """A piece of a batch without the columns that only its longer neighbours needed."""
+    if "attention_mask" not in batch:
+        return batch
+    width = batch["attention_mask"].shape[1]
+    longest = int(batch["attention_mask"].sum(1).max())
+    return {k: t[:, :longest] if t.dim() > 1 and t.shape[1] == width else t for k, t in batch.items()}
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise Refused(f"training loss is {loss}", "lower the job's learning rate")
+    return loss
 
 
 class Flat:

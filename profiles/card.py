@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from .architecture import Architecture, read_architecture
+
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -21,7 +23,8 @@ class Module(msgspec.Struct, frozen=True, rename={"in_": "in"}):
     out: int
     in_: int
     role: str
-    """`attention`, `up` (rows are FFN channels), `down` (columns are) or `other`."""
+    """`q`, `k`, `v` or `qkv` (rows are heads), `o` (columns are), `up` (rows are FFN channels), `down` (columns are); `attention` where
+    it is not known which, `other` for the rest."""
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -39,6 +42,9 @@ class ModelCard(msgspec.Struct, frozen=True):
     """Parameters outside the layers."""
     modules: list[Module]
     causal: bool = False
+    groups: int = 1
+    """Key-value heads; each serves `heads / groups` query heads, and goes with them when it is pruned."""
+    head_size: int = 1
 
     def of_layer(self, layer: int) -> list[Module]:
         """Linear maps of one layer."""
@@ -59,8 +65,9 @@ def read_card(folder: Path) -> ModelCard:
     config = {**config, **config.get("text_config", {})}
     shapes = {k: s for file in files for k, s in header(file).items()}
     hidden = config.get("hidden_size") or config.get("n_embd") or config.get("dim") or 0
-    ffn = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
-    modules = list(_modules(shapes, hidden, ffn, config.get("model_type", "")))
+    ffn = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim") or 4 * hidden
+    known = read_architecture(config)
+    modules = list(_modules(shapes, hidden, ffn, config.get("model_type", ""), known))
     if not modules or not hidden:
         raise ValueError(f"{folder}: no layers found in {len(shapes)} tensors of a `{config.get('model_type')}` model")
     inside = sum(m.out * m.in_ for m in modules)
@@ -76,11 +83,14 @@ def read_card(folder: Path) -> ModelCard:
         vocab=config.get("vocab_size", 0),
         embedding=total - inside,
         modules=modules,
+        groups=known.kv_heads if known else 1,
+        head_size=known.head_size if known else 1,
         causal=any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or []),
     )
 
 
-def _modules(shapes: dict[str, list[int]], hidden: int, ffn: int, family: str) -> Iterator[Module]:
+def _modules(shapes: dict[str, list[int]], hidden: int, ffn: int, family: str, known: Architecture | None) -> Iterator[Module]:
+    named = known.roles() if known else {}
     transposed = family == "gpt2"
     for key in sorted(shapes):
         found = _LAYER.search(key)
@@ -94,7 +104,10 @@ def _modules(shapes: dict[str, list[int]], hidden: int, ffn: int, family: str) -
             role = "down"
         elif in_ == hidden or out == hidden:
             role = "attention"
-        yield Module(key.removesuffix(".weight"), int(found.group(1)), out, in_, role)
+        name = key.removesuffix(".weight")
+        pattern = f"{name[: found.start()]}.{{l}}.{name[found.end() :]}"
+        role = next((r for p, r in named.items() if pattern.endswith(p)), role)
+        yield Module(name, int(found.group(1)), out, in_, role)
 
 
 def _count(shape: list[int]) -> int:

@@ -11,12 +11,12 @@ from federated.errors import Refused
 from federated.spec import Spec
 from federated.tensors import Tensors
 from federated.update import Masks
+from profiles.architecture import read_architecture
 
 from ..quantise import use_bitsandbytes
 from . import foreign, vocabulary
 from .activations import Activations
 from .adapted import Site
-from .architecture import read_architecture
 from .checkpoint import Checkpoint
 from .layout import Layout
 from .load import Recipe, assemble

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from federated.update import Masks
+from profiles.architecture import Architecture
 
 from .adapted import Site
-from .architecture import Architecture
 from .checkpoint import Checkpoint, cut
 from .frozen import Frozen
 from .transformer import Layer, Norm, Transformer

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from profiles.architecture import Architecture
+
 from .adapted import Site, apply
-from .architecture import Architecture
 from .attention import SHORT, attention
 from .layout import Layout
 from .pieces import activate, gated, rms_norm, rotate

@@ -15,8 +15,9 @@ from bandit.cost_ucb import CostUCB, sweep
 from bandit.policy import Member, Outcome, Priced
 from bandit.tuner import POLICIES, NoArm, Tuner
 from profiles.card import ModelCard, Module
-from profiles.cost import memory_mb, price
+from profiles.cost import price
 from profiles.device import SOURCES, DeviceProfile, generic, library, match
+from profiles.memory import memory_mb
 
 
 def card(layers: int = 6, h: int = 384, f: int = 1536) -> ModelCard:

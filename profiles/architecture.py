@@ -66,6 +66,12 @@ class Architecture(msgspec.Struct, frozen=True):
     window: int = 0
     """A token sees so many before it; 0: all."""
 
+    def roles(self) -> dict[str, str]:
+        """Pattern of a map's name → what its rows or columns are."""
+        n = self.names
+        found = {n.q: "qkv"} if n.q == n.k else {n.q: "q", n.k: "k", n.v: "v"}
+        return found | {n.o: "o", n.up: "up", n.down: "down"} | ({n.gate: "up"} if n.gate else {})
+
 
 def read_architecture(config: Config) -> Architecture | None:
     """The description, or None where transformers has to run it."""
