@@ -13,7 +13,7 @@ import msgspec
 from profiles.card import ModelCard, Module
 from profiles.cost import price
 from profiles.device import DeviceProfile
-from profiles.memory import adapter_parameters, memory_mb
+from profiles.memory import StepPlan, adapter_parameters, memory_mb, step_plan
 
 from .arms import Arm, ArmSpace, expand, rank_and_depth
 from .cost_ucb import CostUCB
@@ -51,6 +51,7 @@ class Tuner:
         self.length, self.head, self.keep, self.max_depth = length, head, keep, max_depth
         self.state: State = state or {"devices": {}, "policy": {}}
         self.placements = {rule: expand(rule, card, modules) for rule in space.rules(max_depth)}
+        self._plans: dict[tuple[Any, ...], StepPlan] = {}
 
     def join(self, device: str, profile: DeviceProfile, bits_ms: dict[str, float]) -> int:
         """Fix a device's bits: the fastest measured ones among those that fit. Raises NoArm."""
@@ -77,6 +78,14 @@ class Tuner:
             )
         )
 
+    def _how(self, arm: Arm, budget_mb: float) -> StepPlan:
+        """How an arm's batch fits; the same for all devices with this budget, and asked for often."""
+        key = (arm.placement, arm.prune, arm.bits, arm.batch, budget_mb)
+        if key not in self._plans:
+            placement = self.placements[arm.placement]
+            self._plans[key] = step_plan(self.card, placement, arm.prune, arm.bits, arm.batch, self.length, self.head, budget_mb)
+        return self._plans[key]
+
     def feasible(self, device: str, profile: DeviceProfile, round: int) -> list[Priced]:
         """Arms that the device can hold now, priced. Raises NoArm."""
         own = self.state["devices"][device]
@@ -99,6 +108,7 @@ class Tuner:
                 head=self.head,
                 keep=self.keep,
                 correction=own["speed"],
+                how=self._how(arm, profile.budget_mb / own["memory"]),
             )
             if cost.memory_mb * own["memory"] <= profile.budget_mb:
                 rank, depth = rank_and_depth(placement, self.card)

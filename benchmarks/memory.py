@@ -61,14 +61,21 @@ def make(family: str, home: Path) -> Path:
 
 def measured(s: dict[str, Any]) -> float:
     """Peak of a process of its own; what it maps was prepared by another."""
-    for prepare in (True, False):
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.memory_one", json.dumps({**s, "prepare": prepare})],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    prepare(s)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.sides.memory", json.dumps(s)], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mb"])
+
+
+def prepare(s: dict[str, Any]) -> None:
+    """Cut and pack the base here, so that the measured process only maps it."""
+    from coordinator import channels
+    from edge_agent.model import Base
+    from edge_agent.model.prepared import Shelf
+
+    folder = Path(s["folder"])
+    card = read_card(folder)
+    masks = channels.masks(card, channels.importance(folder, card), s["prune"]) if s["prune"] else {}
+    Base(folder, [], s["bits"], masks, card.causal, shelf=Shelf(Path(s["shelf"]), 1e6), digest="d")
 
 
 def main() -> int:
@@ -85,8 +92,7 @@ def main() -> int:
             guess = peak_mb(card, where, s["prune"], s["bits"], s["batch"], s["length"], checkpointing=s["checkpointing"])
             real = measured({**s, "folder": str(path), "shelf": folder + "/shelf", "placement": where})
             rows.append({**s, "predicted_mb": round(guess, 1), "measured_mb": round(real, 1), "error": round(guess / real - 1, 3)})
-            if number % 10 == 0:
-                print(f"  {number} of {len(grid)}", flush=True)
+            print(f"  {number} of {len(grid)}: {guess:.0f} expected, {real:.0f} measured  {s}", flush=True)
     errors = [abs(r["error"]) for r in rows]
     report(
         "memory",

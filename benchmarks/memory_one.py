@@ -38,14 +38,11 @@ def main() -> None:
     from edge_agent.model.prepared import Shelf
     from profiles.card import read_card
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     folder = Path(s["folder"])
     card = read_card(folder)
     masks = channels.masks(card, channels.importance(folder, card), s["prune"]) if s["prune"] else {}
     shelf = Shelf(Path(s["shelf"]), 1e6)
-    if s["prepare"]:
-        Base(folder, [], s["bits"], masks, card.causal, shelf=shelf, digest="d")
-        return
     torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
     before, peak = psutil.Process().memory_info().rss / 1e6, Peak()
     base = Base(folder, [], s["bits"], masks, card.causal, shelf=shelf, digest="d")
@@ -57,7 +54,7 @@ def main() -> None:
     params = list(base.parameters().values())
     optimiser = torch.optim.AdamW(params, fused=True)
     ids = torch.randint(0, card.vocab, (s["batch"], s["length"]))
-    for _ in range(3):
+    for _ in range(2):
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         loss = base.answers(batch)[0].mean() if card.causal else base.hidden(batch)[0].square().mean()
         for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):

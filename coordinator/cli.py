@@ -74,6 +74,7 @@ def build() -> argparse.ArgumentParser:
         "--format", choices=["peft", "merged", "gguf"], default="peft", help="peft: adapter alone (default); merged: the whole model"
     )
     export.add_argument("--version", type=int, help="version (default: the newest good one)")
+    export.add_argument("--ratio", type=float, default=0.0, help="with merged: cut heads and channels, as devices at this pruning ratio do")
     verb("backup", _backup, "everything in one file; the service may run", "coordinator backup --to fleet.tar.gz").add_argument(
         "--to", type=Path, required=True
     )
@@ -382,7 +383,7 @@ def _versions(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from .export import write
 
-    number = write(_config(args), args.job, args.to, args.version, args.format)
+    number = write(_config(args), args.job, args.to, args.version, args.format, args.ratio)
     cli.show(args, {"version": number, "folder": str(args.to)}, f"version {number} of {args.job} lies in {args.to}")
     return 0
 

@@ -57,10 +57,20 @@ def base_folder(config: CoordinatorConfig, spec: JobSpec) -> Path:
     return Path(config.models[spec.model])
 
 
-def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = None, kind: str = "peft") -> int:
-    """Write version `number` (default: the newest good one) into `to`; returns which it was. Raises ConfigError."""
+def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = None, kind: str = "peft", ratio: float = 0.0) -> int:
+    """Write version `number` (default: the newest good one) into `to`; returns which it was. Raises ConfigError.
+
+    `ratio` cuts heads and feed-forward channels as devices at that pruning ratio do; only a merged model can be cut.
+    """
     version, spec = load(config, job, number)
-    if kind == "merged":
+    if ratio:
+        if kind != "merged":
+            raise ConfigError(f"a pruned model is written whole, not as {kind}", "--format merged")
+        from .pruned import write_pruned
+
+        write_pruned(version, base_folder(config, spec), to, ratio, spec.adapter.scale)
+        _write_head(version, spec, to)
+    elif kind == "merged":
         merged(version, spec, base_folder(config, spec), to)
     elif kind == "gguf":
         from .gguf_lora import write_gguf
@@ -96,6 +106,11 @@ def merged(version: Version, spec: JobSpec, base: Path, to: Path) -> None:
             for name, entry in entries(file).items():
                 if (pair := pairs.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
                     _add(to / file.name, entry, pair, spec.adapter.scale, transposed)
+    _write_head(version, spec, to)
+
+
+def _write_head(version: Version, spec: JobSpec, to: Path) -> None:
+    """The head beside a whole model."""
     if version.dense:
         for name, data in head_files(version.dense, {**msgspec.to_builtins(spec.task), "version": version.number}, LOAD_MERGED).items():
             write_atomic(to / name, data)

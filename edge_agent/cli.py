@@ -60,6 +60,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from . import identity, probe
     from .engine import ProcessEngine
+    from .guard import Guard, GuardedEngine, told
     from .service import Agent
 
     config = _config(args)
@@ -71,8 +72,9 @@ def _run(args: argparse.Namespace) -> int:
         config.link.broker or who.broker, f"rf-{who.fleet}-{who.device}", keepalive_s=config.link.keepalive_s,
         packet=config.link.packet_bytes, tls=_tls(config), proxy=config.link.proxy,
     )  # fmt: skip
-    engine = ProcessEngine(memory_mb=config.worker.memory_mb, idle_s=config.worker.idle_s)
+    engine = GuardedEngine(ProcessEngine(memory_mb=config.worker.memory_mb, idle_s=config.worker.idle_s), Guard(config.guard))
     agent = Agent(who, config, bus, engine, profile, bits_ms)
+    engine.tell = told(agent.status)
     agent.config_path = args.config
     asyncio.run(_serve(agent))
     return 0

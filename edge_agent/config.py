@@ -8,6 +8,8 @@ from msgspec import Meta
 
 from federated.metrics import Metrics
 
+from .guard_config import GuardConfig
+
 
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One logical dataset of this device: where it lies and which column means what."""
@@ -66,6 +68,17 @@ class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Workers that may compute at once on this machine; None: one per core."""
 
 
+class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What training may put on the disk: prepared base models, and what lower layers put out for each example."""
+
+    quota_mb: Annotated[float, Meta(ge=0)] = 8000.0
+    """For both together; 0: nothing, everything is made anew in memory."""
+    writes_mb_per_day: Annotated[float, Meta(ge=0)] = 4000.0
+    """Cards wear out by being written to; beyond this nothing more is kept today."""
+    cache: Literal["auto", "on", "off"] = "auto"
+    """Layers' output on disk; `auto`: not on SD cards and USB sticks, whose reading is slow and whose cells are few."""
+
+
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything an owner can set."""
 
@@ -83,6 +96,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Stack entries that are put behind a job's own stack."""
     link: Link = Link()
     worker: WorkerLimits = WorkerLimits()
+    guard: GuardConfig = GuardConfig()
+    disk: Disk = Disk()
     metrics: Metrics = Metrics()
     log: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from .order import Order
 
 Progress = Callable[[dict[str, Any]], None]
 START_S = 180.0
+LEAVE_S = 0.8
 
 
 class EngineFailed(Exception):
@@ -44,6 +46,7 @@ class ProcessEngine:
     def __init__(self, *, memory_mb: float | None, idle_s: float, module: str = "edge_agent.worker") -> None:
         self.memory_mb, self.idle_s, self.module = memory_mb, idle_s, module
         self._process: asyncio.subprocess.Process | None = None
+        self._working = self._paused = self._halting = False
         self._rss_mb = 0.0
         self._idle: asyncio.TimerHandle | None = None
         self._stopping: asyncio.Task[None] | None = None
@@ -59,6 +62,7 @@ class ProcessEngine:
             process.stdin.write(msgspec.json.encode(order) + b"\n")
             await process.stdin.drain()
             watch = asyncio.create_task(self._watch(process, limit), name="memory-watch")
+            self._working = True
             try:
                 await self._answers(process, progress)
             except EngineFailed as failed:
@@ -68,6 +72,7 @@ class ProcessEngine:
             finally:
                 if watch.done() and not watch.cancelled():
                     await self.stop()  # it was killed, and may have answered before: the next order must not find it dying
+                self._working = False
                 watch.cancel()
         except (BrokenPipeError, ConnectionResetError) as error:
             await self.stop()
@@ -93,6 +98,7 @@ class ProcessEngine:
             elif event == "done":
                 return
             elif event == "failed":
+                self._halting = False
                 raise EngineFailed(told["code"], told["reason"])
 
     async def _line(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
@@ -101,6 +107,9 @@ class ProcessEngine:
         if not line:
             code = await process.wait()
             self._process = None
+            if self._halting:
+                self._halting = False
+                raise EngineFailed("halted", "the worker was told to leave")
             killed = code in (-9, 137)
             raise EngineFailed(
                 "memory" if killed else "crash",
@@ -125,13 +134,51 @@ class ProcessEngine:
     def _idle_stop(self) -> None:
         self._stopping = asyncio.get_running_loop().create_task(self.stop(), name="worker-idle")
 
+    @property
+    def pid(self) -> int | None:
+        """The worker's process."""
+        return None if self._process is None else self._process.pid
+
+    async def leave(self) -> None:
+        """Let the worker write down where it is and end; the order then fails with the code `halted`."""
+        process = self._process
+        self._halting = True
+        self.resume()
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await within(LEAVE_S, process.wait())
+                    return
+                process.kill()
+
+    def pause(self) -> None:
+        """Stop computing now, in the middle of a step if need be; memory stays."""
+        if self._process is not None and not self._paused and hasattr(signal, "SIGSTOP"):
+            self._paused = True
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Go on."""
+        if self._process is not None and self._paused:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGCONT)
+        self._paused = False
+
     async def stop(self) -> None:
-        """Close its standard input; kill it if that is not enough."""
+        """End the worker. One in the middle of a round has a moment to write down where it is; then it is killed."""
         if self._idle:
             self._idle.cancel()
+        self.resume()
         process, self._process = self._process, None
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
+            if self._working:
+                process.terminate()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await within(LEAVE_S, process.wait())
+                    return
             process.kill()
         await process.wait()

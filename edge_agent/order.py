@@ -71,6 +71,11 @@ def state_file(result: Path) -> Path:
     return result.with_name(result.name + ".state")
 
 
+def checkpoint_file(result: Path) -> Path:
+    """A round that was cut off in the middle."""
+    return result.with_name(result.name + ".part")
+
+
 def last_state(result: Path) -> Path | None:
     """State of the newest finished round before the one that `result` is for."""
     return max((p for p in result.parent.glob("r??????.state") if p.name < result.name), default=None)

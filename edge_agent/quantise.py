@@ -5,7 +5,10 @@ mean, are kept as 8-bit floats of their own kind in blocks of 256 (there, "doubl
 2016, dynamic tree quantisation). Packing is high nibble first.
 """
 
+import ctypes
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +75,7 @@ def maxima(packed: Packed) -> Tensor:
 def unpack_nf4(packed: Packed, out: int, in_: int) -> Tensor:
     """The weight (out, in), fp32."""
     codes, absmax = packed["nf4"], maxima(packed)
-    if _kernel is not None and out * in_ % BLOCK == 0:
+    if _kernel is not None and out * in_ % BLOCK == 0 and codes.device.type == "cpu":
         return _with_kernel(codes, absmax, out, in_)
     # A lookup as an embedding is three times as fast as indexing.
     pairs = torch.nn.functional.embedding(codes.int(), _PAIRS.to(codes.device))
@@ -94,34 +97,41 @@ _kernel: Any = None
 
 
 def use_bitsandbytes() -> bool:
-    """Read NF4 with bitsandbytes from now on, if a real call on this machine gives the right numbers."""
+    """Read NF4 with the kernel of bitsandbytes from now on, if a real call of it gives the right numbers here.
+
+    On the CPU its library is called directly: importing the package takes 126 MB, and it looks for further kernels on a hub.
+    """
     global _kernel
     if _kernel is not None:
         return True
+    packed = pack_nf4(torch.linspace(-1, 1, 512).view(2, 256))
+    expected = unpack_nf4(packed, 2, 256)
     try:
-        import bitsandbytes.functional as functional
-
-        packed = pack_nf4(torch.linspace(-1, 1, 128).view(2, 64))
-        expected = unpack_nf4(packed, 2, 64)
-        _kernel = functional
-        if torch.allclose(unpack_nf4(packed, 2, 64), expected, atol=1e-6):
+        _kernel = _cpu_kernel()
+        if torch.allclose(unpack_nf4(packed, 2, 256), expected, atol=1e-6):
             return True
-    except Exception as error:
-        # Any failure of a foreign kernel means the same: do without it.
+    except (OSError, AttributeError, ValueError) as error:
+        # Not installed, another system's, or without this function: all mean that we do without it.
         _ = error
     _kernel = None
     return False
 
 
+def _cpu_kernel() -> Any:
+    """The dequantiser in the library beside the package. Raises OSError or AttributeError where there is none."""
+    found = importlib.util.find_spec("bitsandbytes")
+    if found is None or found.origin is None:
+        raise OSError("bitsandbytes is not installed")
+    (file, *_) = [*Path(found.origin).parent.glob("libbitsandbytes_cpu.*"), Path("none")]
+    kernel = ctypes.CDLL(str(file)).cdequantize_blockwise_cpu_nf4_fp32
+    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_longlong]
+    kernel.restype = None
+    return kernel
+
+
 def _with_kernel(codes: Tensor, absmax: Tensor, out: int, in_: int) -> Tensor:
-    # As rows of one block each: with rows that are no whole blocks the kernel (0.50, CPU) mixes up their maxima.
-    state = _kernel.QuantState(
-        absmax,
-        shape=torch.Size((out * in_ // BLOCK, BLOCK)),
-        code=_LEVELS.to(codes.device),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=torch.float32,
-    )
-    result: Tensor = _kernel.dequantize_4bit(codes.view(-1, 1), state)
-    return result.view(out, in_)
+    # Rows that are no whole blocks go as rows of one block each: the kernel (0.50) mixes up their maxima.
+    rows, width = (out, in_) if in_ % BLOCK == 0 else (out * in_ // BLOCK, BLOCK)
+    result, codes, absmax = torch.empty(out, in_), codes.contiguous(), absmax.contiguous()
+    _kernel(codes.data_ptr(), absmax.data_ptr(), result.data_ptr(), BLOCK, rows, width)
+    return result

@@ -1,5 +1,6 @@
 """The worker's way through one order: check, load, measure, train, encode, commit. NumPy and torch live here."""
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 
 from federated.catalogue import build_stack
 from federated.errors import Conflict, DoesNotFit, NotFinite, Refused, WireError
+from federated.files import digest_of
 from federated.messages import Assignment, manifest, read_assignment, unpack
 from federated.method import Round, overrides
 from federated.roster import signed_by
@@ -24,14 +26,17 @@ from profiles.card import ModelCard, read_card
 from profiles.memory import StepPlan, step_plan
 
 from . import current, identity, system, warrant
+from .checkpoint import Checkpoint
 from .data import Shard
 from .model import Base, as_tensor
 from .model.activations import example_key
 from .model.prefix import choose, trained_from
-from .order import Meta, Order, commit, last_state, state_file
+from .model.prepared import Shelf
+from .order import Meta, Order, checkpoint_file, commit, last_state, state_file
 from .tasks import TaskEngine, engine
 from .trainer import Examples, Stopwatch, Trainer
 
+log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
 IDLE_S, SERVE_S = 0.3, 30.0
 """Rounds that follow each other faster than this do not all put their adapter in place for applications."""
@@ -214,6 +219,8 @@ class Worker:
         """Methods' state after the last round, and the file that it is also in."""
         self._serves: Callable[[], None] | None = None
         self._served = 0.0
+        self.written_mb = 0.0
+        """What went to disk and is not in a report yet."""
 
     def idle(self) -> None:
         """Nothing to do: put the last adapter in place for applications."""
@@ -246,6 +253,7 @@ class Worker:
         local = self.round(order, job, view, base, task, train, watch, progress, known)
         local.told["skipped"] = shard.unknown
         local.trainer.micro = plan.micro
+        local.trainer.checkpoint = Checkpoint(checkpoint_file(Path(order.result)), digest_of(order.envelope), system.halted)
         if base.core is not None:
             base.core.checkpointing = plan.checkpointing
         if job.purpose == "train":
@@ -255,7 +263,10 @@ class Worker:
         local.evaluate(held)
         sent = local.install() if job.purpose == "install" else local.train()
         local.lighten()
+        local.counts["disk_mb"] = round(self.written_mb + local.counts.get("cache_written_mb", 0.0), 3)
+        self.written_mb = 0.0
         local.commit(sent)
+        local.trainer.checkpoint.done()
         self._state, self._serves = local.state, local.serves
         if job.purpose == "install":
             self.idle()
@@ -299,8 +310,21 @@ class Worker:
         key = f"{job.model_digest} {job.recipe.bits} {masks} {names} {job.task.kind == 'causal_lm'}"
         if self._base is None or self._base[0] != key:
             self._base = None
-            self._base = (key, Base(Path(order.model), names, job.recipe.bits, view.masks, job.task.kind == "causal_lm"))
+            self._base = (key, self._opened(order, job, names, view))
         return self._base[1]
+
+    def _opened(self, order: Order, job: Assignment, names: list[str], view: View) -> Base:
+        """From the shelf of prepared bases, where the disk has room for one; else made in memory."""
+        args = (Path(order.model), names, job.recipe.bits, view.masks, job.task.kind == "causal_lm")
+        if order.shelf_mb > 0:
+            shelf = Shelf(Path(order.home) / "bases", order.shelf_mb)
+            try:
+                base = Base(*args, shelf=shelf, digest=job.model_digest)
+                self.written_mb += shelf.written / 1e6
+                return base
+            except OSError as error:
+                log.warning("the prepared base cannot be kept on disk (%s); it is made in memory", error)
+        return Base(*args, digest=job.model_digest)
 
     def _examples(self, order: Order, job: Assignment) -> tuple[TaskEngine, Examples, Examples, Shard]:
         key = repr((order.dataset, job.task, order.model))

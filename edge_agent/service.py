@@ -6,6 +6,7 @@ Imports neither NumPy, torch nor cryptography: idle it is an MQTT client and a f
 import asyncio
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from federated.within import within
 from . import certificate, consent, health, support
 from .bases import Bases
 from .config import AgentConfig
+from .disk import Writes
 from .engine import Engine, EngineFailed
 from .fetch import Fetcher
 from .identity import Identity
@@ -63,6 +65,7 @@ class Agent:
         self.profile, self.bits_ms = profile, bits_ms
         self.topics = Topics(identity.fleet)
         self.outbox = Outbox(config.home)
+        self.writes = Writes(config.home, config.disk)
         self.status = Status(config.home, bus, device=identity.device, fleet=identity.fleet, agent=VERSION)
         self.sender = Sender(self.outbox, self.status, self.say, lambda kind, payload: self._publish(kind, payload), config.link.answer_s)
         self.fetcher = Fetcher(bus, self.topics, config.home / "blobs", self.say, config.link.answer_s)
@@ -279,6 +282,7 @@ class Agent:
                 return None
             model = await asyncio.to_thread(self.bases.folder, job, model)
             self._phase(job, "training")
+            shelf_mb, cache_mb = self.writes.room(shutil.disk_usage(self.config.home).free / 1e6)
             order = Order(
                 home=str(self.config.home),
                 envelope=raw,
@@ -292,6 +296,8 @@ class Agent:
                 require=self.config.require,
                 slots=self.config.worker.slots,
                 inline=job.inline,
+                shelf_mb=shelf_mb,
+                cache_mb=cache_mb,
             )
             await self._carried_out(order)
             if job.job in self._over:
@@ -299,6 +305,7 @@ class Agent:
                 return None
             self._phase(job, "sending")
             self.outbox.add(result)
+            self.writes.add(sum(meta.cost.get("disk_mb", 0.0) for path, meta in self.outbox.due() if path == result))
             self.fetcher.forget({b.digest for b in job.blobs.values()})
             self.sender.mail.set()
             return None

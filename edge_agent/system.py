@@ -29,4 +29,18 @@ def slot(count: int | None) -> Iterator[None]:
             os.close(file)
 
 
-__all__ = ["available_mb", "die_with_parent", "low_priority", "peak_rss_mb", "slot"]
+_halted = False
+
+
+def halt() -> None:
+    """The worker is told to leave at the end of the step that it is in."""
+    global _halted
+    _halted = True
+
+
+def halted() -> bool:
+    """Was it told so?"""
+    return _halted
+
+
+__all__ = ["available_mb", "die_with_parent", "halt", "halted", "low_priority", "peak_rss_mb", "slot"]

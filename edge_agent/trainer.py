@@ -20,6 +20,7 @@ from federated.tensors import Tensors
 
 from . import batches
 from .batches import size_of
+from .checkpoint import Checkpoint
 from .model import Base, as_tensor
 from .tasks import TaskEngine
 
@@ -41,6 +42,7 @@ class Trainer:
         progress: Callable[[int, float], None] = lambda step, loss: None,
     ) -> None:
         self.base, self.task, self.job, self.client, self.examples, self.progress = base, task, job, client, train, progress
+        self.checkpoint: Checkpoint | None = None
         self.micro = job.recipe.batch
         """Examples that are carried through the model at once; the gradient is that of the whole batch."""
         self.head: dict[str, Tensor] = {}
@@ -85,11 +87,11 @@ class Trainer:
             task_loss=self.task_loss,
         )
 
-    def batches(self) -> Iterator[dict[str, Any]]:
-        """The round's batches, seeded; see `batches.order`."""
+    def batches(self, skip: int = 0) -> Iterator[dict[str, Any]]:
+        """The round's batches, seeded, without the first `skip`; see `batches.order`."""
         seed = seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63
         recipe = self.job.recipe
-        for picked in batches.order([size_of(e) for e in self.examples], recipe.batch, recipe.steps, seed):
+        for picked in batches.order([size_of(e) for e in self.examples], recipe.batch, recipe.steps, seed)[skip:]:
             yield self._collate([self.examples[i] for i in picked])
 
     def _collate(self, examples: Examples) -> dict[str, Any]:
@@ -111,13 +113,17 @@ class Trainer:
         recipe, flat = self.job.recipe, Flat(params, start)
         optimiser = _optimiser(recipe.optimizer, flat.values, recipe.lr)
         warm = max(1, math.ceil(WARMUP * recipe.steps))
-        for step, batch in enumerate(self.batches()):
+        checkpoint = self.checkpoint if penalty is None and not self.client.stack.using("train") else None
+        done = checkpoint.restore(flat.values, optimiser, self.client, self.contexts) if checkpoint else 0
+        for step, batch in enumerate(self.batches(done), done):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * min(1.0, (step + 1) / warm)
             loss, grads = self._step(params, batch, penalty)
             flat.take(grads)
             optimiser.step()
             self.progress(step + 1, loss)
+            if checkpoint and step + 1 < recipe.steps:
+                checkpoint.after(step + 1, flat.values, optimiser, self.client, self.contexts)
         return {k: p.detach().clone() for k, p in params.items()}
 
     def _step(

@@ -5,6 +5,7 @@ with a code that the planner understands: `memory`, `data`, `job` or `crash`.
 """
 
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -30,19 +31,42 @@ def main(make: Any = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     orders = _reader(sys.stdin)
+    from .checkpoint import Halted
     from .rounds import Worker
 
     worker = (make or Worker)()
+    busy = _leave_when_told()
     say(answers, {"event": "ready", "rss_mb": system.peak_rss_mb()})
     while True:
         if (line := orders(worker.idle_in())) is None:
             _quietly(worker.idle)
             continue
         try:
+            busy.set()
             worker.run(msgspec.json.decode(line, type=Order), lambda told: say(answers, {"event": "progress", **told}))
             say(answers, {"event": "done"})
+        except Halted as halted:
+            say(answers, {"event": "failed", "code": "halted", "reason": str(halted)})
+            return
         except Exception as error:
             say(answers, {"event": "failed", **_reason(error)})
+        finally:
+            busy.clear()
+        if system.halted():
+            return
+
+
+def _leave_when_told() -> threading.Event:
+    """SIGTERM ends a worker without work at once, another after its step. The event says that it has work."""
+    busy = threading.Event()
+
+    def told(number: int, frame: Any) -> None:
+        system.halt()
+        if not busy.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, told)
+    return busy
 
 
 def _quietly(work: Any) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from .card import ModelCard
 from .device import DeviceProfile
-from .memory import adapter_parameters, boundary, shape, step_plan
+from .memory import StepPlan, adapter_parameters, boundary, shape, step_plan
 
 
 class Price(msgspec.Struct, frozen=True):
@@ -68,9 +68,10 @@ def price(
     head: int = 0,
     keep: float = 0.25,
     correction: float = 1.0,
+    how: StepPlan | None = None,
 ) -> Price:
-    """Everything at once. `correction` is the device's measured over predicted time so far."""
-    how = step_plan(card, placement, prune, bits, batch, length, head, profile.budget_mb)
+    """Everything at once. `correction` is the device's measured over predicted time so far; `how`, the way that the memory leaves."""
+    how = how or step_plan(card, placement, prune, bits, batch, length, head, profile.budget_mb)
     flops = step_flops(card, placement, prune, batch, length, checkpointing=how.checkpointing)
     rate = profile.gflops.get(str(bits)) or min(profile.gflops.values())
     dequantise = 0.0

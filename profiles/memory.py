@@ -14,10 +14,14 @@ SHORT = 64
 """Tokens up to which attention keeps its probabilities instead of running the fused kernel."""
 LOGITS, TABLE = 64e6, 16e6
 """Logits held at once, and the piece of an output table that is widened."""
-BASE, SLACK = 18.0, 1.15
-"""MB of kernels and buffers that come with the first step, and what an allocator wastes on what comes and goes; measured."""
+BASE, SLACK = 75.0, 1.09
+"""MB of kernels and buffers that come with the first step; what an allocator wastes. Fitted to measured peaks, as are the next."""
+MOMENT, AGAIN, HEAD = 3.3, 0.75, 1.55
+"""Working sets of a step over the plain one of its forward pass; a layer's, once more, where it is computed again; the logits' share."""
 WORTH = 256
 """Tokens of a micro-batch below which a product loses speed."""
+LEAST = 64
+"""Below so many nothing is gained: weights and kernels are all that is left."""
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -86,7 +90,7 @@ def weights(card: ModelCard, prune: float, bits: int, start: int = 0) -> float:
 def tables(card: ModelCard, bits: int) -> float:
     """Bytes of embeddings and what else is no layer; an encoder touches the rows that its texts have, and their neighbours."""
     wide = 4.0 if bits == 32 or not card.causal else 2.0
-    return card.embedding * wide * (1.0 if card.causal else 0.6)
+    return card.embedding * wide * 0.6
 
 
 def activation_floats(card: ModelCard, placement: Mapping[str, int], prune: float, length: int) -> float:
@@ -122,12 +126,13 @@ def peak_mb(
     deep = card.layers - start
     layer = activation_floats(card, placement, prune, length) * width
     held = tokens * (deep * 4.0 * card.hidden + layer if checkpointing else deep * layer)
-    moment = tokens * width * (4 * card.hidden + 2 * kept(card.ffn, prune))
+    moment = MOMENT * tokens * width * (4 * card.hidden + 2 * kept(card.ffn, prune))
+    moment += AGAIN * tokens * layer if checkpointing else 0.0
     if bits < 16:
-        moment += 8.0 * max(o * i for o, i in (shape(card, m, prune) for m in card.of_layer(0)))
+        moment += 4.0 * max(o * i for o, i in (shape(card, m, prune) for m in card.of_layer(0)))
     if card.causal:
-        moment += min(LOGITS, 4.0 * tokens * card.vocab) + (TABLE if bits < 32 else 0.0) + tokens * card.hidden * 4.0
-    return BASE + (fixed + SLACK * (held + moment)) / 1e6
+        moment += HEAD * (min(LOGITS, 4.0 * tokens * card.vocab) + (TABLE if bits < 32 else 0.0) + tokens * card.hidden * 4.0)
+    return BASE + (fixed + SLACK * held + moment) / 1e6
 
 
 def ways(batch: int, length: int) -> Iterator[tuple[int, bool]]:
@@ -136,9 +141,10 @@ def ways(batch: int, length: int) -> Iterator[tuple[int, bool]]:
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
     large = [n for n in sizes if n == batch or n * length >= WORTH]
+    small = [n for n in sizes if n < large[-1] and n * length >= LEAST]
     yield from ((n, False) for n in large)
     yield large[-1], True
-    yield from ((n, True) for n in sizes if n < large[-1])
+    yield from ((n, True) for n in small)
 
 
 def step_plan(

@@ -19,7 +19,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, hidden: Tensor | None) -> Tensor:
         group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
-        q, k, v = _heads(q, layout, group).mul_(scale), _heads(k, layout, 1), _heads(v, layout, 1)
+        q, k, v = _heads(q, layout, group) * scale, _heads(k, layout, 1), _heads(v, layout, 1)
         seen = torch.bmm(q, k.transpose(1, 2))
         if hidden is not None:
             seen.view(layout.batch, -1, *seen.shape[1:]).add_(hidden)

@@ -73,7 +73,7 @@ class Frozen:
         if "weight" in self.tensors:
             return self.tensors["weight"].to(dtype)
         if "int8" in self.tensors:
-            return (self.tensors["int8"].float() * self.tensors["scale"].unsqueeze(1)).to(dtype)
+            return self.tensors["int8"].float().mul_(self.tensors["scale"].unsqueeze(1)).to(dtype)
         return unpack_nf4(self.tensors, self.out, self.in_).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:

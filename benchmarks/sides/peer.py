@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .device_work import RANK, SCALE, SEED, Work, depth
+from .work import RANK, SCALE, SEED, Work, depth
 
 
 class Pooled(nn.Module):

@@ -1,6 +1,7 @@
 """Our side of `make bench-device`: the worker's own training loop on a workload."""
 
 import itertools
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .device_work import RANK, SCALE, SEED, Work, depth
+from .work import RANK, SCALE, SEED, Work, depth
 
 
 def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> tuple[list[float], list[float]]:
     """Seconds and loss of every step."""
+    from coordinator import channels
     from edge_agent.model import Base
+    from edge_agent.model.prepared import Shelf
     from edge_agent.tasks import engine
     from edge_agent.trainer import Trainer
     from federated.catalogue import build_stack
@@ -26,14 +29,17 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
 
     folder = Path(work.folder)
     card = read_card(folder)
-    base = Base(folder, [], {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[numerics], {}, work.causal)
+    masks = channels.masks(card, channels.importance(folder, card), 0.5) if key == "prune_50" else {}
+    shelf = Shelf(folder.parent / "shelf" if work.causal else Path(tempfile.gettempdir()) / "rankfleet-bench-shelf", 1e6)
+    base = Base(folder, [], {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[numerics], masks, work.causal, shelf=shelf, digest=card.digest)
     first = card.layers - depth(card.layers, key)
     ends = ("q_proj", "v_proj") if work.causal else ("query", "value")
     modules = [m for m in card.modules if m.layer >= first and m.name.endswith(ends)]
     rng = np.random.default_rng(SEED)
-    pairs = {m.name: Pair(m.layer, m.out, m.in_, RANK, SCALE, m.out, m.in_, "") for m in modules}
-    tensors = {f"{m.name}.A": rng.uniform(-1, 1, (RANK, m.in_)).astype(np.float32) / m.in_**0.5 for m in modules}
-    tensors |= {f"{m.name}.B": np.zeros((m.out, RANK), np.float32) for m in modules}
+    size = {m.name: (base.sites[m.name].base.out, base.sites[m.name].base.in_) for m in modules}
+    pairs = {m.name: Pair(m.layer, m.out, m.in_, RANK, SCALE, *size[m.name], "") for m in modules}
+    tensors = {f"{n}.A": rng.uniform(-1, 1, (RANK, i)).astype(np.float32) / i**0.5 for n, (_, i) in size.items()}
+    tensors |= {f"{n}.B": np.zeros((o, RANK), np.float32) for n, (o, _) in size.items()}
     dense = {} if work.causal else {"head.weight": Dense([work.labels, card.hidden]), "head.bias": Dense([work.labels])}
     for name, d in dense.items():
         bound = card.hidden**-0.5 if name.endswith("weight") else 0.0

@@ -1,4 +1,4 @@
-"""One side on one workload, in a process of its own: python -m benchmarks.device_side ours|peer WORK KEY NUMERICS STEPS HOME THREADS.
+"""One side on one workload, in a process of its own: python -m benchmarks.sides.side ours|peer WORK KEY NUMERICS STEPS HOME THREADS.
 
 Prints one JSON line: seconds a step (median of all but the first tenth), tokens a second, losses, peak memory.
 """
@@ -53,13 +53,13 @@ def main() -> None:
         import transformers
 
         transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        from . import device_peer as module
+        from . import peer as module
     else:
-        from . import device_ours as module  # type: ignore[no-redef]
-    from . import device_work
+        from . import ours as module  # type: ignore[no-redef]
+    from . import work as works
 
     torch.set_num_threads(int(threads))
-    work = device_work.make(name, Path(home), int(steps))
+    work = works.make(name, Path(home), int(steps))
     before, peak = rss_mb(), Peak()
     state: dict[str, Any] = {}
     seconds, losses = module.train(work, key, numerics, lambda: state.update(loaded=rss_mb()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-SHARED = Path(__file__).parents[2] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"
 RANK, SCALE, SEED = 8, 2.0, 1
 ANSWER = 0.25
 """Share of a causal example that is supervised: its end."""

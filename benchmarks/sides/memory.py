@@ -1,0 +1,68 @@
+"""One setting of `make bench-memory` in a process of its own: prints the peak of resident memory over that after imports, MB."""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Peak:
+    """Highest resident memory, by the kernel where it can be reset, else sampled."""
+
+    def __init__(self) -> None:
+        self.high = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        import psutil
+
+        process = psutil.Process()
+        while True:
+            self.high = max(self.high, process.memory_info().rss / 1e6)
+            time.sleep(0.002)
+
+
+def main() -> None:
+    """Run."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    s: dict[str, Any] = json.loads(sys.argv[1])
+    import psutil
+    import torch
+
+    import edge_agent.trainer  # noqa: F401
+    from coordinator import channels
+    from edge_agent.model import Base
+    from edge_agent.model.prepared import Shelf
+    from profiles.card import read_card
+
+    torch.set_num_threads(2)
+    folder = Path(s["folder"])
+    card = read_card(folder)
+    masks = channels.masks(card, channels.importance(folder, card), s["prune"]) if s["prune"] else {}
+    shelf = Shelf(Path(s["shelf"]), 1e6)
+    torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
+    before, peak = psutil.Process().memory_info().rss / 1e6, Peak()
+    base = Base(folder, [], s["bits"], masks, card.causal, shelf=shelf, digest="d")
+    for name, rank in s["placement"].items():
+        site = base.sites[name]
+        site.place(torch.randn(rank, site.base.in_), torch.zeros(site.base.out, rank), 1.0, True)
+    assert base.core is not None
+    base.core.checkpointing = s["checkpointing"]
+    params = list(base.parameters().values())
+    optimiser = torch.optim.AdamW(params, fused=True)
+    ids = torch.randint(0, card.vocab, (s["batch"], s["length"]))
+    for _ in range(2):
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        loss = base.answers(batch)[0].mean() if card.causal else base.hidden(batch)[0].square().mean()
+        for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+            p.grad = g
+        optimiser.step()
+    time.sleep(0.01)
+    print(json.dumps({"peak_mb": peak.high - before}))
+
+
+if __name__ == "__main__":
+    main()
