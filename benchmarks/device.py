@@ -30,9 +30,7 @@ Measured = dict[tuple[str, str, str], dict[str, float]]
 STEPS = {"minilm": 50, "llama-135m": 8, "qwen2-0.5b": 8, "tiny": 10}
 
 
-def side(
-    name: str, work: str, key: str, numerics: str, steps: int, home: Path, threads: int, environment: dict[str, str]
-) -> dict[str, Any]:
+def side(name: str, work: str, key: str, numerics: str, rest: tuple[int, Path, int], environment: dict[str, str]) -> dict[str, Any]:
     """One run in a process of its own; `rest` is steps, folder and threads."""
     command = [sys.executable, "-m", "benchmarks.sides.side", name, work, key, numerics, *map(str, rest)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
@@ -40,8 +38,9 @@ def side(
         print(f"  {name} {key} {numerics}: {(done.stderr.strip().splitlines() or ['?'])[-1][:150]}", flush=True)
         return {}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"  {name:5} {key:16} {numerics:9} {found['tokens_per_s']:9.0f} tokens/s  peak {found['peak_mb'] - found['imports_mb']:6.0f} MB over "
-          f"imports, {found['pss_mb']:6.0f} in all  loss {found['loss']:.3f}", flush=True)  # fmt: skip
+    above = found["peak_mb"] - found["imports_mb"]
+    shown = f"{found['tokens_per_s']:9.0f} tokens/s  {above:6.0f} MB over imports, {found['pss_mb']:6.0f} in all"
+    print(f"  {name:5} {key:16} {numerics:9} {shown}  loss {found['loss']:.3f}", flush=True)
     return found
 
 
