@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEXT ?= How do I parse command line options?
 DEMO_ARGS ?=
 
-.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link bench-device bench-memory dst chaos package clean
+.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link bench-deploy bench-device bench-memory dst chaos package clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /' | sort
@@ -53,6 +53,9 @@ bench: install  ## the quick benchmarks
 
 bench-overhead: install  ## what a round costs beside training, flwr beside us (20 minutes)
 	$(BIN)/python -m benchmarks.overhead
+
+bench-deploy: install  ## latency, bytes and accuracy of a pruned model (8 minutes)
+	$(BIN)/python -m benchmarks.deploy
 
 bench-device: install  ## our training step beside transformers.Trainer + peft (2 hours)
 	$(BIN)/python -m benchmarks.device

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from federated.errors import WireError
 from federated.tensors import Array
 from federated.update import Masks
 from profiles.card import Entry, ModelCard, Module, entries
@@ -93,3 +94,32 @@ def _head_masks(card: ModelCard, layer: int, groups: Array) -> Masks:
 def _rows(blocks: Array, size: int) -> Array:
     """Indices of whole blocks of `size`."""
     return (blocks[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def agreed(card: ModelCard, old: Importance, told: list[tuple[float, dict[str, Array]]]) -> Importance:
+    """The fleet's order: what devices told (weight, `p/<kind>/<layer>` → u8), averaged; the old one where nobody told anything.
+
+    Every device's scores are between 0 and 1, so none can outvote the others by size. Raises WireError for what has another shape.
+    """
+    found = Importance(dict(old.channels), dict(old.heads))
+    for kind, mine in (("channels", found.channels), ("heads", found.heads)):
+        for layer, before in mine.items():
+            rows = [(w, t[f"p/{kind}/{layer}"]) for w, t in told if f"p/{kind}/{layer}" in t]
+            if any(r.dtype != np.uint8 or r.shape != before.shape for _, r in rows):
+                raise WireError(f"importance of {kind} of layer {layer} is not {len(before)} bytes")
+            if total := sum(w for w, _ in rows):
+                mine[layer] = np.sum([w * (r / 255.0) ** 4 for w, r in rows], axis=0, dtype=np.float64).astype(np.float32) / np.float32(
+                    total
+                )
+    return found
+
+
+def saved(scores: Importance) -> dict[str, dict[str, Array]]:
+    """As a version keeps it."""
+    return {"channels": {str(n): v.astype(np.float32) for n, v in scores.channels.items()},
+            "heads": {str(n): v.astype(np.float32) for n, v in scores.heads.items()}}  # fmt: skip
+
+
+def restored(state: dict[str, dict[str, Array]]) -> Importance:
+    """The inverse of `saved`."""
+    return Importance(*({int(n): np.asarray(v) for n, v in state[kind].items()} for kind in ("channels", "heads")))

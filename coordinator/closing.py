@@ -18,8 +18,8 @@ from federated.errors import ConfigError, Refused, WireError
 from federated.messages import read_assignment
 from federated.update import Update
 
-from . import apply, claims, norm_check, quality, store
-from .incoming import Keeper, Lifter
+from . import apply, channels, claims, norm_check, quality, store
+from .incoming import IMPORTANCE, Keeper, Lifter
 from .registry import Version
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     for device, text in claims.notes(told, run.examples, allowed):
         run.ledger.tell(run.job, device, f"round {number}: {text}")
     norms: dict[str, float] = {}
+    scores: list[tuple[float, dict[str, Any]]] = []
     usual = norm_check.Usual(run.norms, run.plan.spec.norm_factor)
 
     def liftable() -> Iterator[tuple[RowMapping, Update]]:
@@ -91,12 +92,15 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
                 put_aside(run, row, reason)
                 continue
             norms[u.device] = norm
+            scores.append((u.weight, u.extra.pop(IMPORTANCE, {})))
             yield u
 
     version, used = apply.next_version(run.server, run.version, updates(), len(folding), number)
     if not used:
         raise ConfigError(f"round {number}: no update could be used; `coordinator rounds {run.job}` says why")
     run.norms = usual.remembered()
+    if run.planner.prunes and any(told for _, told in scores):
+        run.planner.rank(channels.agreed(run.plan.card, run.planner.scores, scores))
     run.planner.carry_views(run.version, version)
     total = sum(norms.values()) or 1.0
     pull = {d: n / total for d, n in sorted(norms.items())}
@@ -112,6 +116,7 @@ def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping, allowed: Mapping[s
     try:
         made = lifter.lift(run.update_path(of, device), read_assignment(row["body"]), device)
         made = replace(made, weight=min(made.weight, allowed.get(device, made.weight)))
+        channels.agreed(run.plan.card, run.planner.scores, [(1.0, made.extra[IMPORTANCE])])
     except (WireError, OSError, Refused) as error:
         put_aside(run, row, str(error))
         return None

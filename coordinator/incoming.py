@@ -24,6 +24,8 @@ from federated.wire import decode, open_frame
 
 from .blobs import Blobs
 
+IMPORTANCE = "\0importance"
+"""Where an update's scores of heads and channels lie among its extras: no method has this name."""
 PINNED_MB, RECENT_MB = 20, 28
 """Decoded updates that are kept for every pass, and those that were looked at last."""
 
@@ -127,6 +129,7 @@ class Lifter:
             if key.startswith("x/") and key.count("/") >= 2:
                 _, method, name = key.split("/", 2)
                 extra.setdefault(method, {})[name] = np.array(array)
+        extra[IMPORTANCE] = {k: np.array(t) for k, t in tensors.items() if k.startswith("p/")}
         examples = float(report.get("examples", 1) or 1)
         raw = Update(
             device,

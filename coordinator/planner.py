@@ -23,6 +23,9 @@ from .blobs import Blobs
 from .job import Plan
 from .registry import Registry, Version
 
+SCORE_ROUND = 3
+"""The round in which devices say what heads and channels are worth to them: before pruning first grows."""
+
 
 class Planner:
     """One per job. Views and masks are made once per class of devices and shared by digest."""
@@ -39,8 +42,8 @@ class Planner:
     ) -> None:
         self.job, self.plan, self.registry, self.blobs, self.source = job, plan, registry, blobs, source
         self.warrant = warrant
-        prunes = max(plan.spec.arms.prune) > 0
-        self._scores = channels.importance(model_folder, plan.card) if prunes else channels.Importance({}, {})
+        self.prunes, self.ranked = max(plan.spec.arms.prune) > 0, False
+        self.scores = channels.importance(model_folder, plan.card) if self.prunes else channels.Importance({}, {})
         self._masks: dict[float, Masks] = {}
         self._frozen: tuple[int, Version] | None = None
         self._placements: dict[str, dict[str, int]] = {}
@@ -65,10 +68,15 @@ class Planner:
         }
         return Version(0, pairs, dense, {}, {})
 
+    def rank(self, scores: channels.Importance) -> None:
+        """Another order of heads and channels; what was cut by the old one is cut anew."""
+        self.scores, self.ranked = scores, True
+        self._masks.clear()
+
     def masks(self, ratio: float) -> Masks:
         """Kept channels at a pruning ratio."""
         if ratio not in self._masks:
-            self._masks[ratio] = channels.masks(self.plan.card, self._scores, ratio)
+            self._masks[ratio] = channels.masks(self.plan.card, self.scores, ratio)
         return self._masks[ratio]
 
     def assign(self, version: Version, number: int, device: str, choice: Choice, server: ServerSide, inline: bool = False) -> Assignment:
@@ -77,7 +85,7 @@ class Planner:
         placement = self._expanded(arm.placement)
         adjusted = server.plan({"rank": max(placement.values()), "depth": 0, "steps": arm.steps, "lr": spec.training.lr}, device, number)
         placement = {m: min(r, int(adjusted["rank"])) for m, r in placement.items()}
-        recipe = self._recipe(version.number, arm, placement, int(adjusted["steps"]), float(adjusted["lr"]))
+        recipe = self._recipe(version.number, number, arm, placement, int(adjusted["steps"]), float(adjusted["lr"]))
         return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train", inline)
 
     def _expanded(self, rule: str) -> dict[str, int]:
@@ -88,10 +96,10 @@ class Planner:
     def install(self, version: Version, device: str, arm: Arm, server: ServerSide) -> Assignment:
         """The final version for one device: nothing is trained, it is measured and put in place."""
         placement = self._expanded(arm.placement)
-        recipe = self._recipe(version.number, arm, placement, 1, self.plan.spec.training.lr)
+        recipe = self._recipe(version.number, -1, arm, placement, 1, self.plan.spec.training.lr)
         return self._assignment(version, self.plan.spec.rounds, device, arm, placement, recipe, server, "the final version", "install")
 
-    def _recipe(self, version: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float) -> Recipe:
+    def _recipe(self, version: int, number: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float) -> Recipe:
         t = self.plan.spec.training
         key = (tuple(placement.items()), arm.prune, arm.bits, arm.batch)
         if key not in self._needs:
@@ -100,7 +108,8 @@ class Planner:
         need = self._needs[key]
         every, floor = self.plan.spec.frozen_every, min(m.layer for m in self.plan.modules)
         keeps = every - version % every
-        return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2), keeps, floor)
+        score = self.prunes and number == SCORE_ROUND
+        return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2), keeps, floor, score)
 
     def _assignment(
         self,

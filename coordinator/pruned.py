@@ -39,7 +39,8 @@ def write_pruned(version: Version, base: Path, to: Path, ratio: float, scale: fl
             f"no configuration of a `{card.family}` model can express {kept_groups(card.groups, ratio)} of {card.groups} heads",
             "export with --to onnx, where the graph itself says it",
         )
-    masks = channels.masks(card, channels.importance(base, card), ratio)
+    order = version.state.get("importance")
+    masks = channels.masks(card, channels.restored(order) if order else channels.importance(base, card), ratio)
     to.mkdir(parents=True, exist_ok=True)
     for file in sorted(p for p in base.iterdir() if p.is_file() and p.suffix in (".json", ".txt", ".model", ".jinja")):
         if not file.name.endswith(".index.json"):

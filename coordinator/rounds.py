@@ -17,7 +17,7 @@ from federated.stack import ServerSide
 from federated.within import within
 from profiles.device import DeviceProfile
 
-from . import closing, opening, store, waiting
+from . import channels, closing, opening, store, waiting
 from .blobs import Blobs
 from .config import Limits
 from .job import Plan
@@ -145,10 +145,13 @@ class JobRunner:
         self.tuner = self.new_tuner(state.get("tuner", {}))
         self.examples = dict(state.get("examples", {}))
         self.norms = [list(r) for r in state.get("norms", [])]
+        if "importance" in state:
+            self.planner.rank(channels.restored(state["importance"]))
 
     def state(self) -> dict[str, Any]:
         """The inverse of `restore`."""
-        return {"methods": self.server.state, "tuner": self.tuner.state, "examples": self.examples, "norms": self.norms}
+        kept = {"methods": self.server.state, "tuner": self.tuner.state, "examples": self.examples, "norms": self.norms}
+        return kept | ({"importance": channels.saved(self.planner.scores)} if self.planner.ranked else {})
 
     async def members(self) -> Members:
         """Eligible devices that can hold an arm; waits until there are enough."""

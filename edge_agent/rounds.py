@@ -28,7 +28,7 @@ from profiles.memory import StepPlan, step_plan
 from . import current, identity, system, warrant
 from .checkpoint import Checkpoint
 from .data import Shard
-from .model import Base, as_tensor
+from .model import Base, as_tensor, importance
 from .model.activations import example_key
 from .model.prefix import choose, trained_from
 from .model.prepared import Shelf
@@ -187,8 +187,21 @@ class LocalRound:
         served = self.client.serve({**self.anchor, **trained}) if self.client.stack.using("serve") else {}
         self._publish({**self.view.tensors, **self.client.kept, **served})
         self.told |= {"steps": self.job.recipe.steps, "examples": len(self.trainer.examples)}
-        tensors = {f"d/{k}": t for k, t in sent.items()}
+        tensors = {f"d/{k}": t for k, t in sent.items()} | self._importance()
         return tensors | {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
+
+    def _importance(self) -> Tensors:
+        """What heads and channels are worth here, in the round in which the job asks for it; nothing from a base that is cut already."""
+        if (
+            not self.job.recipe.score
+            or self.job.recipe.prune
+            or self.base.core is None
+            or any(m.releases for m in self.client.stack.methods.values())
+        ):
+            return {}
+        probe = self.trainer.examples[: self.job.recipe.probe]
+        with self.watch("importance"):
+            return importance.scores(self.base, read_card(Path(self.order.model)), self.trainer.last, [self.trainer._collate(probe)])
 
     def _publish(self, tensors: Tensors) -> None:
         self.serves = partial(current.publish, Path(self.order.home), self.job, self.view, tensors, self.base.transposed)

@@ -42,6 +42,8 @@ class Trainer:
         progress: Callable[[int, float], None] = lambda step, loss: None,
     ) -> None:
         self.base, self.task, self.job, self.client, self.examples, self.progress = base, task, job, client, train, progress
+        self.last: dict[str, Tensor] = {}
+        """Gradients of the last step."""
         self.checkpoint: Checkpoint | None = None
         self.micro = job.recipe.batch
         """Examples that are carried through the model at once; the gradient is that of the whole batch."""
@@ -119,6 +121,7 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = recipe.lr * min(1.0, (step + 1) / warm)
             loss, grads = self._step(params, batch, penalty)
+            self.last = grads
             flat.take(grads)
             optimiser.step()
             self.progress(step + 1, loss)

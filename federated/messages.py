@@ -192,6 +192,8 @@ class Recipe(msgspec.Struct, frozen=True):
     """Rounds, this one included, for which frozen layers that have adapters stay as they are."""
     floor: int = 0
     """The lowest layer that anybody in this job adapts."""
+    score: bool = False
+    """Tell what heads and channels are worth to this device's data?"""
 
 
 class Assignment(Message, tag="assignment", frozen=True):

@@ -43,6 +43,8 @@ class Transformer:
         self.tables = tables()
         self.dtype = torch.float32
         self.checkpointing = False
+        self.seen: dict[str, Tensor] | None = None
+        """Where it is a dictionary: sums of squares of what enters o and down, by the map's name."""
         self._angles: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int) -> Layer:
@@ -109,7 +111,13 @@ class Transformer:
         found = apply(x, layer.wide)
         name = self.kind.activation
         middle = gated(found[0], found[1], name) if len(found) == 2 else activate(found[0], name)
-        return apply(middle, [layer.down])[0]
+        return self._out(middle, layer.down)
+
+    def _out(self, x: Tensor, site: Site) -> Tensor:
+        if self.seen is not None:
+            squares = x.float().square().sum(0)
+            self.seen[site.name] = self.seen[site.name] + squares if site.name in self.seen else squares
+        return apply(x, [site])[0]
 
     def _attention(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
         size = self.kind.head_size
@@ -124,13 +132,13 @@ class Transformer:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if layout.length <= SHORT and x.dtype == torch.float32:
             seen = attention(q, k, v, layout, layout.hidden(self.kind.causal, self.kind.window, q.shape[1] // k.shape[1]))
-            return apply(seen, [layer.o])[0]
+            return self._out(seen, layer.o)
         q, k, v = (layout.spread(t).transpose(1, 2) for t in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (_repeated(t, q.shape[1] // t.shape[1]) for t in (k, v))
         mask = self._mask(layout)
         seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.kind.causal and mask is None)
-        return apply(layout.rows_of(seen.transpose(1, 2).flatten(2)), [layer.o])[0]
+        return self._out(layout.rows_of(seen.transpose(1, 2).flatten(2)), layer.o)
 
     def _mask(self, layout: Layout) -> Tensor | None:
         """None where nothing is hidden, or only what comes later: padding stands on the right."""
