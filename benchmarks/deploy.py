@@ -131,12 +131,12 @@ def main() -> int:
     rows = []
     for ratio, small, tensors, before in made:
         p50, p95 = (statistics.quantiles(times[ratio], n=20)[n] for n in (9, 18))
-        tokens = sum(len(e["ids"]) for e in test[:60]) * 5
+        tokens, layers, tables = sum(len(e["ids"]) for e in test[:60]) * 5, [small.bytes(), made[0][1].bytes()], 4 * card.embedding
         rows.append({
-            "ratio": ratio, "accuracy_when_cut": round(before, 1), "accuracy": round(small.accuracy(tensors, test), 1), "p50_ms": round(p50, 2),
-            "p95_ms": round(p95, 2), "latency_ratio": round(p50 / statistics.median(times[0.0]), 2), "tokens_per_s": round(1e3 * tokens / sum(times[ratio])),
-            "layers_mb": round(small.bytes() / 1e6, 1), "layers_ratio": round(small.bytes() / made[0][1].bytes(), 2),
-            "whole_ratio": round((small.bytes() + 4 * card.embedding) / (made[0][1].bytes() + 4 * card.embedding), 2),
+            "ratio": ratio, "accuracy_when_cut": round(before, 1), "accuracy": round(small.accuracy(tensors, test), 1),
+            "p50_ms": round(p50, 2), "p95_ms": round(p95, 2), "latency_ratio": round(p50 / statistics.median(times[0.0]), 2),
+            "tokens_per_s": round(1e3 * tokens / sum(times[ratio])), "layers_mb": round(layers[0] / 1e6, 1),
+            "layers_ratio": round(layers[0] / layers[1], 2), "whole_ratio": round((layers[0] + tables) / (layers[1] + tables), 2),
         })  # fmt: skip
     report("deploy", rows, steps=steps, recovery=recover, test=len(test), threads=torch.get_num_threads())
     return 0

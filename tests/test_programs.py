@@ -186,7 +186,7 @@ def test_broker_worker_and_agent_killed(programs: Programs, tmp_path: Path) -> N
     assert "most likely for memory" in failed[0]["reason"]
     broker = next(c for c in coordinator.children() if "mosquitto" in " ".join(c.cmdline()) or "amqtt" in " ".join(c.cmdline()))
     broker.kill()
-    programs.until(lambda: programs.json("jobs")[0]["state"] in ("finished", "failed"))
+    programs.until(lambda: programs.json("jobs")[0]["state"] in ("finished", "failed"), seconds=180)
     assert programs.json("jobs")[0]["state"] == "finished"
     assert agent.is_running()
 
