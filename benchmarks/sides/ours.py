@@ -65,7 +65,7 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
     if key.endswith("cached"):
         _warm(base, trainer, work, first)
 
-    def in_order() -> Iterator[dict[str, Any]]:
+    def in_order(skip: int = 0) -> Iterator[dict[str, Any]]:
         for at in range(0, work.steps * work.batch, work.batch):
             yield trainer._collate(work.examples[at : at + work.batch])
 

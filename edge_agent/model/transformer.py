@@ -130,9 +130,10 @@ class Transformer:
         if self.kind.theta:
             cos, sin = (t.index_select(0, layout.positions).unsqueeze(1) for t in self._turns(layout.length, x.dtype))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if layout.length <= SHORT and x.dtype == torch.float32:
-            seen = attention(q, k, v, layout, layout.hidden(self.kind.causal, self.kind.window, q.shape[1] // k.shape[1]))
-            return self._out(seen, layer.o)
+        if layout.length <= SHORT:
+            hidden = layout.hidden(self.kind.causal, self.kind.window, q.shape[1] // k.shape[1])
+            seen = attention(q.float(), k.float(), v.float(), layout, hidden)  # small products: 16 bits would only slow them down
+            return self._out(seen.to(x.dtype), layer.o)
         q, k, v = (layout.spread(t).transpose(1, 2) for t in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (_repeated(t, q.shape[1] // t.shape[1]) for t in (k, v))
