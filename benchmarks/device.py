@@ -107,7 +107,8 @@ def main() -> int:
     parse = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parse.add_argument("works", nargs="*", default=["minilm"] if quick else ["minilm", "llama-135m", "qwen2-0.5b"])
     parse.add_argument("--repeats", type=int, default=1 if quick else 5)
-    parse.add_argument("--home", type=Path)
+    parse.add_argument("--home", type=Path, help="folder that keeps the random models")
+    parse.add_argument("--native", action="store_true", help="not once more as a laptop with AVX2")
     args = parse.parse_args()
     if "minilm" in args.works and not (works.SHARED / "data/clinc150").exists():
         print("the texts for MiniLM are not here; a tiny random model stands in")
@@ -119,7 +120,7 @@ def main() -> int:
             steps = 12 if quick else STEPS[name]
             work = works.make(name, home, steps)
             for machine, environment in (("as it is", {}), ("AVX2", LAPTOP)):
-                if quick and environment:
+                if (quick or args.native) and environment:
                     continue
                 print(f"{name}, {machine}, {steps} steps of {work.batch}, {threads} threads", flush=True)
                 made += rows(name, work, runs(name, args.repeats, steps, home, threads, environment), machine)
