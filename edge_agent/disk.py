@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ BLOCK = Path("/sys/dev/block")
 
 def removable(path: Path) -> bool:
     """Does the path lie on an SD card or a USB stick? No where the system does not say."""
+    if sys.platform != "linux":
+        return False
     try:
         device = os.stat(path).st_dev
         found = (BLOCK / f"{os.major(device)}:{os.minor(device)}").resolve()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -154,16 +153,16 @@ class ProcessEngine:
 
     def pause(self) -> None:
         """Stop computing now, in the middle of a step if need be; memory stays."""
-        if self._process is not None and not self._paused and hasattr(signal, "SIGSTOP"):
+        if self._process is not None and not self._paused:
             self._paused = True
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGSTOP)
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(self._process.pid).suspend()
 
     def resume(self) -> None:
         """Go on."""
         if self._process is not None and self._paused:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGCONT)
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(self._process.pid).resume()
         self._paused = False
 
     async def stop(self) -> None:

@@ -111,7 +111,8 @@ def celsius() -> float | None:
     """The hottest sensor; boards without hwmon have thermal zones."""
     found: list[float] = []
     with contextlib.suppress(OSError, AttributeError):
-        found += [s.current for sensors in psutil.sensors_temperatures().values() for s in sensors if s.current]
+        asked: Any = getattr(psutil, "sensors_temperatures", dict)  # not on every system
+        found += [s.current for sensors in asked().values() for s in sensors if s.current]
     for zone in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
         with contextlib.suppress(OSError, ValueError):
             found.append(int(zone.read_text()) / 1000)
