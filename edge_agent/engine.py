@@ -150,6 +150,7 @@ class ProcessEngine:
                     await within(LEAVE_S, process.wait())
                     return
                 process.kill()
+                await process.wait()
 
     def pause(self) -> None:
         """Stop computing now, in the middle of a step if need be; memory stays."""

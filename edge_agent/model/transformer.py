@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from federated.errors import Refused
 from profiles.architecture import Architecture
 
 from .adapted import Site, apply
@@ -72,6 +73,8 @@ class Transformer:
         if self.kind.word_scale != 1.0:
             x = x * self.kind.word_scale
         if "position" in self.tables:
+            if (room := self.tables["position"].shape[0] - self.kind.offset) < layout.length:
+                raise Refused(f"a text has {layout.length} tokens, the model takes {room}", "lower the task's `max_length`")
             x = x + self.tables["position"].index_select(0, layout.positions + self.kind.offset)
         if "kind" in self.tables:
             x = x + self.tables["kind"][0]

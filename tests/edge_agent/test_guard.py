@@ -166,6 +166,28 @@ async def test_short_of_memory_it_leaves_and_comes_back(calm: pytest.MonkeyPatch
     await work
 
 
+async def test_a_real_worker_stops_goes_on_and_leaves(tmp_path: Path) -> None:
+    from edge_agent.config import Dataset
+    from edge_agent.engine import ProcessEngine
+
+    engine = ProcessEngine(memory_mb=None, idle_s=60)
+    try:
+        with pytest.raises(EngineFailed, match="not a message"):
+            await engine.run(Order(str(tmp_path), b"", {}, str(tmp_path / "r000000"), Dataset("x"), "m", 1, 10.0, 1000), lambda told: None)
+        assert engine.pid is not None
+        worker = psutil.Process(engine.pid)
+        engine.pause()
+        await until(lambda: worker.status() == psutil.STATUS_STOPPED, 1.0)
+        engine.resume()
+        await until(lambda: worker.status() != psutil.STATUS_STOPPED, 1.0)
+        began = time.monotonic()
+        await engine.leave()
+        assert time.monotonic() - began < 1.5
+        assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    finally:
+        await engine.stop()
+
+
 async def test_nothing_begins_while_something_objects(calm: pytest.MonkeyPatch) -> None:
     calm.setattr(guard, "battery_now", lambda: (5.0, False))
     inner = FakeEngine()
