@@ -75,7 +75,7 @@ def prepare(s: dict[str, Any]) -> None:
     folder = Path(s["folder"])
     card = read_card(folder)
     masks = channels.masks(card, channels.importance(folder, card), s["prune"]) if s["prune"] else {}
-    Base(folder, [], s["bits"], masks, card.causal, shelf=Shelf(Path(s["shelf"]), 1e6), digest="d")
+    Base(folder, [], s["bits"], masks, card.causal, shelf=Shelf(Path(s["shelf"]), 1e6), digest=card.digest)
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ def main() -> None:
     shelf = Shelf(Path(s["shelf"]), 1e6)
     torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
     before, peak = psutil.Process().memory_info().rss / 1e6, Peak()
-    base = Base(folder, [], s["bits"], masks, card.causal, shelf=shelf, digest="d")
+    base = Base(folder, [], s["bits"], masks, card.causal, shelf=shelf, digest=card.digest)
     for name, rank in s["placement"].items():
         site = base.sites[name]
         site.place(torch.randn(rank, site.base.in_), torch.zeros(site.base.out, rank), 1.0, True)
