@@ -37,7 +37,7 @@ def write_pruned(version: Version, base: Path, to: Path, ratio: float, scale: fl
     if card.groups > 1 and card.family not in OWN_HEAD_SIZE and kept_groups(card.groups, ratio) < card.groups:
         raise ConfigError(
             f"no configuration of a `{card.family}` model can express {kept_groups(card.groups, ratio)} of {card.groups} heads",
-            "export with --to onnx, where the graph itself says it",
+            "leave --ratio out: the whole model",
         )
     order = version.state.get("importance")
     masks = channels.masks(card, channels.restored(order) if order else channels.importance(base, card), ratio)

@@ -1,7 +1,7 @@
 """Attention over short sequences by plain batched products: three times as fast as the fused kernel there, forward and backward.
 
-The probabilities that it keeps are no more than the keys and values, up to `SHORT` tokens. Query heads that share a key head go through
-one product together, so that no key is repeated.
+The probabilities that it keeps are no more than the keys and values, up to `profiles.memory.SHORT` tokens. Query heads that share a
+key head go through one product together, so that no key is repeated.
 """
 
 from typing import Any
@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .layout import Layout
-
-SHORT = 64
 
 
 class _Attention(torch.autograd.Function):

@@ -92,9 +92,9 @@ class Base:
         """From now on keep what enters layer `at` for these examples (token ids); what is kept stays while it is valid. Says why not."""
         assert self.core is not None
         name = self._prefix_id(at)
-        if self.prefix is None or self.prefix.store.name != name:
+        if self.prefix is None or self.prefix.store.name != name or not self.prefix.of(examples):
             lower = self.prefix
-            if lower is not None and not (lower.at < at and lower.store.name == self._prefix_id(lower.at)):
+            if lower is not None and not (lower.at < at and lower.store.name == self._prefix_id(lower.at) and lower.of(examples)):
                 lower = None
             store = Activations(name, self.core.kind.hidden, memory_mb, folder, disk_mb)
             self.prefix = Prefix(self.core, at, store, examples, lower)

@@ -120,6 +120,4 @@ def _layer(recipe: Recipe, number: int, packed: Packed, sites: dict[str, Site]) 
             site.base = base
             here.append(site)
         groups.append(here)
-    size = recipe.kind.head_size
-    heads = groups[0][-1].base.out // size // (3 if len(groups[0]) == 1 else 1)
-    return Layer(groups[0], groups[1][0], groups[2], groups[3][0], _norms(packed, NORMS), heads)
+    return Layer(groups[0], groups[1][0], groups[2], groups[3][0], _norms(packed, NORMS))

@@ -98,6 +98,10 @@ class Prefix:
             ids[row, : len(self._ids[key])] = torch.tensor(self._ids[key])
         return _half(self.core.run(self.core.embed(ids, layout), layout, 0, self.at))
 
+    def of(self, examples: Sequence[Sequence[int]]) -> bool:
+        """Are these the examples that it was made for?"""
+        return {example_key(ids) for ids in examples} == self._ids.keys()
+
     @property
     def complete(self) -> bool:
         """Is everything kept that can be asked for?"""

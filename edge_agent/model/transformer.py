@@ -12,9 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from federated.errors import Refused
 from profiles.architecture import Architecture
+from profiles.memory import SHORT
 
 from .adapted import Site, apply
-from .attention import SHORT, attention
+from .attention import attention
 from .layout import Layout
 from .pieces import activate, gated, rms_norm, rotate
 
@@ -24,8 +25,8 @@ Norm = tuple[Tensor, Tensor | None]
 class Layer:
     """One layer's maps and norms; heads and channels may be fewer than in the checkpoint."""
 
-    def __init__(self, qkv: Sequence[Site], o: Site, wide: Sequence[Site], down: Site, norms: dict[str, Norm], kv_heads: int) -> None:
-        self.qkv, self.o, self.wide, self.down, self.norms, self.kv_heads = qkv, o, wide, down, norms, kv_heads
+    def __init__(self, qkv: Sequence[Site], o: Site, wide: Sequence[Site], down: Site, norms: dict[str, Norm]) -> None:
+        self.qkv, self.o, self.wide, self.down, self.norms = qkv, o, wide, down, norms
 
     @property
     def sites(self) -> list[Site]:

@@ -113,6 +113,17 @@ def test_a_boundary_that_moves_up_goes_on_from_what_is_there(model: tuple[Path, 
         assert (a - b).norm() <= 0.006 * b.norm()
 
 
+def test_other_examples_get_a_store_of_their_own(model: tuple[Path, bool]) -> None:
+    """The next job on the same model: nothing of the one before is looked up, and nothing is missing."""
+    base, ids = adapted(*model), examples(20)
+    base.cache(2, ids[:10], 10.0)
+    gradients(base, ids[:10])
+    assert base.cache(2, ids[10:], 10.0) == ""
+    assert base.prefix is not None
+    assert len(base.prefix.store) == 0
+    assert all(g.isfinite().all() for g in gradients(base, ids[10:]))
+
+
 def gradients_without(base: Base, ids: list[list[int]]) -> list[torch.Tensor]:
     kept, base.prefix = base.prefix, None
     try:
