@@ -150,6 +150,7 @@ class GuardedEngine:
     def __init__(self, engine: ProcessEngine, guard: Guard, tell: Callable[[str], None] = lambda why: None) -> None:
         self.engine, self.guard, self.tell = engine, guard, tell
         self.pauses = 0
+        self._sent_away = False
 
     async def run(self, order: Order, progress: Progress) -> None:
         """One order, with as many pauses as it takes. Raises EngineFailed."""
@@ -160,8 +161,9 @@ class GuardedEngine:
                 await self.engine.run(order, progress)
                 return
             except EngineFailed as failed:
-                if failed.code != "halted":
-                    raise
+                if failed.code != "halted" or not self._sent_away:
+                    raise  # somebody else ended it: its work is not wanted any more
+                self._sent_away = False
             finally:
                 watch.cancel()
                 self.engine.resume()
@@ -191,6 +193,7 @@ class GuardedEngine:
             while why := self.guard.objects():
                 self.tell(why)
                 if self.guard.short_of_memory() or time.monotonic() - began > PATIENCE_S:
+                    self._sent_away = True
                     await self.engine.leave()
                     return
                 await asyncio.sleep(LOOK_S)

@@ -166,6 +166,16 @@ async def test_short_of_memory_it_leaves_and_comes_back(calm: pytest.MonkeyPatch
     await work
 
 
+async def test_an_order_that_somebody_else_ended_is_not_begun_again(calm: pytest.MonkeyPatch) -> None:
+    inner = FakeEngine()
+    work = asyncio.create_task(GuardedEngine(inner, Guard(GuardConfig())).run(ORDER, print))  # type: ignore[arg-type]
+    await until(lambda: inner.runs == 1)
+    inner.left.set()
+    with pytest.raises(EngineFailed):
+        await work
+    assert inner.runs == 1
+
+
 async def test_a_real_worker_stops_goes_on_and_leaves(tmp_path: Path) -> None:
     from edge_agent.config import Dataset
     from edge_agent.engine import ProcessEngine
