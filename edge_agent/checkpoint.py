@@ -33,20 +33,20 @@ class Checkpoint:
         self.path, self.assignment, self.halted = path, assignment, halted
         self._saved = time.monotonic()
 
-    def restore(self, values: Tensor, optimiser: torch.optim.Optimizer, client: ClientSide, contexts: dict[str, StepContext]) -> int:
+    def restore(self, values: Tensor, moments: dict[str, Tensor], client: ClientSide, contexts: dict[str, StepContext]) -> int:
         """Steps that are done already; 0 where there is nothing, or nothing that fits."""
         try:
             kept: dict[str, Any] = thaw(self.path.read_bytes())
             if kept["assignment"] != self.assignment or kept["values"].shape != tuple(values.shape):
                 return 0
+            if set(kept["moments"]) != set(moments):
+                return 0
         except (OSError, WireError, KeyError, TypeError, AttributeError):
             return 0
         with torch.no_grad():
             values.copy_(torch.from_numpy(np.array(kept["values"])))
-        moments = {k: torch.from_numpy(np.array(t)) for k, t in kept["moments"].items()}
-        if moments:
-            moments["step"] = moments["step"].reshape(())
-            optimiser.state[values] = moments
+            for name, moment in moments.items():
+                moment.copy_(torch.from_numpy(np.array(kept["moments"][name])))
         for name, own in kept["methods"].items():
             for mine, theirs in ((client.state[name], own["state"]), (client.up[name], own["up"])):
                 mine.clear()
@@ -54,20 +54,17 @@ class Checkpoint:
             contexts[name].generator.set_state(torch.from_numpy(np.array(own["random"])))
         return int(kept["step"])
 
-    def after(
-        self, step: int, values: Tensor, optimiser: torch.optim.Optimizer, client: ClientSide, contexts: dict[str, StepContext]
-    ) -> None:
+    def after(self, step: int, values: Tensor, moments: dict[str, Tensor], client: ClientSide, contexts: dict[str, StepContext]) -> None:
         """A step is done. Raises Halted when it was the last for now."""
         halted = self.halted()
         if halted or time.monotonic() - self._saved > EVERY_S:
             self._saved = time.monotonic()
-            state = optimiser.state.get(values, {})
             methods = {
                 n: {"state": client.state[n], "up": client.up[n], "random": c.generator.get_state().numpy()} for n, c in contexts.items()
             }
             told = {
                 "assignment": self.assignment, "step": step, "values": values.detach().numpy(), "methods": methods,
-                "moments": {k: t.reshape(-1).numpy() for k, t in state.items() if isinstance(t, Tensor)},
+                "moments": {k: t.numpy() for k, t in moments.items()},
             }  # fmt: skip
             try:
                 write_atomic(self.path, freeze(told))

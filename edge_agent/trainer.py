@@ -22,10 +22,10 @@ from . import batches
 from .batches import size_of
 from .checkpoint import Checkpoint
 from .model import Base, as_tensor
+from .optimizer import Flat, optimizer
 from .tasks import TaskEngine
 
 WARMUP = 0.1
-MAX_NORM = 1.0
 Examples = list[dict[str, Any]]
 
 
@@ -113,20 +113,18 @@ class Trainer:
         """The job's local steps from `start`. Hooks run unless `penalty` makes this a private fit. Raises Refused on NaN."""
         params: dict[str, Tensor] = {**self.base.parameters(), **{k: t for k, t in self.head.items() if t.requires_grad}}
         recipe, flat = self.job.recipe, Flat(params, start)
-        optimiser = _optimiser(recipe.optimizer, flat.values, recipe.lr)
+        optimiser = optimizer(recipe.optimizer, flat.values.numel())
         warm = max(1, math.ceil(WARMUP * recipe.steps))
         checkpoint = self.checkpoint if penalty is None and not self.client.stack.using("train") else None
-        done = checkpoint.restore(flat.values, optimiser, self.client, self.contexts) if checkpoint else 0
+        done = checkpoint.restore(flat.values, optimiser.state, self.client, self.contexts) if checkpoint else 0
         for step, batch in enumerate(self.batches(done), done):
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.lr * min(1.0, (step + 1) / warm)
             loss, grads = self._step(params, batch, penalty)
             self.last = grads
             flat.take(grads)
-            optimiser.step()
+            optimiser.step(flat.values, flat.gradient, recipe.lr * min(1.0, (step + 1) / warm))
             self.progress(step + 1, loss)
             if checkpoint and step + 1 < recipe.steps:
-                checkpoint.after(step + 1, flat.values, optimiser, self.client, self.contexts)
+                checkpoint.after(step + 1, flat.values, optimiser.state, self.client, self.contexts)
         return {k: p.detach().clone() for k, p in params.items()}
 
     def _step(
@@ -204,33 +202,6 @@ def _finite(loss: float) -> float:
     if not math.isfinite(loss):
         raise Refused(f"training loss is {loss}", "lower the job's learning rate")
     return loss
-
-
-class Flat:
-    """All trained tensors as one: they become views of `values`, so that clipping and the optimiser are a handful of operations."""
-
-    def __init__(self, params: dict[str, Tensor], start: dict[str, Tensor]) -> None:
-        self.values = torch.cat([start[k].detach().reshape(-1) for k in params]) if params else torch.zeros(0)
-        self.values.grad = torch.zeros_like(self.values)
-        self.places: dict[str, Tensor] = {}
-        at = 0
-        for k, p in params.items():
-            p.data = self.values[at : at + p.numel()].view(p.shape)
-            self.places[k] = self.values.grad[at : at + p.numel()].view(p.shape)
-            at += p.numel()
-
-    def take(self, grads: dict[str, Tensor]) -> None:
-        """Gradients by name, clipped to a norm of `MAX_NORM` together."""
-        torch._foreach_copy_(list(self.places.values()), [grads[k] for k in self.places])
-        gradient = self.values.grad
-        assert gradient is not None
-        gradient.mul_((MAX_NORM / (gradient.norm() + 1e-6)).clamp_max(1.0))
-
-
-def _optimiser(name: str, values: Tensor, lr: float) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD([values], lr=lr)
-    return torch.optim.AdamW([values], lr=lr, weight_decay=0.0, fused=True)
 
 
 class Stopwatch:

@@ -1,12 +1,13 @@
 """One setting of `make bench-memory` in a process of its own: prints the peak of resident memory over that after imports, MB."""
 
 import json
-import os
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from edge_agent.worker import environment
 
 
 class Peak:
@@ -27,7 +28,7 @@ class Peak:
 
 def main() -> None:
     """Run."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    environment()
     s: dict[str, Any] = json.loads(sys.argv[1])
     import psutil
     import torch
@@ -36,6 +37,7 @@ def main() -> None:
     from coordinator import channels
     from edge_agent.model import Base
     from edge_agent.model.prepared import Shelf
+    from edge_agent.optimizer import AdamW, Flat
     from profiles.card import read_card
 
     torch.set_num_threads(2)
@@ -52,14 +54,14 @@ def main() -> None:
     assert base.core is not None
     base.core.checkpointing = s["checkpointing"]
     params = list(base.parameters().values())
-    optimiser = torch.optim.AdamW(params, fused=True)
+    named = base.parameters()
+    flat, optimiser = Flat(named, named), AdamW(sum(p.numel() for p in params))
     ids = torch.randint(0, card.vocab, (s["batch"], s["length"]))
     for _ in range(2):
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         loss = base.answers(batch)[0].mean() if card.causal else base.hidden(batch)[0].square().mean()
-        for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
-            p.grad = g
-        optimiser.step()
+        flat.take(dict(zip(named, torch.autograd.grad(loss, params), strict=True)))
+        optimiser.step(flat.values, flat.gradient, 1e-3)
     time.sleep(0.01)
     print(json.dumps({"peak_mb": peak.high - before}))
 

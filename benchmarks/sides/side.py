@@ -4,7 +4,6 @@ Prints one JSON line: seconds a step (median of all but the first tenth), tokens
 """
 
 import json
-import os
 import statistics
 import sys
 import threading
@@ -44,8 +43,9 @@ def main() -> None:
     """Run."""
     side, name, key, numerics, steps, home, threads = sys.argv[1:]
     if side == "ours":  # as the worker sets them
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        os.environ.setdefault("KMP_BLOCKTIME", "1")
+        from edge_agent.worker import environment
+
+        environment()
     import torch
 
     if side == "peer":

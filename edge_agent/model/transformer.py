@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 
 from federated.errors import Refused
 from profiles.architecture import Architecture
 from profiles.memory import SHORT
 
 from .adapted import Site, apply
+from .again import again
 from .attention import attention
 from .layout import Layout
 from .pieces import activate, gated, rms_norm, rotate
@@ -85,8 +85,9 @@ class Transformer:
         """Layers `first` to `last` (not included) on rows (n, hidden)."""
         for number in range(first, self.kind.layers if last is None else last):
             layer = self.layer(number)
-            if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or _trained(layer)):
-                x = checkpoint(self._layer, x, layout, layer, use_reentrant=False)  # type: ignore[assignment]
+            factors = [f for s in layer.sites for a, b, _ in s.pairs() for f in (a, b) if f.requires_grad]
+            if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or factors):
+                x = again(lambda x, layer=layer: self._layer(x, layout, layer), x, factors)  # type: ignore[misc]
             else:
                 x = self._layer(x, layout, layer)
         return x
@@ -169,7 +170,3 @@ class Transformer:
 def _repeated(x: Tensor, times: int) -> Tensor:
     """Key or value heads (batch, kv, length, size), each for the queries of its group."""
     return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
-
-
-def _trained(layer: Layer) -> bool:
-    return any(a.requires_grad for s in layer.sites for a, _, _ in s.pairs())
