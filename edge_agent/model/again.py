@@ -25,7 +25,8 @@ class _Again(torch.autograd.Function):
         x = x.detach().requires_grad_(ctx.needs_input_grad[1])
         wanted = ([x] if x.requires_grad else []) + factors
         with torch.enable_grad():
-            found = torch.autograd.grad(ctx.layer(x), wanted, g)
+            # As the gradient of a number: autograd with a given gradient imports SymPy.
+            found = torch.autograd.grad((ctx.layer(x) * g).sum(), wanted)
         return None, *([] if x.requires_grad else [None]), *found
 
 
