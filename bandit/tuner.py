@@ -13,6 +13,7 @@ import msgspec
 from profiles.card import ModelCard, Module
 from profiles.cost import price
 from profiles.device import DeviceProfile
+from profiles.kernels import times
 from profiles.memory import StepPlan, adapter_parameters, memory_mb, step_plan
 
 from .arms import Arm, ArmSpace, expand, rank_and_depth
@@ -65,8 +66,9 @@ class Tuner:
         if not fitting:
             need = min(self._smallest(device, b) for b in self.space.bits)
             raise NoArm(f"{device} allows {profile.budget_mb:.0f} MB for the model, the smallest arm needs {need:.0f} MB")
+        measured = times(bits_ms, self.card.hidden)
         guess = {b: 1 / (profile.gflops.get(str(b)) or min(profile.gflops.values())) for b in fitting}
-        return min(fitting, key=lambda b: (bits_ms.get(str(b), guess[b] * 1e3), -b))
+        return min(fitting, key=lambda b: (measured.get(b, guess[b] * 1e3), -b))
 
     def _smallest(self, device: str, bits: int) -> float:
         correction = self.state["devices"].get(device, {}).get("memory", 1.0)

@@ -4,18 +4,21 @@
 must not import torch. What the probe cannot measure, the matching profile says.
 """
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from profiles.device import DeviceProfile, library, match
+from profiles.kernels import WIDTHS, half, key
 
 from .config import AgentConfig
 
@@ -88,41 +91,52 @@ def profile(config: AgentConfig) -> DeviceProfile:
     )
 
 
-def kernels_in_child(timeout_s: float = 120.0) -> dict[str, float]:
-    """Milliseconds by bits, measured in a child process; empty where torch is missing or the child fails."""
+def kernels_in_child(threads: int = 1, timeout_s: float = 180.0) -> dict[str, float]:
+    """Milliseconds by `profiles.kernels.key`, measured in a child process; empty where torch is missing or the child fails."""
+    command = [sys.executable, "-m", "edge_agent.probe", str(threads)]
     try:
-        done = subprocess.run([sys.executable, "-m", "edge_agent.probe"], capture_output=True, timeout=timeout_s, check=True)
+        done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=True)
         return {str(k): float(v) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
     except (subprocess.SubprocessError, OSError, ValueError, IndexError):
         return {}
 
 
-def kernels(hidden: int = 384, ffn: int = 1536, tokens: int = 256, repeats: int = 7) -> dict[str, float]:
-    """Median milliseconds of forward and input gradient through one frozen map (hidden → ffn), by bits of its weights."""
+def kernels(threads: int = 1, widths: Sequence[int] = WIDTHS, tokens: int = 256) -> dict[str, float]:
+    """Median milliseconds of forward and input gradient through one frozen map (h → 4h), by bits of its weights and width h.
+
+    8 and 4 bits are computed with in bf16 where that has just proved faster, as the worker does.
+    """
+    import torch
+
+    from .quantise import use_bitsandbytes
+
+    torch.set_num_threads(threads)
+    use_bitsandbytes()
+    found: dict[str, float] = {}
+    for width in widths:
+        weight = torch.randn(4 * width, width) / width**0.5
+        for bits in (32, 16, 8, 4):
+            kind = torch.bfloat16 if bits == 16 or (bits < 16 and half(found, width)) else torch.float32
+            with contextlib.suppress(RuntimeError):  # no kernel for it here
+                found[key(bits, width)] = _one(weight, bits, kind, tokens, 7 if width < 1000 else 3)
+    return found
+
+
+def _one(weight: Any, bits: int, kind: Any, tokens: int, repeats: int) -> float:
     import torch
 
     from .model.adapted import Site, apply
     from .model.frozen import Frozen
-    from .quantise import use_bitsandbytes
 
-    torch.set_num_threads(1)
-    use_bitsandbytes()
-    weight = torch.randn(ffn, hidden) / hidden**0.5
-    found: dict[str, float] = {}
-    for bits in (32, 16, 8, 4):
-        times = []
-        site = Site("probe", 0, Frozen(ffn, hidden, Frozen.pack(weight, bits)))
-        try:
-            for _ in range(repeats):
-                x = torch.randn(tokens, hidden, dtype=torch.bfloat16 if bits == 16 else torch.float32, requires_grad=True)
-                start = time.perf_counter()
-                torch.autograd.grad(apply(x, [site])[0].sum(), x)
-                times.append(1e3 * (time.perf_counter() - start))
-        except RuntimeError:
-            continue
-        found[str(bits)] = round(sorted(times)[len(times) // 2], 3)
-    return found
+    out, in_ = weight.shape
+    site, times = Site("probe", 0, Frozen(out, in_, Frozen.pack(weight, bits))), []
+    for _ in range(repeats + 1):
+        x = torch.randn(tokens, in_, dtype=kind, requires_grad=True)
+        start = time.perf_counter()
+        torch.autograd.grad(apply(x, [site])[0].sum(), x)
+        times.append(1e3 * (time.perf_counter() - start))
+    return round(sorted(times[1:])[repeats // 2], 3)
 
 
 if __name__ == "__main__":
-    print(json.dumps(kernels()))
+    print(json.dumps(kernels(int(sys.argv[1]) if len(sys.argv) > 1 else 1)))

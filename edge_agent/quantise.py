@@ -72,15 +72,15 @@ def maxima(packed: Packed) -> Tensor:
     return values.mul_(outer).add_(packed["mean"])
 
 
-def unpack_nf4(packed: Packed, out: int, in_: int) -> Tensor:
-    """The weight (out, in), fp32."""
+def unpack_nf4(packed: Packed, out: int, in_: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight (out, in), fp32 or rounded to bf16."""
     codes, absmax = packed["nf4"], maxima(packed)
-    if _kernel is not None and out * in_ % BLOCK == 0 and codes.device.type == "cpu":
-        return _with_kernel(codes, absmax, out, in_)
+    if dtype in _kernels and out * in_ % BLOCK == 0 and codes.device.type == "cpu":
+        return _with_kernel(codes, absmax, out, in_, dtype)
     # A lookup as an embedding is three times as fast as indexing.
     pairs = torch.nn.functional.embedding(codes.int(), _PAIRS.to(codes.device))
     values = pairs.view(-1, BLOCK).mul_(absmax.unsqueeze(1))
-    return values.view(-1)[: out * in_].view(out, in_)
+    return values.view(-1)[: out * in_].view(out, in_).to(dtype)
 
 
 def packed_bytes(weights: int, bits: int, rows: int) -> int:
@@ -93,45 +93,45 @@ def packed_bytes(weights: int, bits: int, rows: int) -> int:
     return blocks * BLOCK // 2 + blocks + 4 * math.ceil(blocks / OUTER) + 4
 
 
-_kernel: Any = None
+_kernels: dict[torch.dtype, Any] = {}
 
 
 def use_bitsandbytes() -> bool:
-    """Read NF4 with the kernel of bitsandbytes from now on, if a real call of it gives the right numbers here.
+    """Read NF4 with the kernels of bitsandbytes from now on, if real calls of them give the right numbers here.
 
     On the CPU its library is called directly: importing the package takes 126 MB, and it looks for further kernels on a hub.
     """
-    global _kernel
-    if _kernel is not None:
+    if _kernels:
         return True
     packed = pack_nf4(torch.linspace(-1, 1, 512).view(2, 256))
-    expected = unpack_nf4(packed, 2, 256)
-    try:
-        _kernel = _cpu_kernel()
-        if torch.allclose(unpack_nf4(packed, 2, 256), expected, atol=1e-6):
-            return True
-    except (OSError, AttributeError, ValueError) as error:
-        # Not installed, another system's, or without this function: all mean that we do without it.
-        _ = error
-    _kernel = None
-    return False
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        expected = unpack_nf4(packed, 2, 256, dtype)
+        try:
+            _kernels[dtype] = _cpu_kernel(name)
+            if torch.equal(unpack_nf4(packed, 2, 256, dtype), expected):
+                continue
+        except (OSError, AttributeError, ValueError) as error:
+            # Not installed, another system's, or without this function: all mean that we do without it.
+            _ = error
+        _kernels.pop(dtype, None)
+    return bool(_kernels)
 
 
-def _cpu_kernel() -> Any:
+def _cpu_kernel(name: str) -> Any:
     """The dequantiser in the library beside the package. Raises OSError or AttributeError where there is none."""
     found = importlib.util.find_spec("bitsandbytes")
     if found is None or found.origin is None:
         raise OSError("bitsandbytes is not installed")
     (file, *_) = [*Path(found.origin).parent.glob("libbitsandbytes_cpu.*"), Path("none")]
-    kernel = ctypes.CDLL(str(file)).cdequantize_blockwise_cpu_nf4_fp32
+    kernel = getattr(ctypes.CDLL(str(file)), f"cdequantize_blockwise_cpu_nf4_{name}")
     kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_longlong]
     kernel.restype = None
     return kernel
 
 
-def _with_kernel(codes: Tensor, absmax: Tensor, out: int, in_: int) -> Tensor:
+def _with_kernel(codes: Tensor, absmax: Tensor, out: int, in_: int, dtype: torch.dtype) -> Tensor:
     # Rows that are no whole blocks go as rows of one block each: the kernel (0.50) mixes up their maxima.
     rows, width = (out, in_) if in_ % BLOCK == 0 else (out * in_ // BLOCK, BLOCK)
-    result, codes, absmax = torch.empty(out, in_), codes.contiguous(), absmax.contiguous()
-    _kernel(codes.data_ptr(), absmax.data_ptr(), result.data_ptr(), BLOCK, rows, width)
+    result, codes, absmax = torch.empty(out, in_, dtype=dtype), codes.contiguous(), absmax.contiguous()
+    _kernels[dtype](codes.data_ptr(), absmax.data_ptr(), result.data_ptr(), BLOCK, rows, width)
     return result

@@ -23,6 +23,7 @@ from federated.tensors import Array, Tensors
 from federated.transfer import blob_of
 from federated.wire import encode, freeze, open_frame, thaw
 from profiles.card import ModelCard, read_card
+from profiles.kernels import half
 from profiles.memory import StepPlan, step_plan
 
 from . import current, identity, system, warrant
@@ -320,24 +321,25 @@ class Worker:
             else [m.name for m in self._card(Path(order.model)).modules]
         )
         masks = Path(order.blobs["masks"]).name if "masks" in order.blobs else ""
-        key = f"{job.model_digest} {job.recipe.bits} {masks} {names} {job.task.kind == 'causal_lm'}"
+        in_half = half(order.kernel_ms, self._card(Path(order.model)).hidden)
+        key = f"{job.model_digest} {job.recipe.bits} {masks} {names} {job.task.kind == 'causal_lm'} {in_half}"
         if self._base is None or self._base[0] != key:
             self._base = None
-            self._base = (key, self._opened(order, job, names, view))
+            self._base = (key, self._opened(order, job, names, view, in_half))
         return self._base[1]
 
-    def _opened(self, order: Order, job: Assignment, names: list[str], view: View) -> Base:
+    def _opened(self, order: Order, job: Assignment, names: list[str], view: View, in_half: bool) -> Base:
         """From the shelf of prepared bases, where the disk has room for one; else made in memory."""
         args = (Path(order.model), names, job.recipe.bits, view.masks, job.task.kind == "causal_lm")
         if order.shelf_mb > 0:
             shelf = Shelf(Path(order.home) / "bases", order.shelf_mb)
             try:
-                base = Base(*args, shelf=shelf, digest=job.model_digest)
+                base = Base(*args, half=in_half, shelf=shelf, digest=job.model_digest)
                 self.written_mb += shelf.written / 1e6
                 return base
             except OSError as error:
                 log.warning("the prepared base cannot be kept on disk (%s); it is made in memory", error)
-        return Base(*args, digest=job.model_digest)
+        return Base(*args, half=in_half, digest=job.model_digest)
 
     def _examples(self, order: Order, job: Assignment) -> tuple[TaskEngine, Examples, Examples, Shard]:
         key = repr((order.dataset, job.task, order.model))

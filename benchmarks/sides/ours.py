@@ -31,7 +31,8 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
     card = read_card(folder)
     masks = channels.masks(card, channels.importance(folder, card), 0.5) if key == "prune_50" else {}
     shelf = Shelf(folder.parent / "shelf" if work.causal else Path(tempfile.gettempdir()) / "rankfleet-bench-shelf", 1e6)
-    base = Base(folder, [], {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[numerics], masks, work.causal, shelf=shelf, digest=card.digest)
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[numerics.removesuffix("-bf16")]
+    base = Base(folder, [], bits, masks, work.causal, half=numerics.endswith("-bf16"), shelf=shelf, digest=card.digest)
     first = card.layers - depth(card.layers, key)
     ends = ("q_proj", "v_proj") if work.causal else ("query", "value")
     modules = [m for m in card.modules if m.layer >= first and m.name.endswith(ends)]

@@ -30,12 +30,14 @@ IGNORED = -100
 class Base:
     """A prepared model. `sites` maps a checkpoint's name of a map to what runs in its place.
 
-    `names` are the maps that may be adapted or cut (in a known architecture all are). Raises Refused for what cannot be loaded.
+    `names` are the maps that may be adapted or cut (in a known architecture all are); `half`: maps of 8 and 4 bits are computed with in
+    bf16. Raises Refused for what cannot be loaded.
     """
 
     def __init__(
-        self, folder: Path, names: list[str], bits: int, masks: Masks, causal: bool = False, *, shelf: Shelf | None = None, digest: str = ""
-    ) -> None:
+        self, folder: Path, names: list[str], bits: int, masks: Masks, causal: bool = False, *, half: bool = False,
+        shelf: Shelf | None = None, digest: str = "",
+    ) -> None:  # fmt: skip
         self.bits, self.causal, self.transposed, self.digest, self.masks = bits, causal, False, digest, masks
         self.sites: dict[str, Site] = {}
         self.core: Transformer | None = None
@@ -55,7 +57,7 @@ class Base:
         else:
             layers, rest = [lambda n=n: recipe.layer(n) for n in range(kind.layers)], recipe.rest  # type: ignore[misc]
         self.core = assemble(recipe, layers, rest, self.sites)
-        self.core.dtype = torch.bfloat16 if bits == 16 else torch.float32
+        self.core.dtype = torch.bfloat16 if bits == 16 or (half and bits < 16) else torch.float32
         if missing := [n for n in names if n not in self.sites]:
             raise Refused(f"the model has no module `{missing[0]}`", "job and device must hold the same base model")
 

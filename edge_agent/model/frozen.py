@@ -65,7 +65,7 @@ class Frozen:
             return self.tensors["weight"].to(dtype)
         if "int8" in self.tensors:
             return self.tensors["int8"].float().mul_(self.tensors["scale"].unsqueeze(1)).to(dtype)
-        return unpack_nf4(self.tensors, self.out, self.in_).to(dtype)
+        return unpack_nf4(self.tensors, self.out, self.in_, dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """x (n, in) → (n, out), with the bias."""

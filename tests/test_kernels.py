@@ -1,0 +1,47 @@
+"""Kernel times by width: which a model reads, and when few-bit maps are computed with in bf16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edge_agent import probe
+from edge_agent.model import Base
+from profiles.kernels import half, key, times
+
+from .edge_agent.families import make
+
+MEASURED = {"32": 4.0, "16": 3.0, "32@896": 20.0, "16@896": 400.0, "4@2048": 90.0, "32@2048": 100.0, "16@2048": 95.0}
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(64, 4.0), (384, 4.0), (576, 4.0), (600, 20.0), (1024, 20.0), (4096, 100.0)])
+def test_a_model_reads_the_nearest_width(hidden: int, expected: float) -> None:
+    assert times(MEASURED, hidden)[32] == expected
+
+
+def test_bf16_only_where_it_was_measured_faster() -> None:
+    assert half(MEASURED, 384)
+    assert not half(MEASURED, 896)  # an AVX2 machine
+    assert not half(MEASURED, 2048)  # not worth it
+    assert not half({}, 384)
+    assert not half({"32": 4.0}, 384)
+
+
+def test_an_agent_that_measured_one_width_still_counts() -> None:
+    assert times({"32": 4.0, "4": 2.0}, 2048) == {32: 4.0, 4: 2.0}
+
+
+def test_the_probe_measures_every_width() -> None:
+    found = probe.kernels(widths=(384, 896), tokens=8)
+    assert set(found) >= {key(b, w) for b in (32, 8, 4) for w in (384, 896)}
+    assert all(v > 0 for v in found.values())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_few_bits_in_bf16_stay_near_those_in_fp32(tmp_path: Path, bits: int) -> None:
+    folder, ids = make("llama", tmp_path), torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        wide, narrow = (Base(folder, [], bits, {}, True, half=h).hidden(batch)[0] for h in (False, True))
+    assert not torch.equal(wide, narrow)
+    assert (wide - narrow).norm() < 0.03 * wide.norm()
