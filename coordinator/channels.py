@@ -59,8 +59,8 @@ def _read(file: Path, entry: Entry) -> Array:
     return np.asarray(stored, np.float64)
 
 
-def masks(card: ModelCard, scores: Importance, ratio: float) -> Masks:
-    """Kept rows and columns at a ratio, as sorted int32 indices per side of a map; nested over ratios."""
+def masks(card: ModelCard, scores: Importance, ratio: float, groups: int | None = None) -> Masks:
+    """Kept rows and columns at a ratio, as sorted int32 indices per side of a map; nested over ratios. `groups`: heads, if not by ratio."""
     found: Masks = {}
     if ratio <= 0:
         return found
@@ -69,7 +69,7 @@ def masks(card: ModelCard, scores: Importance, ratio: float) -> Masks:
         ups, downs = card.channels(layer)
         found |= {f"{m.name}.out": index for m in ups} | {f"{m.name}.in": index for m in downs}
     for layer, score in scores.heads.items():
-        if (count := kept_groups(card.groups, ratio)) < card.groups:
+        if (count := groups or kept_groups(card.groups, ratio)) < card.groups:
             found |= _head_masks(card, layer, _best(score, count))
     return found
 

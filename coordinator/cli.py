@@ -67,14 +67,21 @@ def build() -> argparse.ArgumentParser:
     versions.add_argument("job")
     versions.add_argument("number", nargs="?", type=int)
     export = verb(
-        "export", _export, "a version for other tools: peft, merged safetensors, or GGUF", "coordinator export docs-1 --to adapter/", "job"
+        "export",
+        _export,
+        "a version for other tools: peft, safetensors, ONNX, GGUF",
+        "coordinator export docs-1 --to adapter/",
+        "job",
     )
     export.add_argument("--to", type=Path, required=True, help="folder to write")
     export.add_argument(
-        "--format", choices=["peft", "merged", "gguf"], default="peft", help="peft: adapter alone (default); merged: the whole model"
+        "--format",
+        choices=["peft", "merged", "onnx", "gguf", "gguf-merged"],
+        default="peft",
+        help="peft, gguf: adapter alone; merged, onnx (encoders), gguf-merged (decoders): the whole model",
     )
     export.add_argument("--version", type=int, help="version (default: the newest good one)")
-    export.add_argument("--ratio", type=float, default=0.0, help="with merged: cut heads and channels, as devices at this pruning ratio do")
+    export.add_argument("--ratio", type=float, default=0.0, help="of a whole model: cut heads and channels, as devices at this ratio do")
     verb("backup", _backup, "everything in one file; the service may run", "coordinator backup --to fleet.tar.gz").add_argument(
         "--to", type=Path, required=True
     )

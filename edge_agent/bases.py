@@ -36,7 +36,7 @@ class Bases:
     def folder(self, job: Assignment, told: str) -> str:
         """Where the job's base model lies; blocks while it is fetched. Raises Refused or WireError."""
         if told.startswith("hub:"):
-            return _from_hub(told[4:], job.model)
+            return from_hub(told[4:], job.model)
         if told != "coordinator":
             return told
         target = self.home / job.model_digest
@@ -143,7 +143,8 @@ class Bases:
             )
 
 
-def _from_hub(repository: str, name: str) -> str:
+def from_hub(repository: str, name: str) -> str:
+    """The folder of a model of the hub. Raises Refused."""
     try:
         from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""`edge-agent`: run, enroll, status, doctor, probe, leave."""
+"""`edge-agent`: run, enroll, status, infer, doctor, probe, leave."""
 
 import argparse
 import asyncio
@@ -27,6 +27,7 @@ def build() -> argparse.ArgumentParser:
         ("run", _run, "run the service", "edge-agent run --config agent.yaml"),
         ("enroll", _enroll, "join a fleet with a claim token", "edge-agent enroll rf1.lqRtYWlu… --config agent.yaml"),
         ("status", _status, "what the service is doing", "edge-agent status --json"),
+        ("infer", _infer, "ask the current model", 'edge-agent infer "where is my parcel?"'),
         ("doctor", _doctor, "find what is set up wrong", "edge-agent doctor --config agent.yaml"),
         ("probe", _probe, "what this device is, and which profile fits", "edge-agent probe --kernels"),
         ("leave", _leave, "leave the fleet and remove everything of ours", "edge-agent leave --yes"),
@@ -37,6 +38,9 @@ def build() -> argparse.ArgumentParser:
             made.add_argument("token", help="the line that `coordinator invite` printed")
             made.add_argument("--again", action="store_true", help="replace an earlier enrolment; adapter and cache stay")
             made.add_argument("--no-probe", action="store_true", help="do not time the kernels of every precision")
+        if name == "infer":
+            made.add_argument("text", nargs="*", help="inputs; none: lines of standard input, text or JSON objects of the task's fields")
+            made.add_argument("--model", type=Path, help="folder of an adapter or of an export (default: the current adapter)")
         if name == "probe":
             made.add_argument("--kernels", action="store_true", help="time a real kernel for every precision (loads torch)")
         if name == "leave":
@@ -161,6 +165,23 @@ def _status(args: argparse.Namespace) -> int:
     status["running"] = psutil.pid_exists(int(status.get("pid", 0))) and status["state"] != "stopped"
     status["age_s"] = round(time.time() - float(status["at"]), 1)
     cli.show(args, status)
+    return 0
+
+
+def _infer(args: argparse.Namespace) -> int:
+    from .config import AgentConfig
+    from .infer import rows_of, runtime
+
+    config = AgentConfig() if args.model is not None and not args.config.exists() else _config(args)
+    found = runtime(config, args.model)
+    lines = args.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for line, answer in zip(lines, found.answers(rows_of(found.task, lines)), strict=True):
+        if args.json:
+            print(json.dumps(answer, ensure_ascii=False))
+        elif "shares" in answer:
+            print("  ".join(f"{100 * share:.1f}% {label}" for label, share in answer["shares"].items()) + f"  | {line[:60]}")
+        else:
+            print(next(iter(answer.values())))
     return 0
 
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from federated.messages import Assignment
@@ -27,7 +28,8 @@ def publish(home: Path, job: Assignment, view: "View", tensors: Tensors, transpo
         a[:, view.masks.get(f"{name}.in", slice(None))] = tensors[f"{name}.A"]
         pairs[name] = LowRank(b, a)
     scale = next((p.scale for p in view.spec.pairs.values()), 1.0)
-    task = {"labels": job.task.labels, "max_length": job.task.max_length, "kind": job.task.kind, "version": job.version}
+    told = {"version": job.version, "base_digest": job.model_digest, "bits": job.recipe.bits}
+    task = {**msgspec.to_builtins(job.task), **told}
     write_adapter(folder, pairs, {k: tensors[k] for k in view.spec.dense}, scale=scale, base=job.model, task=task, transposed=transposed)
     point(home / "adapter" / "current", folder)
     for old in sorted(p for p in (home / "adapter").glob("*-v??????") if p != folder)[:-2]:

@@ -34,7 +34,15 @@ if sys.platform == "win32":
         """The end of standard input ends the worker; nothing more to do."""
 
     def low_priority() -> None:
-        """Let everything else on the device go first."""
+        """Let everything else on the device go first, at the processor and at the disk."""
         import psutil
 
         psutil.Process().nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
+        psutil.Process().ionice(psutil.IOPRIO_LOW)
+
+    def steady_memory() -> None:
+        """The system's heap gives large blocks back by itself."""
+
+    def pin(threads: int) -> list[int]:
+        """The scheduler knows fast cores from slow ones."""
+        return []

@@ -233,6 +233,7 @@ class Worker:
         """Methods' state after the last round, and the file that it is also in."""
         self._serves: Callable[[], None] | None = None
         self._served = 0.0
+        self._pinned = False
         self.written_mb = 0.0
         """What went to disk and is not in a report yet."""
 
@@ -254,6 +255,9 @@ class Worker:
         if time.monotonic() - self._served > 2 * SERVE_S:
             self.idle()
         with system.slot(order.slots):
+            if not self._pinned:
+                self._pinned = True
+                system.pin(order.threads)
             torch.set_num_threads(order.threads)
             self._round(order, job, progress)
 

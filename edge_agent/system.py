@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 if sys.platform == "win32":
-    from .platform_win32 import available_mb, die_with_parent, low_priority, owner, peak_rss_mb, try_lock
+    from .platform_win32 import available_mb, die_with_parent, low_priority, owner, peak_rss_mb, pin, steady_memory, try_lock
 else:
-    from .platform_posix import available_mb, die_with_parent, low_priority, owner, peak_rss_mb, try_lock
+    from .platform_posix import available_mb, die_with_parent, low_priority, owner, peak_rss_mb, pin, steady_memory, try_lock
 
 
 @contextlib.contextmanager
@@ -43,4 +43,4 @@ def halted() -> bool:
     return _halted
 
 
-__all__ = ["available_mb", "die_with_parent", "halt", "halted", "low_priority", "peak_rss_mb", "slot"]
+__all__ = ["available_mb", "die_with_parent", "halt", "halted", "low_priority", "peak_rss_mb", "pin", "slot", "steady_memory"]

@@ -51,7 +51,8 @@ def main(make: Any = None) -> None:
 
 
 def environment() -> None:
-    """What libraries of ours read when they are loaded; what is set already stays."""
+    """What libraries read when they are loaded, where it is not set already; and how memory is given back."""
+    system.steady_memory()
     # Threads wait awake for a moment, then sleep: asleep at once costs a third of a small step, awake takes cores from others.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("KMP_BLOCKTIME", "1")

@@ -73,9 +73,9 @@ def used_pairs(pairs: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 
 def head_files(dense: Tensors, task: dict[str, Any], program: str) -> dict[str, bytes]:
-    """What lies beside the weights: the head, what it means, and how to load it."""
+    """What lies beside the weights: the head, what it means, and how to load it; no program where the tool needs none."""
     where = "head/head.safetensors" if program == LOAD_MERGED else "head.safetensors"
-    files = {"task.json": json.dumps(task, indent=1).encode(), "load.py": program.encode()}
+    files = {"task.json": json.dumps(task, indent=1).encode()} | ({"load.py": program.encode()} if program else {})
     if dense:
         files[where] = save({k: np.ascontiguousarray(v, np.float32) for k, v in dense.items()}, {"format": "pt"})
     return files

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.export import to_bf16, write
-from coordinator.gguf_lora import interleaved
+from coordinator.export import write
+from coordinator.export.gguf_lora import interleaved
+from coordinator.export.weights import to_bf16
 
 from . import world as small
 from .world import World, job, questions, rows

@@ -1,11 +1,12 @@
 """Kernel times by width: which a model reads, and when few-bit maps are computed with in bf16."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from edge_agent import probe
+from edge_agent import probe, system
 from edge_agent.model import Base
 from profiles.kernels import half, key, times
 
@@ -45,3 +46,21 @@ def test_few_bits_in_bf16_stay_near_those_in_fp32(tmp_path: Path, bits: int) -> 
         wide, narrow = (Base(folder, [], bits, {}, True, half=h).hidden(batch)[0] for h in (False, True))
     assert not torch.equal(wide, narrow)
     assert (wide - narrow).norm() < 0.03 * wide.norm()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems place threads themselves")
+def test_the_fastest_cores_are_taken_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[list[int]] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: set_to.append(cores))
+    for n, capacity in enumerate((400, 1024, 400, 1024)):
+        (tmp_path / f"cpu{n}").mkdir()
+        (tmp_path / f"cpu{n}" / "cpu_capacity").write_text(f"{capacity}\n")
+    assert system.pin(2, tmp_path) == [1, 3]
+    assert system.pin(3, tmp_path) == [0, 1, 3]
+    assert system.pin(4, tmp_path) == []  # all of them are needed
+    assert set_to == [[1, 3], [0, 1, 3]]
+    for n in range(4):
+        (tmp_path / f"cpu{n}" / "cpu_capacity").write_text("1024")
+    assert system.pin(2, tmp_path) == []
+    assert system.pin(2, tmp_path / "none") == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coordinator import channels
-from coordinator.pruned import OWN_HEAD_SIZE, write_pruned
+from coordinator.export.folder import OWN_HEAD_SIZE, write_folder
 from coordinator.registry import Version
 from edge_agent.model import Base
 from federated.errors import ConfigError
@@ -30,7 +30,7 @@ def test_the_files_are_the_devices_model(tmp_path: Path, family: str, dtype: tor
     card = read_card(folder)
     rng = np.random.default_rng(0)
     pairs = {m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.2, rng.standard_normal((2, m.in_)) * 0.2) for m in card.modules}
-    size = write_pruned(Version(3, pairs, {}, {}, {}), folder, tmp_path / "small", 0.5, 0.7)
+    size = write_folder(Version(3, pairs, {}, {}, {}), folder, tmp_path / "small", 0.5, 0.7)
     assert size["after_mb"] < 0.8 * size["before_mb"]
     masks = channels.masks(card, channels.importance(folder, card), 0.5)
     base = Base(folder, [], 32, masks, True)
@@ -54,11 +54,11 @@ def test_the_files_are_the_devices_model(tmp_path: Path, family: str, dtype: tor
 def test_heads_that_no_configuration_can_express_are_refused(tmp_path: Path, family: str) -> None:
     folder = make(family, tmp_path / "base")
     with pytest.raises(ConfigError, match="no configuration"):
-        write_pruned(Version(0, {}, {}, {}, {}), folder, tmp_path / "small", 0.5, 1.0)
+        write_folder(Version(0, {}, {}, {}, {}), folder, tmp_path / "small", 0.5, 1.0)
     assert not (tmp_path / "small").exists()
 
 
 def test_a_ratio_outside_is_refused(tmp_path: Path) -> None:
     assert "bert" in ENCODERS
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        write_pruned(Version(0, {}, {}, {}, {}), make("llama", tmp_path / "base"), tmp_path / "small", 1.5, 1.0)
+        write_folder(Version(0, {}, {}, {}, {}), make("llama", tmp_path / "base"), tmp_path / "small", 1.5, 1.0)

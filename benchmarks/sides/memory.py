@@ -11,19 +11,39 @@ from edge_agent.worker import environment
 
 
 class Peak:
-    """Highest resident memory, by the kernel where it can be reset, else sampled."""
+    """Highest resident memory since it was made: by the kernel where its mark can be reset, else sampled."""
 
     def __init__(self) -> None:
-        self.high = 0.0
-        threading.Thread(target=self._watch, daemon=True).start()
+        self.sampled = 0.0
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self.exact = True
+        except OSError:
+            self.exact = False
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         import psutil
 
         process = psutil.Process()
         while True:
-            self.high = max(self.high, process.memory_info().rss / 1e6)
+            self.sampled = max(self.sampled, process.memory_info().rss / 1e6)
             time.sleep(0.002)
+
+    @property
+    def high(self) -> float:
+        """MB."""
+        if not self.exact:
+            return self.sampled
+        (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+
+
+def words(vocab: int, batch: int, length: int) -> Any:
+    """Token ids as frequent as words are: the n-th with a probability of about 1/n."""
+    import torch
+
+    return (vocab ** torch.rand(batch, length)).long().clamp_max(vocab - 1)
 
 
 def main() -> None:
@@ -36,6 +56,7 @@ def main() -> None:
     import edge_agent.trainer  # noqa: F401
     from coordinator import channels
     from edge_agent.model import Base
+    from edge_agent.model.layout import Layout
     from edge_agent.model.prepared import Shelf
     from edge_agent.optimizer import AdamW, Flat
     from profiles.card import read_card
@@ -56,7 +77,11 @@ def main() -> None:
     params = list(base.parameters().values())
     named = base.parameters()
     flat, optimiser = Flat(named, named), AdamW(sum(p.numel() for p in params))
-    ids = torch.randint(0, card.vocab, (s["batch"], s["length"]))
+    ids = words(card.vocab, s["batch"], s["length"])
+    with torch.no_grad():
+        mask = torch.ones(16, 64, dtype=torch.long)
+        for _ in range(10):  # what a round's other batches touch of the embeddings
+            base.core.embed(words(card.vocab, 16, 64), Layout(mask))
     for _ in range(2):
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         loss = base.answers(batch)[0].mean() if card.causal else base.hidden(batch)[0].square().mean()
