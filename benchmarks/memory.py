@@ -29,8 +29,8 @@ TARGETS = {"bert": ("query", "value"), "llama": ("q_proj", "v_proj"), "gpt2": ("
 QUICK = 12
 
 
-def settings(seed: int = 1) -> list[dict[str, Any]]:
-    """A seeded sample of the whole grid, the same number for each architecture."""
+def settings(seed: int = 2) -> list[dict[str, Any]]:
+    """A seeded sample of the whole grid, the same number for each architecture. The constants were fitted to that of seed 1."""
     rng, found = random.Random(seed), []
     for family in MODELS:
         grid = list(

@@ -14,10 +14,11 @@ SHORT = 64
 """Tokens up to which attention keeps its probabilities instead of running the fused kernel."""
 LOGITS, TABLE = 64e6, 16e6
 """Logits held at once, and the piece of an output table that is widened."""
-BASE, SLACK = 75.0, 1.09
-"""MB of kernels and buffers that come with the first step; what an allocator wastes. Fitted to measured peaks, as are the next."""
-MOMENT, AGAIN, HEAD = 3.3, 0.75, 1.55
-"""Working sets of a step over the plain one of its forward pass; a layer's, once more, where it is computed again; the logits' share."""
+BASE, SLACK, AGAIN = 33.0, 1.23, 0.57
+"""MB of kernels and buffers that come with the first step; what an allocator wastes of what is held; how much of a layer's numbers are
+there once more where it is computed again. Fitted to measured peaks."""
+TOUCHED = 0.6
+"""Share of an encoder's embeddings that a round's texts touch, pages and their neighbours; a decoder's are its output table too."""
 WORTH = 256
 """Tokens of a micro-batch below which a product loses speed."""
 LEAST = 64
@@ -88,9 +89,10 @@ def weights(card: ModelCard, prune: float, bits: int, start: int = 0) -> float:
 
 
 def tables(card: ModelCard, bits: int) -> float:
-    """Bytes of embeddings and what else is no layer; an encoder touches the rows that its texts have, and their neighbours."""
-    wide = 4.0 if bits == 32 or not card.causal else 2.0
-    return card.embedding * wide * 0.6
+    """Bytes of embeddings and what else is no layer, as far as they come into memory."""
+    if not card.causal:
+        return card.embedding * 4.0 * TOUCHED
+    return card.embedding * (4.0 if bits == 32 else 2.0)
 
 
 def activation_floats(card: ModelCard, placement: Mapping[str, int], prune: float, length: int) -> float:
@@ -126,12 +128,12 @@ def peak_mb(
     deep = card.layers - start
     layer = activation_floats(card, placement, prune, length) * width
     held = tokens * (deep * 4.0 * card.hidden + layer if checkpointing else deep * layer)
-    moment = MOMENT * tokens * width * (4 * card.hidden + 2 * kept(card.ffn, prune))
+    moment = tokens * width * (4 * card.hidden + 2 * kept(card.ffn, prune))
     moment += AGAIN * tokens * layer if checkpointing else 0.0
     if bits < 16:
         moment += 4.0 * max(o * i for o, i in (shape(card, m, prune) for m in card.of_layer(0)))
     if card.causal:
-        moment += HEAD * (min(LOGITS, 4.0 * tokens * card.vocab) + (TABLE if bits < 32 else 0.0) + tokens * card.hidden * 4.0)
+        moment += min(LOGITS, 4.0 * tokens * card.vocab) + (TABLE if bits < 32 else 0.0) + tokens * card.hidden * 4.0
     return BASE + (fixed + SLACK * held + moment) / 1e6
 
 

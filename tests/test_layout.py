@@ -91,7 +91,7 @@ def test_every_verb_has_an_example_and_json(program: str) -> None:
     parse = importlib.import_module(f"{program}.cli").build()
     verbs = parse._subparsers._group_actions[0].choices
     assert set(verbs) == (
-        {"run", "enroll", "status", "doctor", "probe", "leave"}
+        {"run", "enroll", "status", "infer", "doctor", "probe", "leave"}
         if program == "edge_agent"
         else {
             "serve",
