@@ -114,6 +114,9 @@ class Plan:
         self.policy = _policy(spec.policy)
         self.keep = float(getattr(self.stack.methods.get("sparse"), "keep", 1.0))
         self._check_arms()
+        placed = {name for rule in spec.arms.rules(self.max_depth) for name in expand(rule, card, self.modules)}
+        self.floor = min((m.layer for m in self.modules if m.name in placed), default=0)
+        """The lowest layer that any arm adapts: what lies below never changes in this job."""
 
     def _check_arms(self) -> None:
         arms = self.spec.arms

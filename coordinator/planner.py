@@ -106,7 +106,7 @@ class Planner:
             length, head = self.plan.spec.task.max_length, self.plan.head_size
             self._needs[key] = memory_mb(self.plan.card, placement, arm.prune, arm.bits, arm.batch, length, head)
         need = self._needs[key]
-        every, floor = self.plan.spec.frozen_every, min(m.layer for m in self.plan.modules)
+        every, floor = self.plan.spec.frozen_every, self.plan.floor
         keeps = every - version % every
         score = self.prunes and number == SCORE_ROUND
         return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2), keeps, floor, score)

@@ -1,0 +1,34 @@
+"""A fleet of mixed depth keeps what lies below every arm for the whole job."""
+
+from pathlib import Path
+
+from coordinator import store
+from coordinator.job import Plan, read_job
+from profiles.card import read_card
+
+from . import world as small
+from .world import World, job
+
+DEEP = {"targets": ["query", "value"], "max_depth": 2}
+
+
+def test_the_floor_is_below_every_arm(tmp_path: Path) -> None:
+    card = read_card(small.tiny_bert(tmp_path, layers=4))
+    floor = lambda **arms: Plan(read_job(job(adapter=DEEP, arms={"ranks": [2], "bits": [32], **arms})), card).floor  # noqa: E731
+    assert floor() == 2
+    assert floor(depths=[1]) == 3
+    assert floor(placements=["rising(1..3, total=9)"]) == 1
+
+
+async def test_a_device_of_changing_depth_keeps_the_common_layers(tmp_path: Path) -> None:
+    model = small.tiny_bert(tmp_path / "model", layers=4)
+    async with World(tmp_path / "w", model, devices=2) as world:
+        name = await world.run(
+            job(rounds=6, adapter=DEEP, frozen_every=1, policy={"name": "ucb1"},
+                arms={"ranks": [2], "depths": [1, 2], "bits": [32], "steps": [6], "batch": 8})
+        )  # fmt: skip
+        told = [store.read(r["telemetry"]) for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < 6]
+    # With one frozen refresh a round, a shallow arm's own boundary never pays; that of the whole fleet does.
+    assert told[0]["cache"] == "layers below 2"
+    assert all(t["cache"] in ("layers below 2", "layers below 3") or "used" in t["cache"] for t in told)
+    assert sum(t["cache"] == "layers below 2" for t in told) >= 6
