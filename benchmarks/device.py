@@ -23,7 +23,7 @@ from .table import report
 
 KEYS = ("full_depth", "depth_25", "depth_25_cached", "prune_50")
 PEERS = ("fp32", "bf16", "nf4-fp32", "nf4-bf16")
-OURS = ("fp32", "bf16")
+OURS = ("fp32", "bf16", "nf4-bf16")
 LAPTOP = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 Measured = dict[tuple[str, str, str], dict[str, float]]
 """Medians by side, key and numerics."""
@@ -101,6 +101,22 @@ def _above(run: dict[str, float]) -> float:
     return run["peak_mb"] - run["imports_mb"]
 
 
+def gemm_fraction(work: str, key: str, numerics: str, steps: int, home: Path, threads: int) -> float:
+    """Share of a run that its matrix products would take, each at its best alone."""
+    command = [sys.executable, "-m", "benchmarks.sides.gemm", work, key, numerics, str(steps), str(home), str(threads)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return round(found["gemm_s"] / found["step_s"], 2)
+
+
+def mixed_fleet(name: str, home: Path, threads: int, peer: float, machine: str) -> dict[str, Any]:
+    """Ten rounds of changing depth, what is cached and made again included, over the peer's full depth."""
+    command = [sys.executable, "-m", "benchmarks.sides.mixed", name, str(home), str(threads)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    found = {"work": name, "machine": machine, "key": "depth_25_cached_mixed_fleet", **found}
+    print(f"  mixed fleet: {found}", flush=True)
+    return {**found, "tokens_per_s_ratio": round(found["tokens_per_s"] / peer, 2)}
+
+
 def main() -> int:
     """Run."""
     quick = os.environ.get("SCALE") == "quick"
@@ -113,7 +129,7 @@ def main() -> int:
     if "minilm" in args.works and not (works.SHARED / "data/clinc150").exists():
         print("the texts for MiniLM are not here; a tiny random model stands in")
         args.works = ["tiny" if w == "minilm" else w for w in args.works]
-    threads, made = os.cpu_count() or 1, []
+    threads, made, mixed = os.cpu_count() or 1, [], []
     with tempfile.TemporaryDirectory() as folder:
         home = args.home or Path(folder)
         for name in args.works:
@@ -123,9 +139,17 @@ def main() -> int:
                 if (quick or args.native) and environment:
                     continue
                 print(f"{name}, {machine}, {steps} steps of {work.batch}, {threads} threads", flush=True)
-                made += rows(name, work, runs(name, args.repeats, steps, home, threads, environment), machine)
+                found = runs(name, args.repeats, steps, home, threads, environment)
+                made += rows(name, work, found, machine)
+                if not environment:
+                    for row in made[-len(KEYS) :]:
+                        few = max(3, steps // 3)
+                        row["gemm_fraction"] = gemm_fraction(name, row["key"], "fp32", few, home, threads)
+                        row["gemm_fraction_bf16"] = gemm_fraction(name, row["key"], "bf16", few, home, threads)
+                    if name == "minilm":
+                        mixed.append(mixed_fleet(name, home, threads, found["peer", "full_depth", "fp32"]["tokens_per_s"], machine))
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")}
-    report("device", made, threads=threads, repeats=args.repeats, versions=versions)
+    report("device", made, mixed_fleet=mixed, threads=threads, repeats=args.repeats, versions=versions)
     return 0
 
 

@@ -134,9 +134,8 @@ class LocalRound:
             told = f"`{users[0]}` changes what the model sees"
         else:
             draws = recipe.steps * recipe.batch + 2 * recipe.probe + len(held[: recipe.evaluate])
-            left = self.job.rounds - self.job.round + 1
             own = trained_from(base.sites, base.core.kind.layers)
-            at, told = choose(own, min(own, recipe.floor), draws, len(examples), recipe.keeps, left)
+            at, told = choose(own, min(own, recipe.floor), draws, len(examples), recipe.keeps, self.job.rounds)
         if at:
             for e in examples:
                 e.setdefault("key", example_key(e["ids"]))

@@ -28,7 +28,6 @@ async def test_a_device_of_changing_depth_keeps_the_common_layers(tmp_path: Path
                 arms={"ranks": [2], "depths": [1, 2], "bits": [32], "steps": [6], "batch": 8})
         )  # fmt: skip
         told = [store.read(r["telemetry"]) for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < 6]
-    # With one frozen refresh a round, a shallow arm's own boundary never pays; that of the whole fleet does.
-    assert told[0]["cache"] == "layers below 2"
-    assert all(t["cache"] in ("layers below 2", "layers below 3") or "used" in t["cache"] for t in told)
+    # With frozen layers that come anew each round, a shallow arm's own boundary pays only within the round; the fleet's for the job.
+    assert all(t["cache"] in ("layers below 2", "layers below 3") for t in told)
     assert sum(t["cache"] == "layers below 2" for t in told) >= 6

@@ -18,13 +18,6 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
     from coordinator import channels
     from edge_agent.model import Base
     from edge_agent.model.prepared import Shelf
-    from edge_agent.tasks import engine
-    from edge_agent.trainer import Trainer
-    from federated.catalogue import build_stack
-    from federated.messages import Recipe, Task
-    from federated.method import Round
-    from federated.spec import Dense, Pair, Spec
-    from federated.stack import ClientSide, Stack
     from profiles.card import read_card
 
     folder = Path(work.folder)
@@ -34,26 +27,7 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
     bits = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[numerics.removesuffix("-bf16")]
     base = Base(folder, [], bits, masks, work.causal, half=numerics.endswith("-bf16"), shelf=shelf, digest=card.digest)
     first = card.layers - depth(card.layers, key)
-    ends = ("q_proj", "v_proj") if work.causal else ("query", "value")
-    modules = [m for m in card.modules if m.layer >= first and m.name.endswith(ends)]
-    rng = np.random.default_rng(SEED)
-    size = {m.name: (base.sites[m.name].base.out, base.sites[m.name].base.in_) for m in modules}
-    pairs = {m.name: Pair(m.layer, m.out, m.in_, RANK, SCALE, *size[m.name], "") for m in modules}
-    tensors = {f"{n}.A": rng.uniform(-1, 1, (RANK, i)).astype(np.float32) / i**0.5 for n, (_, i) in size.items()}
-    tensors |= {f"{n}.B": np.zeros((o, RANK), np.float32) for n, (o, _) in size.items()}
-    dense = {} if work.causal else {"head.weight": Dense([work.labels, card.hidden]), "head.bias": Dense([work.labels])}
-    for name, d in dense.items():
-        bound = card.hidden**-0.5 if name.endswith("weight") else 0.0
-        tensors[name] = rng.uniform(-bound, bound, d.shape).astype(np.float32)
-    spec = Spec(pairs, dense)
-    recipe = Recipe(32, work.batch, work.steps, work.lr)
-    job: Any = SimpleNamespace(job="bench", round=1, rounds=1, recipe=recipe, seed=SEED)
-    client = ClientSide(
-        Stack(build_stack([]), "product"), "bench", Round(1, 1), "d", spec, steps=work.steps, lr=work.lr, down={}, state=None
-    )
-    task = engine(
-        Task("bench", "causal_lm" if work.causal else "text_classification", [str(n) for n in range(work.labels)], 512), str(folder)
-    )
+    spec, tensors = adapter(base, card, work, first)
     stamps: list[float] = []
     losses: list[float] = []
 
@@ -62,7 +36,7 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
         losses.append(loss)
 
     base.place(spec, tensors)
-    trainer = Trainer(base, task, job, client, work.examples, progress)
+    trainer = trainer_of(base, work, spec, work.steps, work.examples, progress)
     if key.endswith("cached"):
         _warm(base, trainer, work, first)
 
@@ -75,6 +49,41 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
     stamps.append(time.perf_counter())
     trainer.run(tensors, {})
     return [b - a for a, b in itertools.pairwise(stamps)], losses
+
+
+def adapter(base: Any, card: Any, work: Work, first: int) -> tuple[Any, dict[str, Any]]:
+    """Spec and fresh tensors of adapters on q and v from layer `first` on, and of the head."""
+    from federated.spec import Dense, Pair, Spec
+
+    ends = ("q_proj", "v_proj") if work.causal else ("query", "value")
+    modules = [m for m in card.modules if m.layer >= first and m.name.endswith(ends)]
+    rng = np.random.default_rng(SEED)
+    size = {m.name: (base.sites[m.name].base.out, base.sites[m.name].base.in_) for m in modules}
+    pairs = {m.name: Pair(m.layer, m.out, m.in_, RANK, SCALE, *size[m.name], "") for m in modules}
+    tensors = {f"{n}.A": rng.uniform(-1, 1, (RANK, i)).astype(np.float32) / i**0.5 for n, (_, i) in size.items()}
+    tensors |= {f"{n}.B": np.zeros((o, RANK), np.float32) for n, (o, _) in size.items()}
+    dense = {} if work.causal else {"head.weight": Dense([work.labels, card.hidden]), "head.bias": Dense([work.labels])}
+    for name, d in dense.items():
+        bound = card.hidden**-0.5 if name.endswith("weight") else 0.0
+        tensors[name] = rng.uniform(-bound, bound, d.shape).astype(np.float32)
+    return Spec(pairs, dense), tensors
+
+
+def trainer_of(base: Any, work: Work, spec: Any, steps: int, examples: Any, progress: Any, round: int = 1) -> Any:
+    """The worker's trainer for a round of so many steps."""
+    from edge_agent.tasks import engine
+    from edge_agent.trainer import Trainer
+    from federated.catalogue import build_stack
+    from federated.messages import Recipe, Task
+    from federated.method import Round
+    from federated.stack import ClientSide, Stack
+
+    job: Any = SimpleNamespace(job="bench", round=round, rounds=round, recipe=Recipe(32, work.batch, steps, work.lr), seed=SEED)
+    stack = Stack(build_stack([]), "product")
+    client = ClientSide(stack, "bench", Round(round, round), "d", spec, steps=steps, lr=work.lr, down={}, state=None)
+    kind = "causal_lm" if work.causal else "text_classification"
+    task = engine(Task("bench", kind, [str(n) for n in range(work.labels)], 512), str(work.folder))
+    return Trainer(base, task, job, client, examples, progress)
 
 
 def _warm(base: Any, trainer: Any, work: Work, at: int) -> None:

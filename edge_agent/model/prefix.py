@@ -25,21 +25,22 @@ def trained_from(sites: Mapping[str, Site], layers: int) -> int:
     return min((s.layer for s in sites.values() if any(a.requires_grad or b.requires_grad for a, b, _ in s.pairs())), default=layers)
 
 
-def choose(own: int, common: int, draws: int, examples: int, keeps: int, left: int) -> tuple[int, str]:
+def choose(own: int, common: int, draws: int, examples: int, keeps: int, rounds: int) -> tuple[int, str]:
     """Where to cut, or 0 and why not.
 
-    `own` is the lowest layer that is trained here, `common` the lowest that anybody adapts: below it nothing changes in the `left` rounds
-    of the job; between the two, frozen adapters stay as they are for `keeps` rounds. `draws` examples are used in a round. Own boundary
-    where that pays, else the common one (core.md 8.9, P2 and P1).
+    `own` is the lowest layer that is trained here, `common` the lowest that anybody adapts: below it nothing changes in the job's `rounds`;
+    between the two, frozen adapters stay as they are for `keeps` more. `draws` examples are used in a round. Own boundary where that pays,
+    else the common one (core.md 8.9, P2 and P1). All rounds count, not those that are left: what was made is used to the end, and whether
+    a restart lost it must not show in the result. States are made when they are first asked for, so a late start costs little.
     """
     uses = draws / max(1, examples)
     if own == 0:
         return 0, "the lowest layer is trained"
-    if uses * (left if own == common else keeps) >= WORTH:
+    if uses * (rounds if own == common else keeps) >= WORTH:
         return own, ""
-    if common > 0 and uses * left >= WORTH:
+    if common > 0 and uses * rounds >= WORTH:
         return common, ""
-    return 0, f"an example is used {uses * (left if common > 0 else keeps):.1f} times before its states are out of date"
+    return 0, f"an example is used {uses * (rounds if common > 0 else keeps):.1f} times before its states are out of date"
 
 
 def prefix_id(sites: Mapping[str, Site], below: int, digest: str, bits: int, dtype: torch.dtype, masks: Masks) -> str:

@@ -194,11 +194,11 @@ def test_room_is_bounded(tmp_path: Path) -> None:
     assert store.path.stat().st_size <= 500
 
 
-@pytest.mark.parametrize(("own", "common", "draws", "n", "keeps", "left", "at"), [
+@pytest.mark.parametrize(("own", "common", "draws", "n", "keeps", "rounds", "at"), [
     (0, 0, 1000, 10, 5, 20, 0), (4, 4, 200, 1000, 1, 20, 4), (4, 2, 1000, 1000, 5, 20, 4), (4, 2, 300, 1000, 2, 20, 2),
     (4, 0, 300, 1000, 2, 20, 0), (4, 4, 10, 1000, 5, 20, 0),
 ])  # fmt: skip
-def test_where_to_cut(own: int, common: int, draws: int, n: int, keeps: int, left: int, at: int) -> None:
-    found, why = choose(own, common, draws, n, keeps, left)
+def test_where_to_cut(own: int, common: int, draws: int, n: int, keeps: int, rounds: int, at: int) -> None:
+    found, why = choose(own, common, draws, n, keeps, rounds)
     assert found == at
     assert bool(why) == (at == 0)
