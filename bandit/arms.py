@@ -8,7 +8,7 @@ A placement is written as a rule; cost model and aggregation only ever see what 
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -47,6 +47,8 @@ class ArmSpace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bits: tuple[int, ...] = (32, 8, 4)
     steps: tuple[Annotated[int, Meta(ge=1)], ...] = (8,)
     batch: Annotated[int, Meta(ge=1)] = 8
+    masks: Literal["global", "private"] = "global"
+    """One order of heads and channels for the fleet, or each device's own by its data, as FedSpine's devices prune."""
 
     def rules(self, max_depth: int) -> list[str]:
         """Every placement rule of the space, at most `max_depth` layers deep."""

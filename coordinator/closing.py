@@ -93,6 +93,7 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
                 continue
             norms[u.device] = norm
             scores.append((u.weight, u.extra.pop(IMPORTANCE, {})))
+            run.planner.tell(u.device, scores[-1][1])
             yield u
 
     version, used = apply.next_version(run.server, run.version, updates(), len(folding), number)

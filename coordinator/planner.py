@@ -12,7 +12,7 @@ from bandit.policy import Choice
 from federated.messages import Assignment, Blob, ModelSource, Recipe
 from federated.spec import Dense, Pair, Spec
 from federated.stack import ServerSide, seed_of
-from federated.tensors import Tensors
+from federated.tensors import Array, Tensors
 from federated.update import LowRank, Masks
 from federated.wire import encode
 from profiles.card import Module
@@ -44,7 +44,9 @@ class Planner:
         self.warrant = warrant
         self.prunes, self.ranked = max(plan.spec.arms.prune) > 0, False
         self.scores = channels.importance(model_folder, plan.card) if self.prunes else channels.Importance({}, {})
-        self._masks: dict[float, Masks] = {}
+        self.own: dict[str, dict[str, Array]] = {}
+        """Private masks: what each device said that its heads and channels are worth to it, as it came."""
+        self._masks: dict[tuple[float, str], Masks] = {}
         self._frozen: tuple[int, Version] | None = None
         self._placements: dict[str, dict[str, int]] = {}
         self._needs: dict[tuple[Any, ...], float] = {}
@@ -73,11 +75,26 @@ class Planner:
         self.scores, self.ranked = scores, True
         self._masks.clear()
 
-    def masks(self, ratio: float) -> Masks:
-        """Kept channels at a pruning ratio."""
-        if ratio not in self._masks:
-            self._masks[ratio] = channels.masks(self.plan.card, self.scores, ratio)
-        return self._masks[ratio]
+    def tell(self, device: str, scores: dict[str, Array]) -> None:
+        """What heads and channels are worth to a device; kept where masks are private."""
+        if self.plan.spec.arms.masks == "private" and scores:
+            self.own[device] = scores
+            self._masks.clear()
+
+    def masks(self, ratio: float, device: str) -> Masks:
+        """Kept channels of a device at a pruning ratio, by its own order where masks are private and it told one."""
+        key = (ratio, device if device in self.own else "")
+        if key not in self._masks:
+            order = channels.agreed(self.plan.card, self.scores, [(1.0, self.own[device])]) if key[1] else self.scores
+            self._masks[key] = channels.masks(self.plan.card, order, ratio)
+        return self._masks[key]
+
+    def asks(self, number: int, device: str, prune: float) -> bool:
+        """Should a device say what heads and channels are worth? All in one round; with private masks, whoever has not yet and is whole."""
+        if not self.prunes:
+            return False
+        late = self.plan.spec.arms.masks == "private" and number > SCORE_ROUND and device not in self.own and not prune
+        return number == SCORE_ROUND or late
 
     def assign(self, version: Version, number: int, device: str, choice: Choice, server: ServerSide, inline: bool = False) -> Assignment:
         """One device's assignment; views that are new are added to `version.views`."""
@@ -85,7 +102,8 @@ class Planner:
         placement = self._expanded(arm.placement)
         adjusted = server.plan({"rank": max(placement.values()), "depth": 0, "steps": arm.steps, "lr": spec.training.lr}, device, number)
         placement = {m: min(r, int(adjusted["rank"])) for m, r in placement.items()}
-        recipe = self._recipe(version.number, number, arm, placement, int(adjusted["steps"]), float(adjusted["lr"]))
+        score = self.asks(number, device, arm.prune)
+        recipe = self._recipe(version.number, arm, placement, int(adjusted["steps"]), float(adjusted["lr"]), score)
         return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train", inline)
 
     def _expanded(self, rule: str) -> dict[str, int]:
@@ -96,10 +114,10 @@ class Planner:
     def install(self, version: Version, device: str, arm: Arm, server: ServerSide) -> Assignment:
         """The final version for one device: nothing is trained, it is measured and put in place."""
         placement = self._expanded(arm.placement)
-        recipe = self._recipe(version.number, -1, arm, placement, 1, self.plan.spec.training.lr)
+        recipe = self._recipe(version.number, arm, placement, 1, self.plan.spec.training.lr)
         return self._assignment(version, self.plan.spec.rounds, device, arm, placement, recipe, server, "the final version", "install")
 
-    def _recipe(self, version: int, number: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float) -> Recipe:
+    def _recipe(self, version: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float, score: bool = False) -> Recipe:
         t = self.plan.spec.training
         key = (tuple(placement.items()), arm.prune, arm.bits, arm.batch)
         if key not in self._needs:
@@ -108,7 +126,6 @@ class Planner:
         need = self._needs[key]
         every, floor = self.plan.spec.frozen_every, self.plan.floor
         keeps = every - version % every
-        score = self.prunes and number == SCORE_ROUND
         return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2), keeps, floor, score)
 
     def _assignment(
@@ -149,12 +166,13 @@ class Planner:
         self, version: Version, number: int, device: str, arm: Arm, placement: Mapping[str, int], server: ServerSide, complete: bool
     ) -> dict[str, Blob]:
         """What a device fetches; made once for all that get the same, unless a method offers something to each."""
-        key = (version.number, tuple(placement.items()), arm.prune, complete)
+        whose = device if arm.prune and device in self.own else ""
+        key = (version.number, tuple(placement.items()), arm.prune, complete, whose)
         if self._shared[0] != version.number:
             self._shared = (version.number, {})
         if key in self._shared[1]:
             return self._shared[1][key]
-        masks = self.masks(arm.prune)
+        masks = self.masks(arm.prune, device)
         blobs = {"view": self._view(version, number, device, placement, masks, server)}
         if frozen := self._below(version, placement, masks, complete=complete):
             blobs["frozen"] = frozen

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from bandit.tuner import NoArm, Tuner
 from federated.messages import Assignment, ModelSource, read_assignment
 from federated.stack import ServerSide
@@ -147,10 +149,12 @@ class JobRunner:
         self.norms = [list(r) for r in state.get("norms", [])]
         if "importance" in state:
             self.planner.rank(channels.restored(state["importance"]))
+        self.planner.own = {d: {k: np.asarray(v) for k, v in told.items()} for d, told in state.get("own_importance", {}).items()}
 
     def state(self) -> dict[str, Any]:
         """The inverse of `restore`."""
         kept = {"methods": self.server.state, "tuner": self.tuner.state, "examples": self.examples, "norms": self.norms}
+        kept |= {"own_importance": self.planner.own} if self.planner.own else {}
         return kept | ({"importance": channels.saved(self.planner.scores)} if self.planner.ranked else {})
 
     async def members(self) -> Members:

@@ -1,5 +1,6 @@
 """What heads and channels are worth: the device's estimate against the dense formula, the fleet's average, and a job that uses it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from coordinator.planner import SCORE_ROUND
 from coordinator.registry import Registry
 from edge_agent.model import Base, importance
 from federated.errors import WireError
+from federated.messages import read_assignment
 from profiles.card import read_card
 
 from .edge_agent.families import ENCODERS, make
 from .edge_agent.test_families import adapted, batch
-from .world import World, job
+from .world import LABELS, World, job, rows
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
@@ -107,3 +109,26 @@ async def test_a_job_prunes_by_what_its_devices_said(tmp_path: Path, tiny: Path)
     before, after = channels.importance(tiny, read_card(tiny)), channels.restored(state["importance"])
     assert not np.array_equal(np.argsort(before.channels[0]), np.argsort(after.channels[0]))
     assert all(v.max() <= 1.0 for v in after.channels.values())
+
+
+@pytest.mark.parametrize("masks", ["global", "private"])
+async def test_private_masks_follow_each_devices_own_data(tmp_path: Path, tiny: Path, masks: str) -> None:
+    arms = {"ranks": [2], "prune": [0, 0.4], "bits": [32], "steps": [4], "batch": 8, "masks": masks}
+    async with World(tmp_path, tiny, devices=2) as world:
+        for number, path in enumerate(world.data.values()):  # two devices that see other words
+            seen = [r for r in rows(400, 1) if (r["label"] in LABELS[:2]) == bool(number)]
+            path.write_text("\n".join(json.dumps(r) for r in seen[:80]))
+        name = await world.run(job(rounds=10, arms=arms, policy={"name": "fedspine"}, adapter={"targets": ["all"]}), seconds=120)
+        ledger, runner = world.coordinator.ledger, world.coordinator
+        told = [(r["round"], r["device"], read_assignment(r["body"])) for r in ledger.rows(store.assignments, job=name)]
+        last = max(v["number"] for v in ledger.rows(store.versions, job=name))
+        state = Registry(runner.config.home / "jobs" / name).load(last).state
+        assert ledger.row(store.jobs, id=name)["state"] == "finished"
+    cut = {d: a.blobs["masks"].digest for n, d, a in told if n > SCORE_ROUND and "masks" in a.blobs}
+    assert len(cut) == 2
+    assert len(set(cut.values())) == (2 if masks == "private" else 1)
+    assert ("own_importance" in state) == (masks == "private")
+    if masks == "private":
+        card, one, two = read_card(tiny), *state["own_importance"].values()
+        orders = [channels.agreed(card, channels.importance(tiny, card), [(1.0, s)]) for s in (one, two)]
+        assert any(not np.array_equal(channels.masks(card, orders[0], 0.4)[k], m) for k, m in channels.masks(card, orders[1], 0.4).items())
