@@ -14,7 +14,7 @@ from federated.tensors import Tensors
 from federated.update import LowRank
 
 if TYPE_CHECKING:
-    from .rounds import View
+    from .view import View
 
 
 def publish(home: Path, job: Assignment, view: "View", tensors: Tensors, transposed: bool = False) -> None:

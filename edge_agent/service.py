@@ -298,6 +298,7 @@ class Agent:
                 inline=job.inline,
                 shelf_mb=shelf_mb,
                 cache_mb=cache_mb,
+                writes_mb=self.writes.left_mb(),
                 kernel_ms=self.bits_ms,
             )
             await self._carried_out(order)

@@ -39,17 +39,17 @@ async def test_every_hook_is_called(tmp_path: Path, tiny: Path, space: str) -> N
 
 
 async def test_what_stays_at_home_is_kept_and_used(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import edge_agent.rounds
+    import edge_agent.local_round
     from federated.wire import thaw
 
-    states, real = [], edge_agent.rounds.commit
+    states, real = [], edge_agent.local_round.commit
 
     def commit(result: Path, update: bytes, state: bytes, meta: Any) -> None:
         if "/d0/" in str(result):
             states.append(thaw(state)["\0kept"]["head.bias"])
         real(result, update, state, meta)
 
-    monkeypatch.setattr(edge_agent.rounds, "commit", commit)
+    monkeypatch.setattr(edge_agent.local_round, "commit", commit)
     async with World(tmp_path, tiny, devices=2) as world:
         await world.run(job(rounds=3, stack=["every_hook"], arms={"ranks": [2], "bits": [32], "steps": [5], "batch": 4}))
         assert np.any(states[0] != 0)

@@ -7,6 +7,7 @@ digests that is written last. What does not match its digest is made again.
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -41,16 +42,17 @@ def needed(recipe: Recipe) -> bool:
 
 
 class Shelf:
-    """The folder of prepared bases, at most `quota_mb` of them. `written` counts bytes, for those who mind their cards."""
+    """The folder of prepared bases: at most `quota_mb` of them, of which `writes_mb` may be written now. `written` counts bytes."""
 
-    def __init__(self, folder: Path, quota_mb: float) -> None:
-        self.folder, self.quota_mb, self.written = folder, quota_mb, 0
+    def __init__(self, folder: Path, quota_mb: float, writes_mb: float = math.inf) -> None:
+        self.folder, self.quota_mb, self.writes_mb, self.written = folder, quota_mb, writes_mb, 0
 
     def open(self, recipe: Recipe, digest: str) -> tuple[list[Callable[[], Packed]], Callable[[], Packed]]:
-        """Layers (each read when it is called for) and tables. Made if they are not there. Raises OSError where the disk is full."""
+        """Layers (each read when it is called for) and tables. Made if they are not there. Raises OSError where there is no room."""
         target = self.folder / key(recipe, digest)
         if not self._whole(target):
             shutil.rmtree(target, ignore_errors=True)
+            self._check_room(recipe)
             self._make(recipe, target)
         os.utime(target)
 
@@ -71,6 +73,12 @@ class Shelf:
         if wrong:
             log.warning("%s: %s is damaged; the base is prepared again", target, ", ".join(wrong))
         return not wrong
+
+    def _check_room(self, recipe: Recipe) -> None:
+        """Before anything is written: all layers are as large as the first, or smaller."""
+        need = (recipe.kind.layers * _size(recipe.layer(0)) + _size(recipe.rest())) / 1e6
+        if need > (most := min(self.quota_mb, self.writes_mb)):
+            raise OSError(f"it would take {need:.0f} MB, {most:.0f} may be written")
 
     def _make(self, recipe: Recipe, target: Path) -> None:
         target.mkdir(parents=True)
@@ -97,6 +105,10 @@ class Shelf:
             total += sum(f.stat().st_size for f in folder.iterdir()) / 1e6
             if folder != newest and total > self.quota_mb:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(packed: Packed) -> int:
+    return sum(t.numel() * t.element_size() for t in packed.values())
 
 
 def _file(number: int) -> str:

@@ -92,3 +92,12 @@ def test_the_shelf_keeps_to_its_quota_and_forgets_the_oldest(tmp_path: Path) -> 
         Base(folder, [], bits, {}, shelf=shelf, digest="d")
     assert len(list((tmp_path / "s").iterdir())) < 3
     Base(folder, [], 4, {}, shelf=shelf, digest="d")
+
+
+@pytest.mark.parametrize(("quota", "writes"), [(0.01, 100.0), (100.0, 0.01)])
+def test_what_has_no_room_is_not_begun(tmp_path: Path, quota: float, writes: float) -> None:
+    shelf = Shelf(tmp_path / "s", quota, writes)
+    with pytest.raises(OSError, match=r"it would take 0 MB, 0 may be written"):
+        Base(make("bert", tmp_path / "m"), [], 8, {}, shelf=shelf, digest="d")
+    assert not (tmp_path / "s").exists()
+    assert shelf.written == 0
