@@ -44,11 +44,17 @@ class ArmSpace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     placements: tuple[str, ...] = ()
     """Rules to choose from beside `top` of every depth and rank."""
     prune: tuple[Annotated[float, Meta(ge=0, le=0.9)], ...] = (0.0,)
-    bits: tuple[int, ...] = (32, 8, 4)
+    bits: tuple[int, ...] | Literal["auto"] = (32, 8, 4)
+    """Each device gets the one that it measured fastest among those that fit; `auto`: of all four."""
     steps: tuple[Annotated[int, Meta(ge=1)], ...] = (8,)
     batch: Annotated[int, Meta(ge=1)] = 8
     masks: Literal["global", "private"] = "global"
     """One order of heads and channels for the fleet, or each device's own by its data, as FedSpine's devices prune."""
+
+    @property
+    def precisions(self) -> tuple[int, ...]:
+        """Bits to choose from."""
+        return (32, 16, 8, 4) if self.bits == "auto" else self.bits
 
     def rules(self, max_depth: int) -> list[str]:
         """Every placement rule of the space, at most `max_depth` layers deep."""
@@ -61,7 +67,7 @@ class ArmSpace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             Arm(placement=p, prune=q, bits=b, batch=self.batch, steps=s)
             for p in self.rules(max_depth)
             for q in sorted(set(self.prune))
-            for b in self.bits
+            for b in self.precisions
             for s in self.steps
         ]
 

@@ -62,9 +62,9 @@ class Tuner:
         return int(self.state["devices"][device]["bits"])
 
     def _bits(self, device: str, profile: DeviceProfile, bits_ms: dict[str, float], below: int = 99) -> int:
-        fitting = [b for b in self.space.bits if b < below and self._smallest(device, b) <= profile.budget_mb]
+        fitting = [b for b in self.space.precisions if b < below and self._smallest(device, b) <= profile.budget_mb]
         if not fitting:
-            need = min(self._smallest(device, b) for b in self.space.bits)
+            need = min(self._smallest(device, b) for b in self.space.precisions)
             raise NoArm(f"{device} allows {profile.budget_mb:.0f} MB for the model, the smallest arm needs {need:.0f} MB")
         measured = times(bits_ms, self.card.hidden)
         guess = {b: 1 / (profile.gflops.get(str(b)) or min(profile.gflops.values())) for b in fitting}

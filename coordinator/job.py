@@ -125,7 +125,7 @@ class Plan:
                 expand(rule, self.card, self.modules)
             except ValueError as error:
                 raise ConfigError(f"arms.placements: {error}") from None
-        if bad := [b for b in arms.bits if b not in (32, 16, 8, 4)]:
+        if bad := [b for b in arms.precisions if b not in (32, 16, 8, 4)]:
             raise ConfigError(f"arms.bits: {bad[0]} is not one of 32, 16, 8, 4")
         if not arms.rules(self.max_depth):
             raise ConfigError(f"arms.depths {list(arms.depths)}: none is within max_depth {self.max_depth}")

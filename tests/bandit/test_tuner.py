@@ -217,3 +217,14 @@ def test_profiles_match_what_a_probe_sees(tmp_path: Path) -> None:
     for profile in library().values():
         assert set(profile.source.values()) <= set(SOURCES), f"{profile.name} says where its figures come from"
         assert "gflops" in profile.source
+
+
+def test_auto_takes_what_a_device_measured_fastest_and_never_assumes_bf16() -> None:
+    space = msgspec.convert({"bits": "auto"}, ArmSpace)
+    made = Tuner(POLICIES["fixed"](), CARD, targets(CARD, ["auto"]), space, max_depth=3, length=32, head=4000, keep=0.25, seed=1)
+    roomy = device("laptop-x86-16gb", 4000.0)
+    assert made.join("avx2", roomy, {"32": 4.0, "16": 120.0, "8": 5.0, "4": 6.0}) == 32
+    assert made.join("bf16", roomy, {"32": 4.0, "16": 2.0, "8": 2.5, "4": 2.6}) == 16
+    assert made.join("unmeasured", roomy, {}) != 16
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"bits": "best"}, ArmSpace)

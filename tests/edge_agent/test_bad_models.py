@@ -87,7 +87,7 @@ def test_a_damaged_prepared_base_is_made_again(tmp_path: Path, what: str) -> Non
 
 def test_the_shelf_keeps_to_its_quota_and_forgets_the_oldest(tmp_path: Path) -> None:
     folder = make("bert", tmp_path / "m")
-    shelf = Shelf(tmp_path / "s", 0.1)
+    shelf = Shelf(tmp_path / "s", 0.15)
     for bits in (16, 8, 4):
         Base(folder, [], bits, {}, shelf=shelf, digest="d")
     assert len(list((tmp_path / "s").iterdir())) < 3
