@@ -63,8 +63,8 @@ class Checkpoint:
                 n: {"state": client.state[n], "up": client.up[n], "random": c.generator.get_state().numpy()} for n, c in contexts.items()
             }
             told = {
-                "assignment": self.assignment, "step": step, "values": values.detach().numpy(), "methods": methods,
-                "moments": {k: t.numpy() for k, t in moments.items()},
+                "assignment": self.assignment, "step": step, "values": values.detach().cpu().numpy(), "methods": methods,
+                "moments": {k: t.cpu().numpy() for k, t in moments.items()},
             }  # fmt: skip
             try:
                 write_atomic(self.path, freeze(told))

@@ -191,7 +191,8 @@ def _time_kernels(config: Any) -> dict[str, float]:
 
     from . import probe
 
-    found = probe.kernels_in_child(probe.profile(config).threads if config is not None else 1)
+    where = config.worker.accelerator if config is not None else "auto"
+    found = probe.kernels_in_child(probe.profile(config).threads if config is not None else 1, where)
     if found and config is not None:
         write_atomic(config.home / "kernels.json", json.dumps(found).encode())
     return found

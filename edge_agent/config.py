@@ -64,6 +64,8 @@ class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_mb: Annotated[float, Meta(gt=0)] | None = None
     """Resident memory over what the runtime itself takes; None: 1,000 MB and four times the model budget."""
     idle_s: Annotated[float, Meta(gt=0)] = 300.0
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it computes; `auto`: on a CUDA device where a real kernel runs, else on the CPU."""
     slots: Annotated[int, Meta(ge=1)] | None = None
     """Workers that may compute at once on this machine; None: one per core."""
 

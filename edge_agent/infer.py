@@ -103,6 +103,7 @@ class TorchRuntime:
         import torch
         from safetensors.torch import load_file
 
+        from .accelerator import accelerator
         from .model import Base
         from .tasks import engine
 
@@ -110,13 +111,14 @@ class TorchRuntime:
         self.task, self.torch, head = task, torch, (adapter or base / "head") / "head.safetensors"
         weights = load_file(adapter / "adapter_model.safetensors") if adapter else {}
         names = sorted({k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in weights})
-        self.base = Base(base, names, bits, {}, task.kind == "causal_lm")
+        device = accelerator(config.worker.accelerator)
+        self.base = Base(base, names, bits, {}, task.kind == "causal_lm", device=device)
         if adapter:
             told = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             for name in names:
                 a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-                self.base.sites[name].place(a, b, float(told["lora_alpha"]) / float(told["r"]), False)
-        self.head = load_file(head) if head.exists() else {}
+                self.base.sites[name].place(a.to(device), b.to(device), float(told["lora_alpha"]) / float(told["r"]), False)
+        self.head = {k: t.to(device) for k, t in load_file(head).items()} if head.exists() else {}
         self.engine: Any = engine(task, str(base))
 
     def answers(self, rows: Rows) -> list[dict[str, Any]]:
@@ -128,7 +130,7 @@ class TorchRuntime:
         with self.torch.inference_mode():
             for at in range(0, len(examples), BATCH):
                 scores = self.engine.forward(self.base, self.head, self.engine.collate(examples[at : at + BATCH]))
-                found += [said(self.task, s.numpy()) for s in scores]
+                found += [said(self.task, s.cpu().numpy()) for s in scores]
         return found
 
 

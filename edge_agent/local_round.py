@@ -96,7 +96,7 @@ class LocalRound:
 
     def evaluate(self, held: Examples) -> None:
         """Measure the version as it arrived on examples that are never trained on."""
-        head = {k: as_tensor(self.view.tensors[k]) for k in self.view.spec.dense}
+        head = {k: as_tensor(self.view.tensors[k], self.base.device) for k in self.view.spec.dense}
         with self.watch("evaluate"):
             self.told["held"] = self.trainer.measure(held[: self.job.recipe.evaluate], head)
         if job_samples := self.job.task.samples if self.job.purpose == "install" or self.job.round == 0 else []:

@@ -33,7 +33,7 @@ class Flat:
 class SGD:
     """values ← values − lr·gradient."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
 
     def step(self, values: Tensor, gradient: Tensor, lr: float) -> None:
@@ -44,13 +44,13 @@ class SGD:
 class AdamW:
     """Adam with bias correction (Kingma & Ba, 2015, algorithm 1); the decay of AdamW would be zero for adapters, so there is none.
 
-    `state` is what a checkpoint keeps: both moments, and the number of steps.
+    `state` is what a checkpoint keeps: both moments, like the vector, and the number of steps, on the CPU.
     """
 
-    def __init__(self, size: int, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(self, like: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         self.betas, self.eps = betas, eps
-        self.state = {"mean": torch.zeros(size), "square": torch.zeros(size), "steps": torch.zeros(1)}
-        self._scratch = torch.empty(size)
+        self.state = {"mean": torch.zeros_like(like), "square": torch.zeros_like(like), "steps": torch.zeros(1)}
+        self._scratch = torch.empty_like(like)
 
     def step(self, values: Tensor, gradient: Tensor, lr: float) -> None:
         """One step, in place."""
@@ -62,6 +62,6 @@ class AdamW:
         values.addcdiv_(mean, scale, value=-lr / (1 - first**steps))
 
 
-def optimizer(name: str, size: int) -> "SGD | AdamW":
-    """By its name in the job."""
-    return SGD(size) if name == "sgd" else AdamW(size)
+def optimizer(name: str, values: Tensor) -> "SGD | AdamW":
+    """By its name in the job, for a vector like `values`."""
+    return SGD() if name == "sgd" else AdamW(values)

@@ -40,6 +40,7 @@ class Order(msgspec.Struct, frozen=True):
     """Disk that prepared bases may take; 0: none are kept."""
     writes_mb: float = 1e9
     """What may still be written today, by both together."""
+    accelerator: str = "auto"
     kernel_ms: dict[str, float] = {}
     """What the products took here (`profiles.kernels`): whether few-bit maps are computed with in bf16."""
 

@@ -91,9 +91,9 @@ def profile(config: AgentConfig) -> DeviceProfile:
     )
 
 
-def kernels_in_child(threads: int = 1, timeout_s: float = 180.0) -> dict[str, float]:
+def kernels_in_child(threads: int = 1, where: str = "auto", timeout_s: float = 180.0) -> dict[str, float]:
     """Milliseconds by `profiles.kernels.key`, measured in a child process; empty where torch is missing or the child fails."""
-    command = [sys.executable, "-m", "edge_agent.probe", str(threads)]
+    command = [sys.executable, "-m", "edge_agent.probe", str(threads), where]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=True)
         return {str(k): float(v) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
@@ -101,42 +101,49 @@ def kernels_in_child(threads: int = 1, timeout_s: float = 180.0) -> dict[str, fl
         return {}
 
 
-def kernels(threads: int = 1, widths: Sequence[int] = WIDTHS, tokens: int = 256) -> dict[str, float]:
+def kernels(threads: int = 1, widths: Sequence[int] = WIDTHS, tokens: int = 256, where: str = "auto") -> dict[str, float]:
     """Median milliseconds of forward and input gradient through one frozen map (h → 4h), by bits of its weights and width h.
 
     8 and 4 bits are computed with in bf16 where that has just proved faster, as the worker does.
     """
     import torch
 
+    from .accelerator import accelerator
     from .quantise import use_bitsandbytes
 
     torch.set_num_threads(threads)
-    use_bitsandbytes()
+    device = accelerator(where)
+    use_bitsandbytes(device)
     found: dict[str, float] = {}
     for width in widths:
         weight = torch.randn(4 * width, width) / width**0.5
         for bits in (32, 16, 8, 4):
             kind = torch.bfloat16 if bits == 16 or (bits < 16 and half(found, width)) else torch.float32
             with contextlib.suppress(RuntimeError):  # no kernel for it here
-                found[key(bits, width)] = _one(weight, bits, kind, tokens, 7 if width < 1000 else 3)
+                found[key(bits, width)] = _one(weight, bits, kind, tokens, 7 if width < 1000 else 3, device)
     return found
 
 
-def _one(weight: Any, bits: int, kind: Any, tokens: int, repeats: int) -> float:
+def _one(weight: Any, bits: int, kind: Any, tokens: int, repeats: int, device: Any) -> float:
     import torch
 
+    from .accelerator import wait
     from .model.adapted import Site, apply
     from .model.frozen import Frozen
 
     out, in_ = weight.shape
-    site, times = Site("probe", 0, Frozen(out, in_, Frozen.pack(weight, bits))), []
+    base, times = Frozen(out, in_, Frozen.pack(weight, bits)), []
+    base.to(device)
+    site = Site("probe", 0, base)
     for _ in range(repeats + 1):
-        x = torch.randn(tokens, in_, dtype=kind, requires_grad=True)
+        x = torch.randn(tokens, in_, dtype=kind, device=device, requires_grad=True)
+        wait(device)
         start = time.perf_counter()
         torch.autograd.grad(apply(x, [site])[0].sum(), x)
+        wait(device)
         times.append(1e3 * (time.perf_counter() - start))
     return round(sorted(times[1:])[repeats // 2], 3)
 
 
 if __name__ == "__main__":
-    print(json.dumps(kernels(int(sys.argv[1]) if len(sys.argv) > 1 else 1)))
+    print(json.dumps(kernels(int(sys.argv[1]) if len(sys.argv) > 1 else 1, where=sys.argv[2] if len(sys.argv) > 2 else "auto")))

@@ -75,6 +75,8 @@ def maxima(packed: Packed) -> Tensor:
 def unpack_nf4(packed: Packed, out: int, in_: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight (out, in), fp32 or rounded to bf16."""
     codes, absmax = packed["nf4"], maxima(packed)
+    if codes.device.type == "cuda" and _cuda:
+        return _on_cuda(packed, absmax, out, in_, dtype)
     if dtype in _kernels and out * in_ % BLOCK == 0 and codes.device.type == "cpu":
         return _with_kernel(codes, absmax, out, in_, dtype)
     # A lookup as an embedding is three times as fast as indexing.
@@ -94,13 +96,17 @@ def packed_bytes(weights: int, bits: int, rows: int) -> int:
 
 
 _kernels: dict[torch.dtype, Any] = {}
+_cuda: list[Any] = []
+"""bitsandbytes' functions, once they gave the right numbers on a GPU."""
 
 
-def use_bitsandbytes() -> bool:
+def use_bitsandbytes(device: torch.device | str = "cpu") -> bool:
     """Read NF4 with the kernels of bitsandbytes from now on, if real calls of them give the right numbers here.
 
     On the CPU its library is called directly: importing the package takes 126 MB, and it looks for further kernels on a hub.
     """
+    if torch.device(device).type == "cuda":
+        return _use_cuda()
     if _kernels:
         return True
     packed = pack_nf4(torch.linspace(-1, 1, 512).view(2, 256))
@@ -115,6 +121,33 @@ def use_bitsandbytes() -> bool:
             _ = error
         _kernels.pop(dtype, None)
     return bool(_kernels)
+
+
+def _use_cuda() -> bool:
+    if _cuda:
+        return True
+    packed = {k: t.cuda() for k, t in pack_nf4(torch.linspace(-1, 1, 512).view(2, 256)).items()}
+    expected = unpack_nf4(packed, 2, 256)
+    try:
+        from bitsandbytes import functional
+
+        _cuda.append(functional)
+        if torch.allclose(unpack_nf4(packed, 2, 256), expected, atol=1e-6):
+            return True
+    except Exception as error:
+        # Not installed, without kernels for this GPU, or with another signature: all mean that we do without it.
+        _ = error
+    _cuda.clear()
+    return False
+
+
+def _on_cuda(packed: Packed, absmax: Tensor, out: int, in_: int, dtype: torch.dtype) -> Tensor:
+    (functional,) = _cuda
+    code = _LEVELS.to(absmax.device)
+    padded = out * in_ + -out * in_ % BLOCK
+    state = functional.QuantState(absmax, shape=torch.Size([padded]), code=code, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+    made: Tensor = functional.dequantize_4bit(packed["nf4"].view(-1, 1), state)
+    return made.view(-1)[: out * in_].view(out, in_)
 
 
 def _cpu_kernel(name: str) -> Any:

@@ -19,6 +19,7 @@ from profiles.kernels import half
 from profiles.memory import StepPlan, step_plan
 
 from . import identity, system, warrant
+from .accelerator import accelerator
 from .checkpoint import Checkpoint
 from .data import Shard
 from .local_round import LocalRound, Progress
@@ -149,15 +150,16 @@ class Worker:
     def _opened(self, order: Order, job: Assignment, names: list[str], view: View, in_half: bool) -> Base:
         """From the shelf of prepared bases, where the disk has room for one; else made in memory."""
         args = (Path(order.model), names, job.recipe.bits, view.masks, job.task.kind == "causal_lm")
+        device = accelerator(order.accelerator)
         if order.shelf_mb > 0:
             shelf = Shelf(Path(order.home) / "bases", order.shelf_mb, order.writes_mb)
             try:
-                base = Base(*args, half=in_half, shelf=shelf, digest=job.model_digest)
+                base = Base(*args, half=in_half, shelf=shelf, digest=job.model_digest, device=device)
                 self.written_mb += shelf.written / 1e6
                 return base
             except OSError as error:
                 log.warning("the prepared base cannot be kept on disk (%s); it is made in memory", error)
-        return Base(*args, half=in_half, digest=job.model_digest)
+        return Base(*args, half=in_half, digest=job.model_digest, device=device)
 
     def _examples(self, order: Order, job: Assignment) -> tuple[TaskEngine, Examples, Examples, Shard]:
         key = repr((order.dataset, job.task, order.model))

@@ -300,6 +300,7 @@ class Agent:
                 cache_mb=cache_mb,
                 writes_mb=self.writes.left_mb(),
                 kernel_ms=self.bits_ms,
+                accelerator=self.config.worker.accelerator,
             )
             await self._carried_out(order)
             if job.job in self._over:

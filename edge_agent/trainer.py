@@ -66,7 +66,7 @@ class Trainer:
     def _live(self, start: Tensors) -> dict[str, Tensor]:
         """The trainable tensors as autograd sees them: factors inside the model, heads beside it."""
         stack, round = self.client.stack, self.client.round
-        self.head = {k: as_tensor(start[k]).requires_grad_(stack.trains(k, round)) for k in self.client.spec.dense}
+        self.head = {k: as_tensor(start[k], self.base.device).requires_grad_(stack.trains(k, round)) for k in self.client.spec.dense}
         for name, p in self.base.parameters().items():
             p.data.copy_(as_tensor(start[name]))
             p.requires_grad_(stack.trains(name, round))
@@ -78,7 +78,7 @@ class Trainer:
             round=self.client.round,
             device=self.client.device,
             anchor=anchor,
-            down={k: as_tensor(t) for k, t in down.items()},
+            down={k: as_tensor(t, self.base.device) for k, t in down.items()},
             state=self.client.state[name],
             up=self.client.up[name],
             generator=torch.Generator().manual_seed(seed % 2**63),
@@ -113,7 +113,7 @@ class Trainer:
         """The job's local steps from `start`. Hooks run unless `penalty` makes this a private fit. Raises Refused on NaN."""
         params: dict[str, Tensor] = {**self.base.parameters(), **{k: t for k, t in self.head.items() if t.requires_grad}}
         recipe, flat = self.job.recipe, Flat(params, start)
-        optimiser = optimizer(recipe.optimizer, flat.values.numel())
+        optimiser = optimizer(recipe.optimizer, flat.values)
         warm = max(1, math.ceil(WARMUP * recipe.steps))
         checkpoint = self.checkpoint if penalty is None and not self.client.stack.using("train") else None
         done = checkpoint.restore(flat.values, optimiser.state, self.client, self.contexts) if checkpoint else 0

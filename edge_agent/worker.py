@@ -89,7 +89,7 @@ def _quietly(work: Any) -> None:
 def _reason(error: Exception) -> dict[str, str]:
     from federated.errors import DoesNotFit, RankfleetError, Refused
 
-    if isinstance(error, DoesNotFit | MemoryError) or "not enough memory" in str(error):
+    if isinstance(error, DoesNotFit | MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
         return {"code": "memory", "reason": str(error)}
     if isinstance(error, Refused):
         return {"code": "data", "reason": str(error)}

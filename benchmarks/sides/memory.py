@@ -76,7 +76,8 @@ def main() -> None:
     base.core.checkpointing = s["checkpointing"]
     params = list(base.parameters().values())
     named = base.parameters()
-    flat, optimiser = Flat(named, named), AdamW(sum(p.numel() for p in params))
+    flat = Flat(named, named)
+    optimiser = AdamW(flat.values)
     ids = words(card.vocab, s["batch"], s["length"])
     with torch.no_grad():
         mask = torch.ones(16, 64, dtype=torch.long)

@@ -31,24 +31,27 @@ class Base:
     """A prepared model. `sites` maps a checkpoint's name of a map to what runs in its place.
 
     `names` are the maps that may be adapted or cut (in a known architecture all are); `half`: maps of 8 and 4 bits are computed with in
-    bf16. Raises Refused for what cannot be loaded.
+    bf16; `device`: where it computes, batches come on the CPU. Raises Refused for what cannot be loaded.
     """
 
     def __init__(
         self, folder: Path, names: list[str], bits: int, masks: Masks, causal: bool = False, *, half: bool = False,
-        shelf: Shelf | None = None, digest: str = "",
+        shelf: Shelf | None = None, digest: str = "", device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.bits, self.causal, self.transposed, self.digest, self.masks = bits, causal, False, digest, masks
         self.sites: dict[str, Site] = {}
+        self.device = torch.device(device)
         self.core: Transformer | None = None
         self.prefix: Prefix | None = None
         self.model: Any = None
         if bits == 4:
-            use_bitsandbytes()
+            use_bitsandbytes(self.device)
         source = Checkpoint(folder)
         kind = read_architecture(source.config)
         if kind is None:
-            self.model = foreign.load(folder, names, bits, masks, causal, self.sites)
+            self.model = foreign.load(folder, names, bits, masks, causal, self.sites).to(self.device)
+            for site in self.sites.values():
+                site.base.to(self.device)
             return
         self.transposed = kind.transposed
         recipe = Recipe(source, kind, bits, masks, causal)
@@ -56,7 +59,7 @@ class Base:
             layers, rest = shelf.open(recipe, digest)
         else:
             layers, rest = [lambda n=n: recipe.layer(n) for n in range(kind.layers)], recipe.rest  # type: ignore[misc]
-        self.core = assemble(recipe, layers, rest, self.sites)
+        self.core = assemble(recipe, layers, rest, self.sites, self.device)
         self.core.dtype = torch.bfloat16 if bits == 16 or (half and bits < 16) else torch.float32
         if missing := [n for n in names if n not in self.sites]:
             raise Refused(f"the model has no module `{missing[0]}`", "job and device must hold the same base model")
@@ -66,7 +69,8 @@ class Base:
         for name, site in self.sites.items():
             if name in spec.pairs:
                 pair = spec.pairs[name]
-                site.place(as_tensor(tensors[f"{name}.A"]), as_tensor(tensors[f"{name}.B"]), pair.scale, pair.trained)
+                a, b = (as_tensor(tensors[f"{name}.{side}"], self.device) for side in "AB")
+                site.place(a, b, pair.scale, pair.trained)
             else:
                 site.clear()
 
@@ -82,8 +86,8 @@ class Base:
     def hidden(self, batch: dict[str, Any]) -> tuple[Tensor, Layout]:
         """Last hidden states of a batch: rows of tokens (layout.size, hidden), fp32, and where they belong."""
         if self.core is None:
-            return foreign.hidden(self.model, batch)
-        layout = Layout(batch["attention_mask"])
+            return foreign.hidden(self.model, batch, self.device)
+        layout = Layout(batch["attention_mask"], self.device)
         if self.prefix is not None and "key" in batch:
             x = self.core.run(self.prefix.states(batch, layout), layout, self.prefix.at)
         else:
@@ -117,12 +121,12 @@ class Base:
     def answers(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Of every answer token (`labels` other than `IGNORED`): loss, whether it would be guessed, the example that it belongs to."""
         before, owners = answer_places(batch["labels"])
-        targets = batch["labels"].flatten()[before + 1]
+        targets = batch["labels"].flatten()[before + 1].to(self.device)
         if self.core is None:
             return (*self._foreign_answers(batch, before, targets), owners)
         x, layout = self.hidden(batch)
         number = layout.mask.flatten().cumsum(0) - 1
-        rows = x.index_select(0, number[before]).to(self.core.dtype)
+        rows = x.index_select(0, number[before].to(self.device)).to(self.core.dtype)
         return (*vocabulary.losses(rows, *self._table(), targets), owners)
 
     @torch.inference_mode()
@@ -139,7 +143,7 @@ class Base:
     def _next(self, ids: list[int]) -> int:
         given = torch.tensor([ids])
         if self.core is None:
-            return int(self.model(input_ids=given, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+            return int(self.model(input_ids=given.to(self.device), use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
         rows, _ = self.hidden({"input_ids": given, "attention_mask": torch.ones_like(given)})
         return int(vocabulary.guesses(rows[-1:].to(self.core.dtype), *self._table())[0])
 
@@ -150,10 +154,10 @@ class Base:
     def _foreign_answers(self, batch: dict[str, Any], before: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         width = batch["labels"].shape[1]
         columns = (before % width).unique()
-        given = {k: batch[k] for k in ("input_ids", "attention_mask")}
-        logits = self.model(**given, use_cache=False, logits_to_keep=columns).logits.float()
+        given = {k: batch[k].to(self.device) for k in ("input_ids", "attention_mask")}
+        logits = self.model(**given, use_cache=False, logits_to_keep=columns.to(self.device)).logits.float()
         logits = logits if logits.shape[1] == len(columns) else logits[:, columns]
-        rows = logits[before // width, torch.searchsorted(columns, before % width)]
+        rows = logits[(before // width).to(self.device), torch.searchsorted(columns, before % width).to(self.device)]
         return torch.nn.functional.cross_entropy(rows, targets, reduction="none"), rows.argmax(-1) == targets
 
 

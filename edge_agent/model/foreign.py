@@ -81,11 +81,11 @@ def load(folder: Path, names: list[str], bits: int, masks: Masks, causal: bool, 
     return model
 
 
-def hidden(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Layout]:
+def hidden(model: Any, batch: dict[str, Any], device: torch.device) -> tuple[Tensor, Layout]:
     """Last hidden states, rows of real tokens (n, h) fp32."""
-    known = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values") if k in batch}
+    known = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "pixel_values") if k in batch}
     states = model(**known).last_hidden_state.float()
-    layout = Layout(batch["attention_mask"] if "attention_mask" in batch else torch.ones(states.shape[:2], dtype=torch.long))
+    layout = Layout(batch["attention_mask"] if "attention_mask" in batch else torch.ones(states.shape[:2], dtype=torch.long), device)
     return layout.rows_of(states), layout
 
 

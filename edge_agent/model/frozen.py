@@ -79,6 +79,11 @@ class Frozen:
             return g @ weight if onto is None else torch.addmm(onto, g, weight)
         return _onednn(g, weight.t(), None) if onto is None else _onednn_add(g, weight.t(), onto)
 
+    def to(self, device: torch.device) -> None:
+        """Move it."""
+        self.tensors = {k: t.to(device) for k, t in self.tensors.items()}
+        self.bias = None if self.bias is None else self.bias.to(device)
+
     def nbytes(self) -> int:
         """Bytes that it takes."""
         kept = [*self.tensors.values(), *([] if self.bias is None else [self.bias])]

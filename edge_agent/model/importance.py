@@ -49,7 +49,7 @@ def _add(found: dict[tuple[str, int], Array], card: ModelCard, m: Module, vector
     size = float(vector.norm())
     if size > 0 and np.isfinite(size):
         key = (kind, m.layer)
-        found[key] = found.get(key, np.zeros(len(vector))) + vector.double().numpy() / size
+        found[key] = found.get(key, np.zeros(len(vector))) + vector.double().cpu().numpy() / size
 
 
 def _estimate(base: Base, m: Module, grads: Mapping[str, Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ def _estimate(base: Base, m: Module, grads: Mapping[str, Tensor]) -> Tensor:
     a, b, weight = site.A.detach(), site.B.detach(), site.base.dense()
     ga, gb = grads[f"{m.name}.A"], grads[f"{m.name}.B"]
     by_column = m.role in ("o", "down")
-    total = torch.zeros(site.base.in_ if by_column else site.base.out)
+    total = torch.zeros(site.base.in_ if by_column else site.base.out, device=a.device)
     for at in range(0, site.base.out, BLOCK):
         rows = slice(at, at + BLOCK)
         score = ((gb[rows] @ a + b[rows] @ ga) * (weight[rows] + site.scale * (b[rows] @ a))).abs_()

@@ -18,23 +18,35 @@ def rounded(rows: int) -> int:
 
 
 class Layout:
-    """A batch of `counts` tokens each, padded to `length` for attention; `size` rows, of which the first `real` are tokens."""
+    """A batch of `counts` tokens each, padded to `length` for attention; `size` rows, of which the first `real` are tokens.
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask.bool()
+    `mask` and `counts` stay on the CPU, so that no size has to be fetched from `device`, where the rows are.
+    """
+
+    def __init__(self, mask: Tensor, device: torch.device | str = "cpu") -> None:
+        self.mask, self.device = mask.cpu().bool(), torch.device(device)
         self.batch, self.length = mask.shape
         self.counts = self.mask.sum(1)
         self.real = int(self.counts.sum())
         full = self.real == self.mask.numel()
         self.size = self.real if full else rounded(self.real)
         self._hidden: dict[tuple[bool, int, int], Tensor | None] = {}
-        self.rows = None if full else self.mask.flatten().nonzero().squeeze(1)
+        self._places = None if full else self.mask.flatten().nonzero().squeeze(1)
 
     @staticmethod
-    def of(counts: Tensor) -> "Layout":
+    def of(counts: Tensor, device: torch.device | str = "cpu") -> "Layout":
         """Right-padded examples of so many tokens."""
-        length = int(counts.max())
-        return Layout(torch.arange(length, device=counts.device).unsqueeze(0) < counts.unsqueeze(1))
+        return Layout(torch.arange(int(counts.max())).unsqueeze(0) < counts.unsqueeze(1), device)
+
+    @cached_property
+    def rows(self) -> Tensor | None:
+        """Where the real tokens stand in the padded block; None where it has no padding."""
+        return None if self._places is None else self._places.to(self.device)
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """The mask for fused attention, (batch, 1, 1, length); None where nothing is hidden."""
+        return None if self._places is None else self.mask[:, None, None, :].to(self.device)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -48,12 +60,13 @@ class Layout:
         """
         key = (causal, window, group)
         if key not in self._hidden:
-            self._hidden[key] = self._hide(causal, window, group)
+            made = self._hide(causal, window, group)
+            self._hidden[key] = None if made is None else made.to(self.device)
         return self._hidden[key]
 
     def _hide(self, causal: bool, window: int, group: int) -> Tensor | None:
         if not causal:
-            if self.rows is None:
+            if self._places is None:
                 return None
             return torch.zeros(self.mask.shape).masked_fill_(~self.mask, -torch.inf)[:, None, None, :]
         at = torch.arange(self.length)
@@ -62,15 +75,16 @@ class Layout:
         return torch.zeros(back.shape).masked_fill_(unseen, -torch.inf).repeat(group, 1)
 
     def take(self, padded: Tensor) -> Tensor:
-        """(batch·length, …) → rows (size, …)."""
-        if self.rows is None:
-            return padded
-        return torch.cat([padded.index_select(0, self.rows), padded.new_zeros(self.size - self.real, *padded.shape[1:])])
+        """(batch·length, …), on the CPU → rows (size, …) on the device."""
+        if self._places is not None:
+            spare = padded.new_zeros(self.size - self.real, *padded.shape[1:])
+            padded = torch.cat([padded.index_select(0, self._places), spare])
+        return padded.to(self.device)
 
     def join(self, rows: list[Tensor]) -> Tensor:
         """Examples' rows, one behind the other → (size, …)."""
         spare = self.size - self.real
-        return torch.cat([*rows, rows[0].new_zeros(spare, *rows[0].shape[1:])] if spare else rows)
+        return torch.cat([*rows, rows[0].new_zeros(spare, *rows[0].shape[1:])] if spare else rows).to(self.device)
 
     def spread(self, x: Tensor) -> Tensor:
         """Rows (size, …) → (batch, length, …), zeros where there is no token."""
@@ -85,7 +99,7 @@ class Layout:
 
     def means(self, x: Tensor) -> Tensor:
         """Each example's mean row, (batch, h): one small product."""
-        owner = torch.arange(self.batch, device=x.device).repeat_interleave(self.counts)
-        share = x.new_zeros(self.batch, x.shape[0])
-        share[owner, torch.arange(self.real, device=x.device)] = 1.0 / self.counts.to(x.dtype)[owner]
-        return share @ x
+        owner = torch.arange(self.batch).repeat_interleave(self.counts)
+        share = torch.zeros(self.batch, x.shape[0], dtype=x.dtype)
+        share[owner, torch.arange(self.real)] = 1.0 / self.counts.to(x.dtype)[owner]
+        return share.to(self.device) @ x

@@ -87,20 +87,28 @@ def _half(table: Tensor) -> Tensor:
     return table if table.dtype in (torch.float16, torch.bfloat16) else table.half()
 
 
-def assemble(recipe: Recipe, layers: list[Callable[[], Packed]], rest: Callable[[], Packed], sites: dict[str, Site]) -> Transformer:
-    """The model from packed layers; `sites` gets every map by its checkpoint name."""
+def assemble(
+    recipe: Recipe, layers: list[Callable[[], Packed]], rest: Callable[[], Packed], sites: dict[str, Site], device: torch.device
+) -> Transformer:
+    """The model from packed layers, each on `device` as soon as it is read; `sites` gets every map by its checkpoint name."""
     kept: tuple[str, ...] = ("word", "position", "kind", "head", "head_bias")
 
     def tables() -> dict[str, Tensor]:
-        found = rest()
+        found = moved(rest(), device)
         return {k: found[k] if k in ("word", "head") else found[k].float() for k in kept if k in found}
 
-    sources = [partial(_made, recipe, n, give, sites) for n, give in enumerate(layers)]
-    return Transformer(recipe.kind, tables, sources, _norms(rest(), ("norm0", "final")))
+    sources = [partial(_made, recipe, n, give, sites, device) for n, give in enumerate(layers)]
+    norms = {k: t for k, t in rest().items() if k.split("/")[0] in ("norm0", "final")}
+    return Transformer(recipe.kind, tables, sources, _norms(moved(norms, device), ("norm0", "final")))
 
 
-def _made(recipe: Recipe, number: int, give: Callable[[], Packed], sites: dict[str, Site]) -> Layer:
-    return _layer(recipe, number, give(), sites)
+def moved(packed: Packed, device: torch.device) -> Packed:
+    """On the device; shapes stay where Python reads them."""
+    return packed if device.type == "cpu" else {k: t if k.endswith("/shape") else t.to(device) for k, t in packed.items()}
+
+
+def _made(recipe: Recipe, number: int, give: Callable[[], Packed], sites: dict[str, Site], device: torch.device) -> Layer:
+    return _layer(recipe, number, moved(give(), device), sites)
 
 
 def _norms(packed: Packed, parts: tuple[str, ...]) -> dict[str, Norm]:

@@ -54,7 +54,7 @@ def prefix_id(sites: Mapping[str, Site], below: int, digest: str, bits: int, dty
                 whole.update(f"{name}.{side}".encode() + kept.astype("<i8").tobytes())
         for a, b, scale in site.pairs():
             whole.update(f"{name} {scale} {tuple(a.shape)} {tuple(b.shape)}".encode())
-            whole.update(a.detach().numpy().tobytes() + b.detach().numpy().tobytes())
+            whole.update(a.detach().cpu().numpy().tobytes() + b.detach().cpu().numpy().tobytes())
     return whole.hexdigest()[:32]
 
 
@@ -83,8 +83,8 @@ class Prefix:
             return found
         keys = self._groups[self._group_of[key]]
         counts = torch.tensor([len(self._ids[k]) for k in keys])
-        layout = Layout.of(counts)
-        rows = self._made(keys, layout)
+        layout = Layout.of(counts, self.core.device)
+        rows = self._made(keys, layout).cpu()
         made = dict(zip(keys, torch.split(rows[: layout.real], counts.tolist()), strict=True))
         for k, r in made.items():
             self.store.put(k, r)

@@ -44,6 +44,7 @@ class Transformer:
         self.layers: list[Layer | None] = [make() for make in layers]
         self.tables = tables()
         self.dtype = torch.float32
+        self.device = self.tables["word"].device
         self.checkpointing = False
         self.seen: dict[str, Tensor] | None = None
         """Where it is a dictionary: sums of squares of what enters o and down, by the map's name."""
@@ -149,10 +150,10 @@ class Transformer:
     def _mask(self, layout: Layout) -> Tensor | None:
         """None where nothing is hidden, or only what comes later: padding stands on the right."""
         if not self.kind.causal:
-            return None if layout.rows is None else layout.mask[:, None, None, :]
+            return layout.seen
         if not self.kind.window or layout.length <= self.kind.window:
             return None
-        at = torch.arange(layout.length, device=layout.mask.device)
+        at = torch.arange(layout.length, device=self.device)
         back = at.unsqueeze(1) - at.unsqueeze(0)
         return ((back >= 0) & (back < self.kind.window))[None, None]
 
@@ -163,7 +164,7 @@ class Transformer:
             angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / self.kind.theta**half)
             if len(self._angles) > 64:
                 self._angles.clear()
-            self._angles[length, dtype] = angles.cos().to(dtype), angles.sin().to(dtype)
+            self._angles[length, dtype] = angles.cos().to(self.device, dtype), angles.sin().to(self.device, dtype)
         return self._angles[length, dtype]
 
 

@@ -134,5 +134,5 @@ class Engine:
 
 def _means(values: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
     """Mean of each example's values, (count,); 0 where it has none."""
-    sums = values.new_zeros(count).index_add(0, owners, values)
-    return sums / torch.bincount(owners, minlength=count).clamp_min(1)
+    sums = values.new_zeros(count).index_add(0, owners.to(values.device), values)
+    return sums / torch.bincount(owners, minlength=count).clamp_min(1).to(values.device)

@@ -48,9 +48,9 @@ class Engine:
 
     def losses(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Cross-entropy per example."""
-        return cross_entropy(scores, batch["labels"], reduction="none")
+        return cross_entropy(scores, batch["labels"].to(scores.device), reduction="none")
 
     def correct(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Is the highest score the label's?"""
-        right: torch.Tensor = (scores.argmax(-1) == batch["labels"]).float()
+        right: torch.Tensor = (scores.argmax(-1) == batch["labels"].to(scores.device)).float()
         return right

@@ -37,10 +37,10 @@ class Engine(text_classification.Engine):
 
     def losses(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Squared error per example."""
-        error: torch.Tensor = (scores[:, 0] - batch["labels"]).square()
+        error: torch.Tensor = (scores[:, 0] - batch["labels"].to(scores.device)).square()
         return error
 
     def correct(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Is the prediction within the job's `tolerance`?"""
-        right: torch.Tensor = ((scores[:, 0] - batch["labels"]).abs() <= self.tolerance).float()
+        right: torch.Tensor = ((scores[:, 0] - batch["labels"].to(scores.device)).abs() <= self.tolerance).float()
         return right

@@ -22,7 +22,8 @@ base = Base(Path(sys.argv[1]), [], 32, {})
 for site in base.sites.values():
     site.place(torch.randn(2, site.base.in_), torch.zeros(site.base.out, 2), 1.0, True)
 params = base.parameters()
-flat, optimiser = Flat(params, params), AdamW(sum(p.numel() for p in params.values()))
+flat = Flat(params, params)
+optimiser = AdamW(flat.values)
 for base.core.checkpointing in (False, True):
     ids = torch.randint(0, 61, (2, 9))
     loss = base.hidden({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0].square().mean()
@@ -41,7 +42,7 @@ def test_steps_as_torch_does(name: str) -> None:
     theirs = torch.nn.Parameter(torch.cat([t.reshape(-1) for t in start.values()]))
     peer = torch.optim.SGD([theirs], lr=0.1) if name == "sgd" else torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0)
     flat = Flat(params, start)
-    ours = optimizer(name, 17)
+    ours = optimizer(name, flat.values)
     for step in range(20):
         grads = {k: torch.randn_like(t) * (10.0 if step % 3 else 0.01) for k, t in start.items()}
         theirs.grad = torch.cat([g.reshape(-1) for g in grads.values()])
@@ -58,13 +59,13 @@ def test_steps_as_torch_does(name: str) -> None:
 def test_moments_are_what_a_checkpoint_needs() -> None:
     torch.manual_seed(2)
     grads = [torch.randn(7) for _ in range(6)]
-    whole, values = AdamW(7), torch.ones(7)
+    whole, values = AdamW(torch.ones(7)), torch.ones(7)
     for g in grads:
         whole.step(values, g, 0.1)
-    first, cut = AdamW(7), torch.ones(7)
+    first, cut = AdamW(torch.ones(7)), torch.ones(7)
     for g in grads[:3]:
         first.step(cut, g, 0.1)
-    second = AdamW(7)
+    second = AdamW(cut)
     for name, moment in second.state.items():
         moment.copy_(first.state[name])
     for g in grads[3:]:
