@@ -105,7 +105,7 @@ class Classifier:
         wide = self.widened(tensors)
         pairs = {m.name: LowRank(wide[f"{m.name}.B"], wide[f"{m.name}.A"]) for m in self.card.modules}
         dense = {k: tensors[k] for k in self.spec.dense}
-        return Version(1, pairs, dense, {"importance": channels.saved(order)}, {})
+        return Version(1, pairs, dense, {}, {"importance": channels.saved(order)})
 
     def bytes(self) -> int:
         """Of the layers' maps."""
