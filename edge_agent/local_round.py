@@ -69,8 +69,10 @@ class LocalRound:
         base, recipe, examples = self.base, self.job.recipe, [*self.trainer.examples, *held[: self.job.recipe.evaluate]]
         told = ""
         at = 0
-        if base.core is None or any("ids" not in e for e in examples[:1]):
+        if base.core is None:
             told = "this architecture runs on transformers' modules"
+        elif any("ids" not in e for e in examples[:1]):
+            told = "examples are no texts"
         elif users := [n for hook in ("batch", "attach") for n, _ in self.client.stack.using(hook)]:
             told = f"`{users[0]}` changes what the model sees"
         else:

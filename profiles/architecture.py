@@ -13,7 +13,10 @@ Config = Mapping[str, Any]
 
 
 class Names(msgspec.Struct, frozen=True):
-    """Checkpoint names; `{l}` is the layer. Empty: there is none. `q`, `k`, `v` are equal where the checkpoint has one map for all."""
+    """Checkpoint names; `{l}` is the layer. Empty: there is none. `q`, `k`, `v` are equal where the checkpoint has one map for all.
+
+    Of images `word` is the convolution that embeds patches, and `first` the token before them; `position` is no map then.
+    """
 
     word: str
     q: str
@@ -32,6 +35,7 @@ class Names(msgspec.Struct, frozen=True):
     q_norm: str = ""
     k_norm: str = ""
     head: str = ""
+    first: str = ""
 
 
 class Architecture(msgspec.Struct, frozen=True):
@@ -65,6 +69,8 @@ class Architecture(msgspec.Struct, frozen=True):
     """Linear maps lie as (in, out), as in GPT-2."""
     window: int = 0
     """A token sees so many before it; 0: all."""
+    patch: int = 0
+    """Side of the square of pixels that is a token; 0: it reads texts."""
 
     def roles(self) -> dict[str, str]:
         """Pattern of a map's name → what its rows or columns are."""
@@ -93,6 +99,21 @@ def _bert(c: Config) -> Architecture | None:
     roberta = c["model_type"] != "bert"
     return _architecture(c, names, causal=False, post=True, eps=c.get("layer_norm_eps", 1e-12), activation=c.get("hidden_act", "gelu"),
                          offset=c.get("pad_token_id", 1) + 1 if roberta else 0)  # fmt: skip
+
+
+def _vit(c: Config) -> Architecture | None:
+    """Images: patches as tokens, norms before attention and feed-forward, one behind the last layer."""
+    if not isinstance(c.get("patch_size", 16), int) or not isinstance(c.get("image_size", 224), int) or c.get("use_mask_token"):
+        return None
+    at = "encoder.layer.{l}."
+    names = Names(
+        word="embeddings.patch_embeddings.projection", position="embeddings.position_embeddings", first="embeddings.cls_token",
+        q=at + "attention.attention.query", k=at + "attention.attention.key", v=at + "attention.attention.value",
+        o=at + "attention.output.dense", norm1=at + "layernorm_before", norm2=at + "layernorm_after", up=at + "intermediate.dense",
+        down=at + "output.dense", final="layernorm",
+    )  # fmt: skip
+    return _architecture(c, names, causal=False, eps=c.get("layer_norm_eps", 1e-12), activation=c.get("hidden_act", "gelu"),
+                         patch=c.get("patch_size", 16))  # fmt: skip
 
 
 def _gpt2(c: Config) -> Architecture | None:
@@ -157,7 +178,7 @@ def _phi(c: Config) -> Architecture | None:
 
 
 _FAMILIES: dict[str, Callable[[Config], Architecture | None]] = {
-    "bert": _bert, "roberta": _bert, "xlm-roberta": _bert, "camembert": _bert, "gpt2": _gpt2, "opt": _opt,
+    "bert": _bert, "roberta": _bert, "xlm-roberta": _bert, "camembert": _bert, "vit": _vit, "gpt2": _gpt2, "opt": _opt,
     "llama": _llama, "mistral": _llama, "qwen2": _llama, "qwen3": _llama, "gemma": _llama, "phi": _phi,
 }  # fmt: skip
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")

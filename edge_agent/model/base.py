@@ -87,6 +87,10 @@ class Base:
         """Last hidden states of a batch: rows of tokens (layout.size, hidden), fp32, and where they belong."""
         if self.core is None:
             return foreign.hidden(self.model, batch, self.device)
+        if "pixel_values" in batch:
+            x = self.core.embed_images(batch["pixel_values"].to(self.device))
+            layout = Layout(torch.ones(len(batch["pixel_values"]), len(x) // len(batch["pixel_values"])), self.device)
+            return self.core.finish(self.core.run(x, layout)), layout
         layout = Layout(batch["attention_mask"], self.device)
         if self.prefix is not None and "key" in batch:
             x = self.core.run(self.prefix.states(batch, layout), layout, self.prefix.at)

@@ -60,9 +60,11 @@ class Recipe:
     def rest(self) -> Packed:
         """Embeddings, the last norm, the output table. Tables stay as they are, mapped; in 16 bits as the output of a quantised base."""
         found: Packed = {}
-        for part in ("word", "position", "kind"):
+        for part in ("word", "position", "kind", "first"):
             if name := self.name(part):
-                found[part] = self.source.get(f"{name}.weight")
+                found[part] = self.source.get(name if self.kind.patch and part != "word" else f"{name}.weight")
+        if self.kind.patch:
+            found["word_bias"] = self.source.get(f"{self.name('word')}.bias").float()
         found["position"] = found["position"].float() if "position" in found else torch.empty(0)
         if self.head:
             table = "lm_head.weight"
@@ -91,7 +93,7 @@ def assemble(
     recipe: Recipe, layers: list[Callable[[], Packed]], rest: Callable[[], Packed], sites: dict[str, Site], device: torch.device
 ) -> Transformer:
     """The model from packed layers, each on `device` as soon as it is read; `sites` gets every map by its checkpoint name."""
-    kept: tuple[str, ...] = ("word", "position", "kind", "head", "head_bias")
+    kept: tuple[str, ...] = ("word", "word_bias", "first", "position", "kind", "head", "head_bias")
 
     def tables() -> dict[str, Tensor]:
         found = moved(rest(), device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import conv2d, layer_norm, scaled_dot_product_attention
 
 from federated.errors import Refused
 from profiles.architecture import Architecture
@@ -81,6 +81,14 @@ class Transformer:
         if "kind" in self.tables:
             x = x + self.tables["kind"][0]
         return self._norm(x, self.norms["norm0"]) if "norm0" in self.norms else x
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Pixels (batch, channels, height, width) → rows (batch·tokens, hidden): every patch, behind the first token of each image."""
+        if "word" not in self.tables:
+            self.tables = self._tables()
+        patches = conv2d(pixels, self.tables["word"].float(), self.tables["word_bias"], stride=self.kind.patch).flatten(2).transpose(1, 2)
+        first = self.tables["first"].expand(patches.shape[0], -1, -1)
+        return (torch.cat([first, patches], dim=1) + self.tables["position"]).flatten(0, 1)
 
     def run(self, x: Tensor, layout: Layout, first: int = 0, last: int | None = None) -> Tensor:
         """Layers `first` to `last` (not included) on rows (n, hidden)."""
