@@ -72,7 +72,7 @@ class OnnxRuntime:
         try:
             import onnxruntime
         except ImportError:
-            raise ConfigError("an ONNX model needs the package onnxruntime", "pip install 'rankfleet[onnx]'") from None
+            raise ConfigError("an ONNX model needs the package onnxruntime", "pip install onnxruntime") from None
         from .tasks.tokens import Tokens
 
         options = onnxruntime.SessionOptions()

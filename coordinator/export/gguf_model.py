@@ -29,7 +29,7 @@ def write_model(weights: Weights, to: Path, name: str) -> Path:
     try:
         import gguf
     except ImportError:
-        raise ConfigError("exporting to GGUF needs the package gguf", "pip install 'rankfleet[gguf]'") from None
+        raise ConfigError("exporting to GGUF needs the package gguf", "pip install gguf") from None
     config = json.loads((weights.base / "config.json").read_text(encoding="utf-8"))
     kind = read_architecture(config)
     if kind is None or kind.family not in FAMILIES:

@@ -31,7 +31,7 @@ def write_onnx(weights: Weights, to: Path, dense: Tensors, task: dict[str, Any])
     try:
         import onnx
     except ImportError:
-        raise ConfigError("exporting to ONNX needs the package onnx", "pip install 'rankfleet[onnx]'") from None
+        raise ConfigError("exporting to ONNX needs the package onnx", "pip install onnx") from None
     kind = read_architecture(json.loads((weights.base / "config.json").read_text(encoding="utf-8")))
     if kind is None or kind.causal:
         raise ConfigError(f"a `{weights.card.family}` model is no encoder that we can write as ONNX", "--format merged or gguf-merged")
