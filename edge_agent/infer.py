@@ -78,7 +78,7 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.task, self.tokens = task, Tokens(folder)
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
     def scores(self, ids: Sequence[Sequence[int]]) -> Array:
         """Token ids → logits (rows, labels), or embeddings where the model has no head."""

@@ -58,7 +58,7 @@ def test_it_computes_what_the_engine_computes(tmp_path: Path, family: str, ratio
     folder = make(family, tmp_path / "base")
     made, ids = version(folder), [[5, 9, 11, 3, 22, 60, 7], [8, 2], [40, 41, 42, 43]]
     file = write_onnx(Weights(made, folder, ratio, 0.7), tmp_path / "out", made.dense, TASK)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     given = np.ones((2, 3, 7), np.int64)
     given[1] = 0
     for row, i in enumerate(ids):

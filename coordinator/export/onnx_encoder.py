@@ -40,7 +40,7 @@ def write_onnx(weights: Weights, to: Path, dense: Tensors, task: dict[str, Any])
     copy_beside(weights.base, to)
     file = to / "model.onnx"
     outside = sum(t.ByteSize() for t in model.graph.initializer) > INSIDE
-    onnx.save(model, file, save_as_external_data=outside, location="model.onnx.data" if outside else None)
+    onnx.save(model, str(file), save_as_external_data=outside, location="model.onnx.data" if outside else None)
     write_atomic(to / "task.json", json.dumps(task, indent=1).encode())
     sync_folder(to)
     return file
