@@ -138,7 +138,7 @@ class Graph:
         from onnx import helper
 
         name = name or f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], **options))
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"node_{name}", **options))
         return name
 
     def keep(self, array: Array) -> str:

@@ -1,6 +1,7 @@
 """The device's engine: quantisers, pruning, adapters, the training loop, data, outbox."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,9 @@ def test_bitsandbytes_reads_our_packing_and_we_read_its() -> None:
     quantise._kernels.clear()
     expected = unpack_nf4(ours, 320, 128), unpack_nf4(ragged, 50, 96)
     try:
-        assert quantise.use_bitsandbytes()
+        if not quantise.use_bitsandbytes():
+            assert tuple(map(int, version("bitsandbytes").split(".")[:2])) < (0, 50)  # older ones have no such kernel for the CPU
+            return
         assert torch.equal(unpack_nf4(ours, 320, 128), expected[0])
         assert torch.equal(unpack_nf4(ragged, 50, 96), expected[1])
     finally:
