@@ -78,7 +78,10 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         self.task, self.tokens = task, Tokens(folder)
-        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's own classes differ between its versions
+            raise ConfigError(f"{folder / 'model.onnx'} cannot be read: {str(error)[:200]}", "export it again") from None
 
     def scores(self, ids: Sequence[Sequence[int]]) -> Array:
         """Token ids → logits (rows, labels), or embeddings where the model has no head."""
@@ -117,7 +120,10 @@ class TorchRuntime:
             told = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             for name in names:
                 a, b = (weights[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-                self.base.sites[name].place(a.to(device), b.to(device), float(told["lora_alpha"]) / float(told["r"]), False)
+                try:
+                    self.base.sites[name].place(a.to(device), b.to(device), float(told["lora_alpha"]) / float(told["r"]), False)
+                except ValueError as error:
+                    raise ConfigError(f"{adapter} belongs to another base model: {error}", "correct `models` in the agent's YAML") from None
         self.head = {k: t.to(device) for k, t in load_file(head).items()} if head.exists() else {}
         self.engine: Any = engine(task, str(base))
 

@@ -41,6 +41,7 @@ class Order(msgspec.Struct, frozen=True):
     writes_mb: float = 1e9
     """What may still be written today, by both together."""
     accelerator: str = "auto"
+    """Where to compute: `auto`, `cpu` or `cuda`."""
     kernel_ms: dict[str, float] = {}
     """What the products took here (`profiles.kernels`): whether few-bit maps are computed with in bf16."""
 

@@ -57,11 +57,14 @@ if sys.platform != "win32":
                 psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
     def pin(threads: int, cpus: Path = Path("/sys/devices/system/cpu")) -> list[int]:
-        """Keep this process on the fastest cores, where some are slower than others (big.LITTLE): a step waits for its slowest thread."""
-        if sys.platform != "linux":
+        """Keep this process on the fastest cores, where some are slower than others (big.LITTLE): a step waits for its slowest thread.
+
+        Not where two threads share a core: the fastest ones would often be two halves of one.
+        """
+        if sys.platform != "linux" or _number(cpus / "smt" / "active"):
             return []
         mine = sorted(os.sched_getaffinity(0))
-        speeds = {n: max(_number(cpus / f"cpu{n}" / f) for f in ("cpu_capacity", "cpufreq/cpuinfo_max_freq")) for n in mine}
+        speeds = {n: _number(cpus / f"cpu{n}" / "cpu_capacity") for n in mine}
         if len(set(speeds.values())) < 2 or threads >= len(mine):
             return []
         chosen = sorted(sorted(mine, key=lambda n: (-speeds[n], n))[:threads])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.export import write
+from coordinator.cli import build
+from coordinator.export import FORMATS, write
 from coordinator.export.gguf_lora import interleaved
 from coordinator.export.weights import to_bf16
 
@@ -97,6 +98,12 @@ async def test_bf16_checkpoints_are_merged_in_bf16(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
     expected = logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
     assert torch.allclose(logits(whole.float()), expected, atol=0.05)
+
+
+def test_the_program_offers_every_format() -> None:
+    parser = build()._subparsers._group_actions[0].choices["export"]  # type: ignore[union-attr,index,call-overload]
+    (offered,) = (a.choices for a in parser._actions if a.dest == "format")
+    assert sorted(offered) == sorted(FORMATS)
 
 
 def test_bf16_rounds_to_nearest_even() -> None:

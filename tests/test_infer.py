@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from coordinator.export import write
 from edge_agent import cli
@@ -89,6 +90,17 @@ def test_what_is_missing_is_said(fleet: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no `text`"):
         rows_of(Task("d", "text_classification"), ['{"label": "x"}'])
     assert rows_of(Task("d", "text_classification"), ["{not json"]) == [{"text": "{not json"}]
+    other = small.tiny_bert(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["encoder.layer.0.attention.self.query.weight"] = weights["encoder.layer.0.attention.self.query.weight"][:, :8].copy()
+    save_file(weights, other / "model.safetensors")
+    models = {name: str(other) for name in agent.models}
+    with pytest.raises(ConfigError, match="belongs to another base model"):
+        runtime(AgentConfig(state_dir=str(tmp_path), models=models), tmp_path / "a")
+    (tmp_path / "a" / "model.onnx").write_bytes(b"no model")
+    shutil.copy(other / "tokenizer.json", tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"model\.onnx cannot be read"):
+        runtime(agent, tmp_path / "a")
     (tmp_path / "a" / "task.json").write_text("{")
     with pytest.raises(ConfigError, match="no tuned model"):
         runtime(agent, tmp_path / "a")

@@ -60,6 +60,10 @@ def test_the_fastest_cores_are_taken_where_they_differ(tmp_path: Path, monkeypat
     assert system.pin(3, tmp_path) == [0, 1, 3]
     assert system.pin(4, tmp_path) == []  # all of them are needed
     assert set_to == [[1, 3], [0, 1, 3]]
+    (tmp_path / "smt").mkdir()
+    (tmp_path / "smt" / "active").write_text("1")
+    assert system.pin(2, tmp_path) == []  # 1 and 3 may be one core
+    (tmp_path / "smt" / "active").write_text("0")
     for n in range(4):
         (tmp_path / f"cpu{n}" / "cpu_capacity").write_text("1024")
     assert system.pin(2, tmp_path) == []

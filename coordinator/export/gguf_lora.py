@@ -9,6 +9,7 @@ Llama-like bases interleave the rows of q and k for their rotary embedding, and 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,20 +24,16 @@ ARCHITECTURES = {"mistral": "llama", "smollm": "llama", "gemma": "gemma", "phi3"
 
 def write_gguf(to: Path, pairs: Mapping[str, LowRank], scale: float, base: Path, name: str) -> Path:
     """Write `to` (or `to/adapter.gguf`, if it is a folder); returns the file. Raises ConfigError."""
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("exporting to GGUF needs the package gguf", "pip install gguf") from None
+    gguf, file = package(), file_in(to, "adapter.gguf")
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     arch = ARCHITECTURES.get(config["model_type"], config["model_type"])
     known = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in known:
         raise ConfigError(f"llama.cpp has no architecture `{arch}`", "export as peft or merged instead")
-    file = to if to.suffix == ".gguf" else to / "adapter.gguf"
-    file.parent.mkdir(parents=True, exist_ok=True)
     names = gguf.get_tensor_name_map(known[arch], config.get("num_hidden_layers") or config.get("n_layer") or 0)
     used = used_pairs(pairs)
     rank = max(p.A.shape[0] for p in used.values())
+    file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
@@ -58,6 +55,20 @@ def write_gguf(to: Path, pairs: Mapping[str, LowRank], scale: float, base: Path,
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def package() -> Any:
+    """The package gguf. Raises ConfigError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ConfigError("exporting to GGUF needs the package gguf", "pip install gguf") from None
+    return gguf
+
+
+def file_in(to: Path, name: str) -> Path:
+    """`to` itself where it names a GGUF file, else `name` in that folder."""
+    return to if to.suffix == ".gguf" else to / name
 
 
 def _padded(pair: LowRank, rank: int) -> LowRank:

@@ -15,7 +15,7 @@ from federated.errors import ConfigError
 from federated.tensors import Array
 from profiles.architecture import Architecture, read_architecture
 
-from .gguf_lora import ARCHITECTURES, interleaved
+from .gguf_lora import ARCHITECTURES, file_in, interleaved, package
 from .weights import Place, Weights
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -26,10 +26,7 @@ INSTEAD = "--format merged, then llama.cpp's convert_hf_to_gguf.py"
 
 def write_model(weights: Weights, to: Path, name: str) -> Path:
     """Write `to` (or `to/model.gguf`, if it is a folder); returns the file. Raises ConfigError."""
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError("exporting to GGUF needs the package gguf", "pip install gguf") from None
+    gguf, file = package(), file_in(to, "model.gguf")
     config = json.loads((weights.base / "config.json").read_text(encoding="utf-8"))
     kind = read_architecture(config)
     if kind is None or kind.family not in FAMILIES:
@@ -38,7 +35,6 @@ def write_model(weights: Weights, to: Path, name: str) -> Path:
         raise ConfigError(f"llama.cpp would ignore this model's window of {kind.window} tokens", INSTEAD)
     arch = architecture(weights, kind)
     tokens = _tokenizer(weights.base, kind.family)
-    file = to if to.suffix == ".gguf" else to / "model.gguf"
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, arch, use_temp_file=True)
     writer.add_type(gguf.GGUFType.MODEL)
