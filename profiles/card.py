@@ -45,6 +45,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     groups: int = 1
     """Key-value heads; each serves `heads / groups` query heads, and goes with them when it is pruned."""
     head_size: int = 1
+    image_tokens: int = 0
+    """Tokens of an image; 0: it reads texts, whose length the job says."""
 
     def of_layer(self, layer: int) -> list[Module]:
         """Linear maps of one layer."""
@@ -85,6 +87,7 @@ def read_card(folder: Path) -> ModelCard:
         modules=modules,
         groups=known.kv_heads if known else 1,
         head_size=known.head_size if known else 1,
+        image_tokens=(config.get("image_size", 224) // known.patch) ** 2 + 1 if known and known.patch else 0,
         causal=any("CausalLM" in a or "LMHead" in a for a in config.get("architectures") or []),
     )
 

@@ -71,6 +71,7 @@ def price(
     how: StepPlan | None = None,
 ) -> Price:
     """Everything at once. `correction` is the device's measured over predicted time so far; `how`, the way that the memory leaves."""
+    length = card.image_tokens or length
     how = how or step_plan(card, placement, prune, bits, batch, length, head, profile.budget_mb)
     flops = step_flops(card, placement, prune, batch, length, checkpointing=how.checkpointing)
     rate = profile.gflops.get(str(bits)) or min(profile.gflops.values())

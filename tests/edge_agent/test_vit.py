@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from coordinator import channels
 from edge_agent.model import Base
 from profiles.card import read_card
-from profiles.memory import shape
+from profiles.memory import shape, step_plan
 
 from ..world import tiny_vit
 
@@ -83,6 +84,15 @@ def test_the_small_model_is_the_masked_large_one(folder: Path, ratio: float) -> 
     with torch.no_grad():
         ours, expected = small.hidden({"pixel_values": PIXELS})[0], large.hidden({"pixel_values": PIXELS})[0]
     assert torch.allclose(ours, expected, atol=1e-5 * expected.abs().max().item())
+
+
+def test_memory_is_that_of_its_patches_whatever_length_a_job_names(folder: Path) -> None:
+    card = read_card(folder)
+    assert card.image_tokens == 17
+    where = {m.name: 4 for m in card.modules}
+    plans = [step_plan(card, where, 0.0, 32, 4, length) for length in (17, 128)]
+    assert plans[0] == plans[1]
+    assert plans[0].memory_mb == step_plan(msgspec.structs.replace(card, image_tokens=0), where, 0.0, 32, 4, 17).memory_mb
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
