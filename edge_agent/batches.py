@@ -14,14 +14,27 @@ def size_of(example: dict[str, Any]) -> int:
 
 
 def order(sizes: list[int], batch: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` batches of indices. Every example comes once before any comes again; each batch holds like lengths."""
+    """`steps` batches of indices. Every example comes once before any comes again (but for a batch between two epochs); like lengths meet.
+
+    The largest batch of the first epoch comes first: what does not fit in memory shows at once, and an allocator that has served the
+    largest step wastes a quarter less on all that follow.
+    """
     generator = torch.Generator().manual_seed(seed)
     stream: list[int] = []
     while len(stream) < steps * batch:
         stream += torch.randperm(len(sizes), generator=generator).tolist()
     found: list[list[int]] = []
-    for at in range(0, steps * batch, WINDOW * batch):
-        window = sorted(stream[at : min(at + WINDOW * batch, steps * batch)], key=lambda i: sizes[i])
+    at = 0
+    while at < steps * batch:
+        rest = (
+            (-at % len(sizes) or len(sizes)) // batch * batch
+        )  # of this epoch, in whole batches: two epochs sorted together would pair twins
+        end = at + min(WINDOW * batch, max(rest, batch), steps * batch - at)
+        window = sorted(stream[at:end], key=lambda i: sizes[i])
         made = [window[n : n + batch] for n in range(0, len(window), batch)]
         found += [made[n] for n in torch.randperm(len(made), generator=generator).tolist()]
+        at = end
+    first = range(max(1, min(steps, len(sizes) // batch)))
+    largest = max(first, key=lambda n: sum(sizes[i] for i in found[n]), default=0)
+    found[0], found[largest] = found[largest], found[0]
     return found

@@ -52,6 +52,8 @@ class Trainer:
 
     def run(self, start: Tensors, down: dict[str, Tensors]) -> Tensors:
         """Train from `start` (compact, by name) and return the trained tensors, fp32."""
+        if self.base.prefix is None:
+            self.base.read_words([e["ids"] for e in self.examples if "ids" in e])
         live = self._live(start)
         anchor = {k: p.detach().clone() for k, p in live.items()}
         self.contexts = {n: self._context(n, anchor, down.get(n, {})) for n in self.client.stack.methods}

@@ -42,6 +42,8 @@ class Site:
 def apply(x: Tensor, sites: Sequence[Site]) -> list[Tensor]:
     """Every site's output (n, out) for the input x (n, in) that they share."""
     pairs = [p for s in sites for p in s.pairs()]
+    if not pairs:
+        return list(_Alone.apply(x, sites)) if torch.is_grad_enabled() and x.requires_grad else [s.base.product(x) for s in sites]  # type: ignore[no-untyped-call]
     factors = [f for a, b, _ in pairs for f in (a, b)]
     if not torch.is_grad_enabled() or not (x.requires_grad or any(f.requires_grad for f in factors)):
         return _forward(x, sites, _stacked(pairs, x))
@@ -68,6 +70,24 @@ def _forward(x: Tensor, sites: Sequence[Site], stack: Tensor | None, thin: Tenso
             at += a.shape[0]
         found.append(y)
     return found
+
+
+class _Alone(torch.autograd.Function):
+    """Several maps of one input without adapters. Nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sites: Sequence[Site]) -> tuple[Tensor, ...]:
+        ctx.bases = [s.base for s in sites]
+        return tuple(base.product(x) for base in ctx.bases)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        back: Tensor | None = None
+        for base, g in zip(ctx.bases, grads, strict=True):
+            if g is not None:
+                back = base.back(g, back)
+        return back, None
 
 
 class _Adapted(torch.autograd.Function):

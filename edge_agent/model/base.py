@@ -98,6 +98,11 @@ class Base:
             x = self.core.run(self.core.embed(batch["input_ids"], layout), layout)
         return self.core.finish(x), layout
 
+    def read_words(self, examples: Sequence[Sequence[int]]) -> None:
+        """The embedding rows of these texts (token ids) at once, where only such rows are kept."""
+        if self.core is not None and self.core.words is not None and examples:
+            self.core.words.read(torch.tensor(sorted({i for ids in examples for i in ids})))
+
     def cache(self, at: int, examples: Sequence[Sequence[int]], memory_mb: float, folder: Path | None = None, disk_mb: float = 0.0) -> str:
         """From now on keep what enters layer `at` for these examples (token ids); what is kept stays while it is valid. Says why not."""
         assert self.core is not None
@@ -111,6 +116,8 @@ class Base:
             if (need := self.prefix.bytes_needed() / 1e6) > memory_mb + disk_mb:
                 self.prefix = None
                 return f"it would take {need:.0f} MB, there are {memory_mb + disk_mb:.0f}"
+            if lower is None and not self.prefix.complete:
+                self.read_words(examples)
         return ""
 
     def _prefix_id(self, at: int) -> str:
@@ -153,7 +160,8 @@ class Base:
 
     def _table(self) -> tuple[Tensor, Tensor | None]:
         assert self.core is not None
-        return self.core.tables.get("head", self.core.tables["word"]), self.core.tables.get("head_bias")
+        tables = self.core.tables
+        return tables["head" if "head" in tables else "word"], tables.get("head_bias")
 
     def _foreign_answers(self, batch: dict[str, Any], before: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         width = batch["labels"].shape[1]

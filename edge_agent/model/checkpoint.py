@@ -21,14 +21,14 @@ class Checkpoint:
             raise Refused(f"{folder} holds no safetensors; pickled weights are never loaded")
         self._missing(files)
         self.config: dict[str, Any] = self._config()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Path, Any]] = {}
         for file in files:
             try:
                 opened = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise Refused(f"{file} cannot be read: {error}", "copy the model again") from None
             names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
-            self._files |= dict.fromkeys(names, opened)
+            self._files |= dict.fromkeys(names, (file, opened))
 
     def _missing(self, files: list[Path]) -> None:
         """A checkpoint in shards has all that its index names."""
@@ -52,11 +52,12 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def get(self, name: str) -> Tensor:
-        """One tensor as the file has it, mapped. Raises Refused."""
+    def get(self, name: str, apart: bool = False) -> Tensor:
+        """One tensor as the file has it, mapped; `apart`: by a map of its own, which ends with it. Raises Refused."""
         if name not in self._files:
             raise Refused(f"the checkpoint in {self.folder} has no tensor `{name}`", "job and device must hold the same base model")
-        tensor: Tensor = self._files[name].get_tensor(name)
+        path, opened = self._files[name]
+        tensor: Tensor = (safe_open(path, framework="pt") if apart else opened).get_tensor(name)
         return tensor
 
     def norm(self, name: str, plus: float = 0.0) -> tuple[Tensor, Tensor | None] | None:

@@ -29,8 +29,9 @@ class Layout:
         self.counts = self.mask.sum(1)
         self.real = int(self.counts.sum())
         full = self.real == self.mask.numel()
-        self.size = self.real if full else rounded(self.real)
+        self.size = self.real if full else rounded(self.real + 1)
         self._hidden: dict[tuple[bool, int, int], Tensor | None] = {}
+        self._heads: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._places = None if full else self.mask.flatten().nonzero().squeeze(1)
 
     @staticmethod
@@ -54,7 +55,7 @@ class Layout:
         return self.take((self.mask.cumsum(1) - 1).flatten())
 
     def hidden(self, causal: bool, window: int, group: int) -> Tensor | None:
-        """What is added to scores, broadcast over (batch, kv, group·length, length): -inf where a token must not look; None: it sees all.
+        """What is added to scores, broadcast over (batch, kv, keys, group·queries): -inf where a token must not look; None: it sees all.
 
         The same for all layers, so made once.
         """
@@ -68,11 +69,34 @@ class Layout:
         if not causal:
             if self._places is None:
                 return None
-            return torch.zeros(self.mask.shape).masked_fill_(~self.mask, -torch.inf)[:, None, None, :]
+            return torch.zeros(self.mask.shape).masked_fill_(~self.mask, -torch.inf)[:, None, :, None]
         at = torch.arange(self.length)
-        back = at.unsqueeze(1) - at.unsqueeze(0)
+        back = at.unsqueeze(0) - at.unsqueeze(1)
         unseen = (back < 0) | (back >= window) if window else back < 0
-        return torch.zeros(back.shape).masked_fill_(unseen, -torch.inf).repeat(group, 1)
+        return torch.zeros(back.shape).masked_fill_(unseen, -torch.inf).repeat(1, group)
+
+    def heads(self, x: Tensor, kv: int, group: int) -> Tensor:
+        """Rows (size, kv·group, d) → (batch·kv, group·length, d) in one pass; where there is no token, the last row, a spare one."""
+        there, _ = self._head_places(kv, group)
+        return x.reshape(-1, x.shape[-1]).index_select(0, there).view(self.batch * kv, group * self.length, -1)
+
+    def rows_of_heads(self, x: Tensor, kv: int, group: int) -> Tensor:
+        """Back to rows (size, kv·group, d); spare rows get what stands where the first padding is."""
+        _, back = self._head_places(kv, group)
+        return x.view(-1, x.shape[-1]).index_select(0, back).view(self.size, kv * group, -1)
+
+    def _head_places(self, kv: int, group: int) -> tuple[Tensor, Tensor]:
+        """Where each head of each place in the padded block stands among the rows, and the way back; the same for all layers."""
+        if (kv, group) not in self._heads:
+            row = torch.full((self.batch * self.length,), self.size - 1)
+            row[self.mask.flatten()] = torch.arange(self.real)
+            there = row.view(self.batch, 1, 1, self.length) * (kv * group) + torch.arange(kv * group).view(1, kv, group, 1)
+            place = torch.arange(there.numel()).view(self.batch, kv, group, self.length).permute(0, 3, 1, 2).reshape(-1, kv * group)
+            if self._places is not None:
+                first = int((~self.mask.flatten()).nonzero()[0])
+                place = torch.cat([place.index_select(0, self._places), place[first].expand(self.size - self.real, -1)])
+            self._heads[kv, group] = there.flatten().to(self.device), place.flatten().to(self.device)
+        return self._heads[kv, group]
 
     def take(self, padded: Tensor) -> Tensor:
         """(batch·length, …), on the CPU → rows (size, …) on the device."""

@@ -16,6 +16,7 @@ from .adapted import Site
 from .checkpoint import Checkpoint, cut
 from .frozen import Frozen
 from .transformer import Layer, Norm, Transformer
+from .words import Words
 
 Packed = dict[str, Tensor]
 """A layer's tensors by `<map>/<kind>` and `<norm>/weight`, as they are kept and as they lie on disk."""
@@ -62,7 +63,7 @@ class Recipe:
         found: Packed = {}
         for part in ("word", "position", "kind", "first"):
             if name := self.name(part):
-                found[part] = self.source.get(name if self.kind.patch and part != "word" else f"{name}.weight")
+                found[part] = self.source.get(name if self.kind.patch and part != "word" else f"{name}.weight", apart=part == "word")
         if self.kind.patch:
             found["word_bias"] = self.source.get(f"{self.name('word')}.bias").float()
         found["position"] = found["position"].float() if "position" in found else torch.empty(0)
@@ -99,9 +100,11 @@ def assemble(
         found = moved(rest(), device)
         return {k: found[k] if k in ("word", "head") else found[k].float() for k in kept if k in found}
 
+    sparse = not recipe.kind.patch and device.type == "cpu" and (not recipe.head or (recipe.bits == 32 and "head" in rest()))
+    words = Words(lambda: rest()["word"]) if sparse else None
     sources = [partial(_made, recipe, n, give, sites, device) for n, give in enumerate(layers)]
     norms = {k: t for k, t in rest().items() if k.split("/")[0] in ("norm0", "final")}
-    return Transformer(recipe.kind, tables, sources, _norms(moved(norms, device), ("norm0", "final")))
+    return Transformer(recipe.kind, tables, sources, _norms(moved(norms, device), ("norm0", "final")), words)
 
 
 def moved(packed: Packed, device: torch.device) -> Packed:

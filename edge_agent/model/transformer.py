@@ -17,7 +17,8 @@ from .adapted import Site, apply
 from .again import again
 from .attention import attention
 from .layout import Layout
-from .pieces import activate, gated, rms_norm, rotate
+from .pieces import activated, gated, rms_norm, rotate
+from .words import Words
 
 Norm = tuple[Tensor, Tensor | None]
 
@@ -38,9 +39,10 @@ class Transformer:
     """Embeddings and layers. What a cache makes superfluous can be dropped; it is read again when it is needed after all."""
 
     def __init__(
-        self, kind: Architecture, tables: Callable[[], dict[str, Tensor]], layers: Sequence[Callable[[], Layer]], norms: dict[str, Norm]
-    ) -> None:
-        self.kind, self.norms, self._tables, self._sources = kind, norms, tables, layers
+        self, kind: Architecture, tables: Callable[[], dict[str, Tensor]], layers: Sequence[Callable[[], Layer]], norms: dict[str, Norm],
+        words: Words | None = None,
+    ) -> None:  # fmt: skip
+        self.kind, self.norms, self._tables, self._sources, self.words = kind, norms, tables, layers, words
         self.layers: list[Layer | None] = [make() for make in layers]
         self.tables = tables()
         self.dtype = torch.float32
@@ -66,12 +68,15 @@ class Transformer:
             self.layers[number] = None
         if embeddings:
             self.tables = {k: t for k, t in self.tables.items() if k.startswith("head")}
+            if self.words is not None:
+                self.words.forget()
 
     def embed(self, ids: Tensor, layout: Layout) -> Tensor:
         """Token ids (batch, length) → rows (n, hidden) that the first layer reads."""
         if "word" not in self.tables:
             self.tables = self._tables()
-        x = self.tables["word"].index_select(0, layout.take(ids.flatten())).float()
+        taken = layout.take(ids.flatten())
+        x = (self.tables["word"].index_select(0, taken) if self.words is None else self.words.take(taken)).float()
         if self.kind.word_scale != 1.0:
             x = x * self.kind.word_scale
         if "position" in self.tables:
@@ -114,22 +119,22 @@ class Transformer:
     def _layer(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
         if self.kind.post:
             x = self._norm(x + self._attention(x.to(self.dtype), layout, layer), layer.norms["norm1"])
-            return self._norm(x + self._wide(x.to(self.dtype), layer), layer.norms["norm2"])
+            return self._norm(x + self._wide(x.to(self.dtype), layout, layer), layer.norms["norm2"])
         read = self._norm(x, layer.norms["norm1"]).to(self.dtype)
         if self.kind.parallel:
-            return x + self._attention(read, layout, layer) + self._wide(read, layer)
+            return x + self._attention(read, layout, layer) + self._wide(read, layout, layer)
         x = x + self._attention(read, layout, layer)
-        return x + self._wide(self._norm(x, layer.norms["norm2"]).to(self.dtype), layer)
+        return x + self._wide(self._norm(x, layer.norms["norm2"]).to(self.dtype), layout, layer)
 
-    def _wide(self, x: Tensor, layer: Layer) -> Tensor:
+    def _wide(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
         found = apply(x, layer.wide)
         name = self.kind.activation
-        middle = gated(found[0], found[1], name) if len(found) == 2 else activate(found[0], name)
-        return self._out(middle, layer.down)
+        middle = gated(found[0], found[1], name) if len(found) == 2 else activated(found[0], name)
+        return self._out(middle, layout, layer.down)
 
-    def _out(self, x: Tensor, site: Site) -> Tensor:
+    def _out(self, x: Tensor, layout: Layout, site: Site) -> Tensor:
         if self.seen is not None:
-            squares = x.float().square().sum(0)
+            squares = x[: layout.real].float().square().sum(0)
             self.seen[site.name] = self.seen[site.name] + squares if site.name in self.seen else squares
         return apply(x, [site])[0]
 
@@ -147,13 +152,13 @@ class Transformer:
         if layout.length <= SHORT:
             hidden = layout.hidden(self.kind.causal, self.kind.window, q.shape[1] // k.shape[1])
             seen = attention(q.float(), k.float(), v.float(), layout, hidden)  # small products: 16 bits would only slow them down
-            return self._out(seen.to(x.dtype), layer.o)
+            return self._out(seen.to(x.dtype), layout, layer.o)
         q, k, v = (layout.spread(t).transpose(1, 2) for t in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (_repeated(t, q.shape[1] // t.shape[1]) for t in (k, v))
         mask = self._mask(layout)
         seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.kind.causal and mask is None)
-        return self._out(layout.rows_of(seen.transpose(1, 2).flatten(2)), layer.o)
+        return self._out(layout.rows_of(seen.transpose(1, 2).flatten(2)), layout, layer.o)
 
     def _mask(self, layout: Layout) -> Tensor | None:
         """None where nothing is hidden, or only what comes later: padding stands on the right."""
