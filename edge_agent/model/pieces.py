@@ -13,7 +13,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass and no copy, unlike the mean of a square
+        scale: Tensor = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -22,8 +23,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         g = g * weight
-        along = (g * x).mean(-1, keepdim=True).mul_(scale.pow(3))
-        return g.mul_(scale).sub_(x * along), None, None
+        size = x.shape[-1]
+        along = torch.bmm(g.reshape(-1, 1, size), x.reshape(-1, size, 1)).view_as(scale).mul_(scale.pow(3)).div_(size)
+        return g.mul_(scale).addcmul_(x, along, value=-1), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
