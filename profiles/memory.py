@@ -14,11 +14,11 @@ SHORT = 64
 """Tokens up to which attention keeps its probabilities instead of running the fused kernel."""
 LOGITS, TABLE = 64e6, 16e6
 """Logits held at once, and the piece of an output table that is widened."""
-BASE, SLACK, AGAIN = 33.0, 1.23, 0.57
+BASE, SLACK, AGAIN = 28.0, 1.25, 0.58
 """MB of kernels and buffers that come with the first step; what an allocator wastes of what is held; how much of a layer's numbers are
 there once more where it is computed again. Fitted to measured peaks."""
-TOUCHED = 0.6
-"""Share of an encoder's embeddings that a round's texts touch, pages and their neighbours; a decoder's are its output table too."""
+TOUCHED = 0.05
+"""Share of an encoder's embeddings that a round's texts use, which alone are kept; a decoder's are its output table too."""
 WORTH = 256
 """Tokens of a micro-batch below which a product loses speed."""
 LEAST = 64
