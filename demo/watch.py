@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coordinator.cli import arm_text
 from coordinator.client import Client
+from coordinator.verbs.results import arm_text
 from federated.errors import Unreachable
 
 from .fleet import Fleet
