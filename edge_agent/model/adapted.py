@@ -46,27 +46,35 @@ def apply(x: Tensor, sites: Sequence[Site]) -> list[Tensor]:
         return list(_Alone.apply(x, sites)) if torch.is_grad_enabled() and x.requires_grad else [s.base.product(x) for s in sites]  # type: ignore[no-untyped-call]
     factors = [f for a, b, _ in pairs for f in (a, b)]
     if not torch.is_grad_enabled() or not (x.requires_grad or any(f.requires_grad for f in factors)):
-        return _forward(x, sites, _stacked(pairs, x))
+        fine = _fine(x)
+        return _forward(sites, x, fine @ _stacked(pairs, fine).t())
     return list(_Adapted.apply(x, sites, *factors))  # type: ignore[no-untyped-call]
 
 
-def _stacked(pairs: list[tuple[Tensor, Tensor, float]], x: Tensor) -> Tensor | None:
+def _fine(x: Tensor) -> Tensor:
+    """What thin products are computed with: fp32 on a CPU. BLAS has a kernel for all shapes, oneDNN makes a 16-bit one for each, slowly."""
+    return x.float() if x.device.type == "cpu" else x
+
+
+def _stacked(pairs: list[tuple[Tensor, Tensor, float]], x: Tensor) -> Tensor:
     """All A below each other, in the dtype of x: one thin product instead of several."""
-    if not pairs:
-        return None
     return torch.cat([a.detach() for a, _, _ in pairs]).to(x.dtype) if len(pairs) > 1 else pairs[0][0].detach().to(x.dtype)
 
 
-def _forward(x: Tensor, sites: Sequence[Site], stack: Tensor | None, thin: Tensor | None = None) -> list[Tensor]:
-    found = []
-    if stack is not None and thin is None:
-        thin = x @ stack.t()
-    at = 0
+def _plus(y: Tensor, thin: Tensor, b: Tensor, scale: float) -> None:
+    """y += scale·thin·Bᵀ, in place."""
+    if y.dtype == thin.dtype:
+        y.addmm_(thin, b.t(), alpha=scale)
+    else:
+        y.add_(thin @ b.t(), alpha=scale)
+
+
+def _forward(sites: Sequence[Site], x: Tensor, thin: Tensor) -> list[Tensor]:
+    found, at = [], 0
     for site in sites:
         y = site.base.product(x)
         for a, b, scale in site.pairs():
-            assert thin is not None
-            y.addmm_(thin[:, at : at + a.shape[0]], b.detach().to(x.dtype).t(), alpha=scale)
+            _plus(y, thin[:, at : at + a.shape[0]], b.detach().to(thin.dtype), scale)
             at += a.shape[0]
         found.append(y)
     return found
@@ -96,46 +104,42 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sites: Sequence[Site], *factors: Tensor) -> tuple[Tensor, ...]:
         pairs = [p for s in sites for p in s.pairs()]
-        stack = _stacked(pairs, x)
-        thin = None if stack is None else x @ stack.t()
+        fine = _fine(x)
+        stack = _stacked(pairs, fine)
+        thin = fine @ stack.t()
         ctx.sites, ctx.counts = sites, [len(s.pairs()) for s in sites]
-        ctx.scales = [s for _, _, s in pairs]
+        ctx.scales, ctx.rows = [s for _, _, s in pairs], len(x)
         trained = any(ctx.needs_input_grad[2:])
         ctx.save_for_backward(x if trained else None, thin if trained else None, stack, *factors)
-        return tuple(_forward(x, sites, stack, thin))
+        return tuple(_forward(sites, x, thin))
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, thin, stack, *factors = ctx.saved_tensors
-        back: Tensor | None = None
-        thins, found = [], []
-        at = number = 0
+        needs, back = ctx.needs_input_grad, None
+        thins: list[Tensor] = []
+        up: list[Tensor | None] = []
+        at = 0
         for site, g, count in zip(ctx.sites, grads, ctx.counts, strict=True):
-            if g is not None and ctx.needs_input_grad[0]:
+            if g is not None and needs[0]:
                 back = site.base.back(g, back)
-            for _ in range(count):
-                b, scale = factors[2 * number + 1], ctx.scales[number]
+            fine = _fine(g) if g is not None and count else None
+            for b, scale in zip(factors[1::2][len(up) :][:count], ctx.scales[len(up) :], strict=False):
                 rank = b.shape[1]
-                needs_b = ctx.needs_input_grad[2 + 2 * number + 1]
-                if g is None:
-                    thins.append(stack.new_zeros(0, rank) if x is None else x.new_zeros(x.shape[0], rank))
-                    found += [None]
+                wanted = needs[3 + 2 * len(up)]
+                if fine is None:
+                    up.append(None)
+                    thins.append(stack.new_zeros(ctx.rows, rank))
                 else:
-                    thins.append((g @ b.to(g.dtype)).mul_(scale))
-                    found += [(g.t() @ thin[:, at : at + rank]).float().mul_(scale) if needs_b else None]
-                at, number = at + rank, number + 1
-        if not thins:
-            return back, None
+                    up.append((fine.t() @ thin[:, at : at + rank]).float().mul_(scale) if wanted else None)
+                    thins.append((fine @ b.to(fine.dtype)).mul_(scale))
+                at += rank
         joined = torch.cat(thins, dim=1) if len(thins) > 1 else thins[0]
         if back is not None:
-            back = back.addmm_(joined, stack)
-        wants = [ctx.needs_input_grad[2 + 2 * n] for n in range(number)]
-        down = (joined.t() @ x).float() if any(wants) else None
-        result: list[Tensor | None] = []
-        at = 0
-        for n in range(number):
-            rank = factors[2 * n].shape[0]
-            result += [down[at : at + rank] if down is not None and wants[n] else None, found[n]]
-            at += rank
+            _plus(back, joined, stack.t(), 1.0)
+        ranks = [a.shape[0] for a in factors[::2]]
+        down = torch.split((joined.t() @ _fine(x)).float(), ranks) if any(needs[2::2]) else [None] * len(ranks)
+        pairs = zip(down, up, needs[2::2], strict=True)
+        result = [t for for_a, for_b, wanted in pairs for t in (for_a if wanted else None, for_b)]
         return back, None, *result
