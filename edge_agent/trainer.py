@@ -53,7 +53,8 @@ class Trainer:
     def run(self, start: Tensors, down: dict[str, Tensors]) -> Tensors:
         """Train from `start` (compact, by name) and return the trained tensors, fp32."""
         if self.base.prefix is None:
-            self.base.read_words([e["ids"] for e in self.examples if "ids" in e])
+            used = sorted({i for picked in self._order() for i in picked})
+            self.base.read_words([self.examples[i]["ids"] for i in used if "ids" in self.examples[i]])
         live = self._live(start)
         anchor = {k: p.detach().clone() for k, p in live.items()}
         self.contexts = {n: self._context(n, anchor, down.get(n, {})) for n in self.client.stack.methods}
@@ -93,10 +94,12 @@ class Trainer:
 
     def batches(self, skip: int = 0) -> Iterator[dict[str, Any]]:
         """The round's batches, seeded, without the first `skip`; see `batches.order`."""
-        seed = seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63
-        recipe = self.job.recipe
-        for picked in batches.order([size_of(e) for e in self.examples], recipe.batch, recipe.steps, seed)[skip:]:
+        for picked in self._order()[skip:]:
             yield self._collate([self.examples[i] for i in picked])
+
+    def _order(self) -> list[list[int]]:
+        seed = seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63
+        return batches.order([size_of(e) for e in self.examples], self.job.recipe.batch, self.job.recipe.steps, seed)
 
     def _collate(self, examples: Examples) -> dict[str, Any]:
         """A batch; with the names of its examples where their lower layers' output is kept."""
