@@ -26,9 +26,8 @@ def order(sizes: list[int], batch: int, steps: int, seed: int) -> list[list[int]
     found: list[list[int]] = []
     at = 0
     while at < steps * batch:
-        rest = (
-            (-at % len(sizes) or len(sizes)) // batch * batch
-        )  # of this epoch, in whole batches: two epochs sorted together would pair twins
+        # Of this epoch alone, in whole batches: two epochs that were sorted together would put an example beside itself.
+        rest = (-at % len(sizes) or len(sizes)) // batch * batch
         end = at + min(WINDOW * batch, max(rest, batch), steps * batch - at)
         window = sorted(stream[at:end], key=lambda i: sizes[i])
         made = [window[n : n + batch] for n in range(0, len(window), batch)]

@@ -42,10 +42,11 @@ class Site:
 def apply(x: Tensor, sites: Sequence[Site]) -> list[Tensor]:
     """Every site's output (n, out) for the input x (n, in) that they share."""
     pairs = [p for s in sites for p in s.pairs()]
-    if not pairs:
-        return list(_Alone.apply(x, sites)) if torch.is_grad_enabled() and x.requires_grad else [s.base.product(x) for s in sites]  # type: ignore[no-untyped-call]
     factors = [f for a, b, _ in pairs for f in (a, b)]
-    if not torch.is_grad_enabled() or not (x.requires_grad or any(f.requires_grad for f in factors)):
+    recorded = torch.is_grad_enabled() and (x.requires_grad or any(f.requires_grad for f in factors))
+    if not pairs:
+        return list(_Alone.apply(x, sites)) if recorded else [s.base.product(x) for s in sites]  # type: ignore[no-untyped-call]
+    if not recorded:
         fine = _fine(x)
         return _forward(sites, x, fine @ _stacked(pairs, fine).t())
     return list(_Adapted.apply(x, sites, *factors))  # type: ignore[no-untyped-call]
