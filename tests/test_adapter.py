@@ -59,7 +59,7 @@ async def test_real_text_with_a_real_model(tmp_path: Path, shared: Path) -> None
     world = World(tmp_path, model, devices=2, packet=50_000)
     for i, name in enumerate(world.names):
         world.data[name].write_text("\n".join(json.dumps(r) for r in found[i::2]))
-    world.budgets = {"d0": 100.0, "d1": 400.0}
+    world.budgets = {"d0": 69.0, "d1": 400.0}
     async with world:
         done = await world.run(
             job(

@@ -52,9 +52,9 @@ def device(name: str, budget: float) -> DeviceProfile:
 
 
 FLEET = [
-    ("nano", device("jetson-orin-nano-8gb", 73.0), 0.2),
-    ("pi", device("raspberry-pi-5-8gb", 140.0), 0.3),
-    ("laptop", device("laptop-x86-16gb", 400.0), 0.5),
+    ("nano", device("jetson-orin-nano-8gb", 42.0), 0.2),
+    ("pi", device("raspberry-pi-5-8gb", 109.0), 0.3),
+    ("laptop", device("laptop-x86-16gb", 369.0), 0.5),
 ]
 
 
@@ -183,7 +183,7 @@ def test_a_memory_failure_lowers_what_is_asked() -> None:
         made.observe([Outcome("pi", "raspberry-pi-5-8gb", arm, 0, 0, 1.0, failed="memory")], {d: p for d, p, _ in FLEET}, {})
     assert made.state["devices"]["pi"]["bits"] == 8
     assert made.feasible("pi", FLEET[1][1], 0)
-    assert before <= 140
+    assert before <= 109
 
 
 def test_the_sweep_does_not_let_one_slow_device_set_the_pace() -> None:
