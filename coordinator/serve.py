@@ -86,6 +86,18 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
     b, authority = config.broker, Authority(config.home, config.fleet) if config.mutual_tls else None
     names = own_names(b.host, parse_url(b.advertise).host if b.advertise else "") if authority else []
     broker = await _own_broker(config, authority, names)
+    try:
+        await _serve(config, authority, names, broker, ended)
+    finally:
+        if broker:
+            await broker.stop()
+
+
+async def _serve(
+    config: CoordinatorConfig, authority: Authority | None, names: list[str], broker: BrokerChild | None, ended: asyncio.Event
+) -> None:
+    """Everything behind the broker, until `ended`."""
+    b = config.broker
     url = b.url or (broker.url if broker else "")
     public = b.advertise or b.url or (broker.public_url if broker else "")
     tls = _link_tls(config, authority)
@@ -114,5 +126,3 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
         await runner.cleanup()
         await metrics.stop()
         await service.stop()
-        if broker:
-            await broker.stop()

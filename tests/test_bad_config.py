@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from coordinator import cli as coordinator
@@ -42,6 +43,8 @@ def test_the_coordinators_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert message in said
     assert hint in said
     assert "Traceback" not in said
+    if (started := tmp_path / "c" / "broker.pid").exists():
+        assert not psutil.pid_exists(int(started.read_text())), "its broker runs on"
 
 
 AGENT = [
