@@ -4,6 +4,7 @@ The base is frozen, so a map keeps its input only where its factors are trained,
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -121,12 +122,12 @@ class _Adapted(torch.autograd.Function):
         needs, back = ctx.needs_input_grad, None
         thins: list[Tensor] = []
         up: list[Tensor | None] = []
-        at = 0
+        ups, at = iter(zip(factors[1::2], ctx.scales, strict=True)), 0
         for site, g, count in zip(ctx.sites, grads, ctx.counts, strict=True):
             if g is not None and needs[0]:
                 back = site.base.back(g, back)
             fine = _fine(g) if g is not None and count else None
-            for b, scale in zip(factors[1::2][len(up) :][:count], ctx.scales[len(up) :], strict=False):
+            for b, scale in islice(ups, count):
                 rank = b.shape[1]
                 wanted = needs[3 + 2 * len(up)]
                 if fine is None:

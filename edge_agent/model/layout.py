@@ -1,6 +1,7 @@
 """Where the real tokens of a batch lie. Everything but attention runs on real tokens alone, one row each: padding costs nothing there.
 
-Some rows of zeros stand at the end, so that the number of rows takes few values: kernels are made for every new shape.
+Some spare rows stand at the end, so that the number of rows takes few values: kernels are made for every new shape. They begin as zeros,
+hold what biases make of them, and get no gradient: whoever sums over rows takes the first `real`.
 """
 
 from functools import cached_property

@@ -21,14 +21,14 @@ def test_every_example_comes_once_before_any_comes_again(count: int, batch: int,
     for one in found:
         for i in one:
             times[i] += 1
-    assert max(times) - min(times) <= 2
+    assert max(times) - min(times) <= 1
     whole = [one for n, one in enumerate(found) if n * batch // count == ((n + 1) * batch - 1) // count]
     assert whole or count < batch
     assert sum(len(set(one)) == batch for one in found) >= len(whole)
 
 
 def test_fewer_examples_than_a_batch_has_room_for() -> None:
-    assert sorted(order([3, 4, 5], 8, 2, 0)[0])[0] == 0
+    assert [len(one) for one in order([3, 4, 5], 8, 2, 0)] == [8, 8]
     assert {i for one in order([3, 4, 5], 8, 2, 0) for i in one} == {0, 1, 2}
 
 
@@ -41,4 +41,4 @@ def test_the_largest_batch_of_the_first_epoch_comes_first() -> None:
 def test_like_lengths_meet() -> None:
     lengths = sizes(400)
     padded = sum(max(lengths[i] for i in one) * 8 for one in order(lengths, 8, 50, 1))
-    assert padded < 1.15 * sum(lengths) < 8 * 50 * 8 * 39
+    assert padded < 1.15 * sum(lengths)
