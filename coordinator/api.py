@@ -13,6 +13,7 @@ from federated.errors import ConfigError, RankfleetError
 from federated.files import write_atomic
 from federated.health import plain
 from federated.roster import decode_key, encode_key
+from federated.states import ENDED, HELD
 
 from . import store
 from .health import conditions
@@ -118,7 +119,8 @@ class Api:
 
     async def jobs(self, request: web.Request) -> web.Response:
         """All jobs."""
-        rows = sorted(self.service.ledger.rows(store.jobs), key=lambda r: r["number"])
+        ledger = self.service.ledger
+        newest = ledger.newest_rounds()
         return _json(
             [
                 {
@@ -126,9 +128,9 @@ class Api:
                     "state": r["state"],
                     "created": r["created"],
                     "reason": r["reason"],
-                    "round": max((x["number"] for x in self.service.ledger.rows(store.rounds, job=r["id"])), default=None),
+                    "round": newest.get(r["id"]),
                 }
-                for r in rows
+                for r in ledger.jobs()
             ]
         )
 
@@ -146,7 +148,7 @@ class Api:
     async def text(self, request: web.Request) -> web.Response:
         """A job as it was submitted, and who signed it."""
         job = request.match_info["job"]
-        row = self.service.ledger.row(store.jobs, id=job)
+        row = self.service.ledger.job(job)
         if row is None:
             raise ConfigError(f"no job `{job}`", "coordinator jobs")
         return _json({"text": row["text"], "signed": self.service.operators.agreed(job, row["text"])})
@@ -155,7 +157,7 @@ class Api:
         """The roster in force, and what was done."""
         roster = self.service.operators.roster
         people = {n: {"role": o.role, "key": encode_key(o.key)} for n, o in roster.operators.items()} if roster else {}
-        trail = [dict(r) for r in self.service.ledger.rows(store.audit)][-100:]
+        trail = [dict(r) for r in self.service.ledger.audit(100)]
         return _json(
             {"fleet": self.service.config.fleet, "version": roster.version if roster else 0, "operators": people, "audit": trail,
              "approvals": roster.approvals if roster else 0}
@@ -181,7 +183,7 @@ class Api:
             seed=spec.seed,
         )
         rows, fleet = [], []
-        for row in self.service.ledger.rows(store.devices):
+        for row in self.service.ledger.device_rows():
             device, reason = row["id"], self.service.devices.why_not(row["id"], plan)
             profile, said = self.service.devices.profile(device), self.service.devices.said(device)
             if not reason and profile and said:
@@ -200,21 +202,21 @@ class Api:
     async def verb(self, request: web.Request) -> web.Response:
         """cancel, pause or resume."""
         job, verb = request.match_info["job"], request.match_info["verb"]
-        row = self.service.ledger.row(store.jobs, id=job)
+        row = self.service.ledger.job(job)
         if row is None:
             raise ConfigError(f"no job `{job}`", "coordinator jobs")
-        if row["state"] in ("finished", "failed", "cancelled"):
+        if row["state"] in ENDED:
             raise ConfigError(f"job `{job}` is {row['state']}")
         if verb == "approve":
             agreed = self.service.operators.sign(job, *_signed(request))
             self.service.jobs.approved(job)
             return _json({"job": job, "done": verb, "signed": agreed, "lacks": self.service.operators.lacks(job, row["text"])})
-        if row["state"] == "held" and verb in ("pause", "resume"):
+        if row["state"] == HELD and verb in ("pause", "resume"):
             raise ConfigError(f"job `{job}` waits for operators to sign it", f"coordinator approve {job} --key FILE")
         if verb == "cancel":
             self.service.jobs.cancel(job)
         elif verb in ("pause", "resume"):
-            self.service.ledger.change(store.jobs, {"id": job}, state="paused" if verb == "pause" else "running")
+            self.service.ledger.set_job(job, "paused" if verb == "pause" else "running")
             self.service.changed()
         else:
             raise ConfigError(f"`{verb}` is not one of approve, cancel, pause, resume")
@@ -223,11 +225,11 @@ class Api:
     async def rounds(self, request: web.Request) -> web.Response:
         """Rounds of a job with every device's arm, state, loss, seconds; and events."""
         job, ledger = request.match_info["job"], self.service.ledger
-        if ledger.row(store.jobs, id=job) is None:
+        if ledger.job(job) is None:
             raise ConfigError(f"no job `{job}`", "coordinator jobs")
         found = []
-        versions = {r["number"]: r for r in ledger.rows(store.versions, job=job)}
-        for row in ledger.rows(store.rounds, job=job):
+        versions = {r["number"]: r for r in ledger.versions(job)}
+        for row in ledger.rounds(job):
             version = versions.get(row["number"])
             found.append(
                 {
@@ -241,16 +243,16 @@ class Api:
                     "devices": self._assigned(job, row["number"]),
                 }
             )
-        events = [{"at": e["at"], "device": e["device"], "text": e["text"]} for e in ledger.rows(store.events, job=job)]
+        events = [{"at": e["at"], "device": e["device"], "text": e["text"]} for e in ledger.events(job)]
         return _json({"rounds": found, "live": self.service.live, "events": events})
 
     async def progress(self, request: web.Request) -> web.Response:
         """When each round closed and how many updates it had: cheap to ask for again and again."""
-        rows = self.service.ledger.rows(store.rounds, job=request.match_info["job"])
+        rows = self.service.ledger.rounds(request.match_info["job"])
         return _json([{"round": r["number"], "closed": r["closed"], **store.read(r["info"])} for r in rows])
 
     def _assigned(self, job: str, number: int) -> list[dict[str, Any]]:
-        rows = self.service.ledger.rows(store.assignments, job=job, round=number)
+        rows = self.service.ledger.answers(job, number)
         return [
             {
                 "device": r["device"],
@@ -303,7 +305,7 @@ class Api:
     async def arms(self, request: web.Request) -> web.Response:
         """Arms that were used, and what the tuner believes."""
         job = request.match_info["job"]
-        rows = self.service.ledger.rows(store.assignments, job=job)
+        rows = self.service.ledger.answers(job)
         runner = self.service.jobs.runner
         believed = {}
         if runner is not None and runner.job == job:
@@ -317,7 +319,7 @@ class Api:
 
     async def versions(self, request: web.Request) -> web.Response:
         """Versions with their held-out figures."""
-        rows = self.service.ledger.rows(store.versions, job=request.match_info["job"])
+        rows = self.service.ledger.versions(request.match_info["job"])
         return _json(
             [
                 {
@@ -335,12 +337,12 @@ class Api:
         """promote: this version is good. rollback: this version is good and every later one is not."""
         job, verb, text = request.match_info["job"], request.match_info["verb"], request.match_info["number"]
         number = int(text) if text.isdigit() else -1
-        rows = {r["number"]: r for r in self.service.ledger.rows(store.versions, job=job)}
+        rows = {r["number"]: r for r in self.service.ledger.versions(job)}
         if number not in rows or not (self.service.config.home / "jobs" / job / f"v{number:06d}").exists():
             raise ConfigError(f"job `{job}` has no version {text} on disk", f"coordinator versions list {job}")
         if verb not in ("promote", "rollback"):
             raise ConfigError(f"`{verb}` is not one of promote, rollback")
-        self.service.ledger.change(store.versions, {"job": job, "number": number}, state="good")
+        self.service.ledger.set_version(job, number, "good")
         for later in (n for n in rows if n > number and verb == "rollback"):
-            self.service.ledger.change(store.versions, {"job": job, "number": later}, state="rolled back")
+            self.service.ledger.set_version(job, later, "rolled back")
         return _json({"job": job, "version": number, "done": verb})

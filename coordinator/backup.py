@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import insert
 
 from federated.errors import ConfigError
 
-from . import store
 from .config import CoordinatorConfig
+from .questions import Ledger
+from .store import url_of
 
 LEDGER = "ledger.msgpack"
 LEFT_OUT = ("ledger.db", "api.json", "spool", "broker.pid", "mosquitto.conf", "mosquitto.acl")
@@ -29,10 +29,10 @@ def backup(config: CoordinatorConfig, target: Path) -> dict[str, int]:
     """Write everything to `target`, readable by its owner alone; the service may run. Returns what is in it."""
     if not config.home.is_dir():
         raise ConfigError(f"{config.home} does not exist", "is this the coordinator's machine, and its YAML?")
-    ledger = store.Store(store.url_of(config))
+    ledger = Ledger(url_of(config))
     try:
         # The ledger first: files that its rows name are written before them, and stay for three versions.
-        rows = {t.name: [dict(r) for r in ledger.rows(t)] for t in store.meta.sorted_tables}
+        rows = ledger.everything()
     finally:
         ledger.close()
     part = target.with_name(f".{target.name}.new")
@@ -99,17 +99,13 @@ def _put(tar: tarfile.TarFile, entry: tarfile.TarInfo, home: Path) -> int:
 
 
 def _fill(config: CoordinatorConfig, rows: dict[str, list[dict[str, Any]]]) -> int:
-    ledger = store.Store(store.url_of(config))
+    ledger = Ledger(url_of(config))
     try:
-        if ledger.rows(store.jobs) or ledger.rows(store.devices):
+        if ledger.jobs() or ledger.device_rows():
             raise ConfigError("the database is not empty", "restore into a new one")
-        with ledger.write() as tx:
-            for table in store.meta.sorted_tables:
-                known = set(table.c.keys())
-                if table is not store.facts and rows.get(table.name):
-                    tx.execute(insert(table), [{k: v for k, v in r.items() if k in known} for r in rows[table.name]])
+        ledger.fill(rows)
         old = next((int(r["value"]) for r in rows.get("facts", []) if r["name"] == "epoch"), 0)
-        ledger.put(store.facts, {"name": "epoch"}, value=str(max(old + 1, int(time.time()))))
+        ledger.set_epoch(max(old + 1, int(time.time())))
         return sum(len(r) for r in rows.values())
     finally:
         ledger.close()

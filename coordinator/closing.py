@@ -11,16 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, update
-from sqlalchemy.engine import RowMapping
-
 from federated.errors import ConfigError, Refused, WireError
 from federated.messages import read_assignment
 from federated.update import Update
 
 from . import apply, channels, claims, norm_check, quality, store
 from .incoming import IMPORTANCE, Keeper, Lifter
+from .questions import Transaction
 from .registry import Version
+from .store import Row
 
 if TYPE_CHECKING:
     from .rounds import JobRunner
@@ -34,14 +33,14 @@ Folding = list[list[Any]]
 
 async def close(run: "JobRunner", number: int) -> None:
     """Make the version after round `number`, or make it again."""
-    row = run.ledger.row(store.rounds, job=run.job, number=number)
+    row = run.ledger.round(run.job, number)
     assert row is not None
     folding: Folding = store.read(row["folding"])
     if row["state"] != "closing":
         folding = [[r["device"], r["round"]] for r in foldable(run, number)]
-        run.ledger.change(store.rounds, {"job": run.job, "number": number}, state="closing", folding=store.text(folding))
+        run.ledger.begin_closing(run.job, number, folding)
     version, pull = await asyncio.to_thread(make, run, number, folding)
-    rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+    rows = run.ledger.answers(run.job, number)
     for row in rows:
         if examples := store.read(row["telemetry"]).get("examples"):
             run.examples[row["device"]] = float(examples)
@@ -55,10 +54,10 @@ async def close(run: "JobRunner", number: int) -> None:
     tidy(run, version.number)
 
 
-def foldable(run: "JobRunner", number: int) -> list[RowMapping]:
+def foldable(run: "JobRunner", number: int) -> list[Row]:
     """This round's updates, and late ones whose base version is still known."""
     fold = run.plan.spec.late == "fold"
-    rows = run.ledger.rows(store.assignments, since=number - KEEP, job=run.job, state="received")
+    rows = run.ledger.answers_since(run.job, number - KEEP, state="received")
     return [r for r in rows if r["round"] == number or (fold and r["round"] < number)]
 
 
@@ -66,9 +65,8 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     """The next version, from the ledger and files alone; and each device's share of the updates' norms."""
     keeper = Keeper() if apply.streams(run.server) else Keeper(pinned_mb=math.inf)
     lifter = Lifter(run.server, run.blobs, number, keeper)
-    rows = {
-        (r["device"], r["round"]): r for of in {of for _, of in folding} for r in run.ledger.rows(store.assignments, job=run.job, round=of)
-    }
+    of_rounds = {of for _, of in folding}
+    rows = {(r["device"], r["round"]): r for of in of_rounds for r in run.ledger.answers(run.job, of)}
     told = {d: float(n) for (d, _), r in rows.items() if isinstance(n := store.read(r["telemetry"]).get("examples"), int | float) and n > 0}
     allowed = claims.bounds(told, run.examples, run.plan.spec.most_weight)
     for device, text in claims.notes(told, run.examples, allowed):
@@ -77,7 +75,7 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     scores: list[tuple[float, dict[str, Any]]] = []
     usual = norm_check.Usual(run.norms, run.plan.spec.norm_factor)
 
-    def liftable() -> Iterator[tuple[RowMapping, Update]]:
+    def liftable() -> Iterator[tuple[Row, Update]]:
         for device, of in sorted(folding):
             if (row := rows.get((device, of))) is not None and (u := lifted(run, lifter, row, allowed)) is not None:
                 yield row, u
@@ -109,7 +107,7 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     return version, pull
 
 
-def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping, allowed: Mapping[str, float]) -> Update | None:
+def lifted(run: "JobRunner", lifter: Lifter, row: Row, allowed: Mapping[str, float]) -> Update | None:
     """One update in canonical coordinates; None for one that cannot be used, which is put aside with the reason."""
     if row["state"] == "refused":
         return None
@@ -126,14 +124,13 @@ def lifted(run: "JobRunner", lifter: Lifter, row: RowMapping, allowed: Mapping[s
     return made
 
 
-def put_aside(run: "JobRunner", row: RowMapping, reason: str) -> None:
+def put_aside(run: "JobRunner", row: Row, reason: str) -> None:
     """An update that is not used, and stays on disk for whoever looks into it."""
-    where = {"job": run.job, "round": row["round"], "device": row["device"]}
-    run.ledger.change(store.assignments, where, state="refused", reason=reason)
+    run.ledger.refuse(run.job, row["round"], row["device"], reason)
     run.ledger.tell(run.job, row["device"], f"its update of round {row['round']} was put aside: {reason}")
 
 
-def observe(run: "JobRunner", rows: Sequence[RowMapping], pull: Mapping[str, float]) -> None:
+def observe(run: "JobRunner", rows: Sequence[Row], pull: Mapping[str, float]) -> None:
     """What came of the arms, for the tuner."""
     eligible = run.fleet.eligible(run.plan)
     known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
@@ -145,51 +142,38 @@ def observe(run: "JobRunner", rows: Sequence[RowMapping], pull: Mapping[str, flo
     run.tuner.observe(outcomes, known, bits)
 
 
-def record(run: "JobRunner", tx: Connection, version: Version) -> None:
+def record(run: "JobRunner", tx: Transaction, version: Version) -> None:
     """The version's files, then its row."""
     version.state = run.state()
     digest = run.registry.save(version)
-    table = store.versions
-    tx.execute(delete(table).where(table.c.job == run.job, table.c.number == version.number))
-    tx.execute(insert(table).values(job=run.job, number=version.number, state="candidate", digest=digest, created=run.clock()))
+    tx.record_version(run.job, version.number, digest, run.clock())
 
 
 def is_good(run: "JobRunner", number: int, metrics: dict[str, Any]) -> bool:
     """Is what was measured of a version not worse than the last good one before it?"""
-    older = [r for r in run.ledger.rows(store.versions, job=run.job, state="good") if r["number"] < number]
+    older = [r for r in run.ledger.versions(run.job, "good") if r["number"] < number]
     return quality.good_enough(metrics, store.read(older[-1]["metrics"]) if older else {})
 
 
 def is_latest_good(run: "JobRunner") -> bool:
     """Did devices find the newest version good?"""
-    row = run.ledger.row(store.versions, job=run.job, number=run.version.number)
+    row = run.ledger.version(run.job, run.version.number)
     return row is not None and row["state"] == "good"
 
 
-def judge(run: "JobRunner", tx: Connection, number: int, metrics: dict[str, Any]) -> None:
+def judge(run: "JobRunner", tx: Transaction, number: int, metrics: dict[str, Any]) -> None:
     """What devices measured of this version on their own held-out tenth decides whether it is `good`."""
-    state = "good" if is_good(run, number, metrics) else "candidate"
-    table = store.versions
-    where = (table.c.job == run.job, table.c.number == number)
-    tx.execute(update(table).where(*where).values(state=state, metrics=store.text(metrics)))
+    tx.judge_version(run.job, number, "good" if is_good(run, number, metrics) else "candidate", metrics)
 
 
-def mark_closed(run: "JobRunner", tx: Connection, number: int, rows: Sequence[RowMapping], pull: Mapping[str, float] | None = None) -> None:
+def mark_closed(run: "JobRunner", tx: Transaction, number: int, rows: Sequence[Row], pull: Mapping[str, float] | None = None) -> None:
     """The round's row."""
-    where = (store.rounds.c.job == run.job, store.rounds.c.number == number)
-    info = store.text({**quality.summary(rows), "pull": dict(pull or {})})
-    tx.execute(update(store.rounds).where(*where).values(state="closed", closed=run.clock(), info=info))
+    tx.close_round(run.job, number, run.clock(), {**quality.summary(rows), "pull": dict(pull or {})})
 
 
-def settle(run: "JobRunner", tx: Connection, number: int, folding: Folding) -> None:
+def settle(run: "JobRunner", tx: Transaction, number: int, folding: Folding) -> None:
     """Updates that went in are counted; whoever has not answered is late; what is too old for any version is said to be."""
-    a = store.assignments
-    key = (a.c.job == run.job, a.c.round == bindparam("of"), a.c.device == bindparam("who"), a.c.state != "refused")
-    tx.execute(update(a).where(*key).values(state="counted", folded=number), [{"who": d, "of": of} for d, of in folding])
-    tx.execute(update(a).where(a.c.job == run.job, a.c.round == number, a.c.state == "assigned").values(state="late"))
-    oldest = number - KEEP if run.plan.spec.late == "fold" else number
-    stale = (a.c.job == run.job, a.c.round <= oldest, a.c.state == "received")
-    tx.execute(update(a).where(*stale).values(state="dropped", reason="it came too late to be folded"))
+    tx.settle(run.job, number, folding, number - KEEP if run.plan.spec.late == "fold" else number)
 
 
 def tidy(run: "JobRunner", number: int) -> None:
@@ -198,7 +182,7 @@ def tidy(run: "JobRunner", number: int) -> None:
     Raw updates stay until devices found a version good that they went into: until then somebody may have to look into them.
     """
     oldest = number - KEEP
-    good = max((r["number"] for r in run.ledger.rows(store.versions, "number", job=run.job, state="good")), default=0)
+    good = max((r["number"] for r in run.ledger.versions(run.job, "good")), default=0)
     run.registry.forget_before(oldest, {run.planner.snapshot_number(number), 0})
     for path in (run.home / "updates" / run.job).glob("r??????"):
         if int(path.name[1:]) < min(oldest, good):

@@ -11,10 +11,10 @@ from federated.enrolment import CertificateAnswer, CertificateRequest, mac_of, r
 from federated.errors import WireError
 from federated.roster import signed_by
 
-from . import store
 from .authority import Authority
 from .config import Enrolment as Config
 from .fleet import Devices
+from .questions import Ledger
 
 log = logging.getLogger(__name__)
 DAY_S = 86_400.0
@@ -25,7 +25,7 @@ MOST_A_DAY = 20
 class Enrolment:
     """The ledger's claims and certificates. Without an `authority` there are only claims."""
 
-    def __init__(self, config: Config, ledger: store.Store, devices: Devices, authority: Authority | None) -> None:
+    def __init__(self, config: Config, ledger: Ledger, devices: Devices, authority: Authority | None) -> None:
         self.config, self.ledger, self.devices, self.authority = config, ledger, devices, authority
         self.refused = 0
         self._write_list()
@@ -33,13 +33,13 @@ class Enrolment:
     def invited(self, device: str) -> None:
         """A new claim: what the device of this name had before is void."""
         self.revoke(device)
-        self.ledger.put(store.claims, {"device": device}, expires=time.time() + self.config.claim_days * DAY_S)
+        self.ledger.set_claim(device, time.time() + self.config.claim_days * DAY_S)
 
     def void(self, device: str) -> str:
         """Why a device that has not shown its key yet may not do so any more; empty if it may."""
         if self.devices.public(device):
             return ""
-        claim = self.ledger.row(store.claims, device=device)
+        claim = self.ledger.claim(device)
         if claim is None or time.time() <= claim["expires"]:
             return ""
         return f"the claim of `{device}` is older than {self.config.claim_days:g} days"
@@ -63,26 +63,26 @@ class Enrolment:
                 f"{MOST_A_DAY} certificates were made for this device within a day", "what asks for so many? try again tomorrow"
             )
         made = self.authority.sign_request(asked.csr, asked.device, self.config.certificate_days)
-        self.ledger.add(store.certificates, serial=f"{made.serial:x}", device=asked.device, begins=made.begins, ends=made.ends)
+        self.ledger.add_certificate(f"{made.serial:x}", asked.device, made.begins, made.ends)
         self.devices.bind(asked.device, asked.public_key)
         return CertificateAnswer(made.pem, self.authority.ca.read_text(encoding="ascii"), made.begins, made.ends)
 
     def _lately(self, device: str) -> int:
         """Certificates of the last day; those that ended long ago are forgotten."""
-        now, rows = time.time(), self.ledger.rows(store.certificates, device=device)
+        now, rows = time.time(), self.ledger.certificates(device)
         for row in rows:
             if row["ends"] < now - 30 * DAY_S:
-                self.ledger.remove(store.certificates, serial=row["serial"])
+                self.ledger.remove_certificate(row["serial"])
         return sum(r["begins"] > now - DAY_S for r in rows)
 
     def ends(self) -> dict[str, float]:
         """Device → when its newest certificate ends."""
-        rows = self.ledger.rows(store.certificates, "device", "ends", "revoked")
+        rows = self.ledger.certificates()
         return {r["device"]: r["ends"] for r in sorted(rows, key=lambda r: float(r["ends"])) if not r["revoked"]}
 
     def revoke(self, device: str) -> bool:
         """Every certificate of a device is void from now on; True if there was one."""
-        count = self.ledger.change(store.certificates, {"device": device, "revoked": 0.0}, revoked=time.time())
+        count = self.ledger.revoke_certificates(device, time.time())
         if count:
             self._write_list()
         return bool(count)
@@ -90,7 +90,7 @@ class Enrolment:
     def _write_list(self) -> None:
         if self.authority is not None:
             now = time.time()
-            rows = self.ledger.rows(store.certificates, "serial", "revoked", "ends")
+            rows = self.ledger.certificates()
             self.authority.write_crl([int(r["serial"], 16) for r in rows if r["revoked"] and r["ends"] > now])
 
     async def answer(self, request: web.Request) -> web.Response:

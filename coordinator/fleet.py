@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 
 from federated.messages import Hello
+from federated.states import GONE
 from profiles.device import DeviceProfile
 
-from . import store
 from .job import Plan
+from .questions import Ledger
 
 
 @dataclass
@@ -33,10 +34,10 @@ REMEMBERED = 512
 class Devices:
     """The device table: the ledger holds it, everything that is asked for every message is in memory too."""
 
-    def __init__(self, ledger: store.Store) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._rows: dict[str, Device] = {}
-        for row in ledger.rows(store.devices):
+        for row in ledger.device_rows():
             said = (
                 msgspec.json.decode(row["hello"], type=Hello)
                 if row["state"] in ("enrolled", "suspended") and row["hello"] != "{}"
@@ -47,7 +48,7 @@ class Devices:
     def key(self, device: str) -> bytes | None:
         """The link key of an invited or enrolled device."""
         row = self._rows.get(device)
-        return None if row is None or row.state in ("left", "revoked") else row.link_key
+        return None if row is None or row.state in GONE else row.link_key
 
     def public(self, device: str) -> bytes:
         """The key that an enrolled device signs with; empty where there is none."""
@@ -72,12 +73,12 @@ class Devices:
 
     def suspend(self, device: str, note: str) -> None:
         """Keep an enrolled device out; its key stays."""
-        self.ledger.change(store.devices, {"id": device}, state="suspended", note=note)
+        self.ledger.set_device(device, state="suspended", note=note)
         self._rows[device] = replace(self._rows[device], state="suspended")
 
     def resume(self, device: str) -> None:
         """The inverse."""
-        self.ledger.change(store.devices, {"id": device}, state="enrolled", note="")
+        self.ledger.set_device(device, state="enrolled", note="")
         self._rows[device] = replace(self._rows[device], state="enrolled")
 
     def hello(self, device: str, said: Hello, now: float) -> str:
@@ -92,9 +93,8 @@ class Devices:
         if row.public_key and row.public_key != said.public_key:
             return "another key is enrolled under this name; `coordinator invite` makes a new claim"
         if (row.state, row.said) != ("enrolled", said):
-            self.ledger.change(
-                store.devices,
-                {"id": device},
+            self.ledger.set_device(
+                device,
                 state="enrolled",
                 public_key=said.public_key,
                 seen=now,
@@ -107,7 +107,7 @@ class Devices:
         """The first key that is shown under a claim stays."""
         row = self._rows[device]
         if row.public_key != public_key:
-            self.ledger.change(store.devices, {"id": device}, public_key=public_key)
+            self.ledger.set_device(device, public_key=public_key)
             self._rows[device] = replace(row, public_key=public_key)
 
     def said(self, device: str) -> Hello | None:
@@ -126,15 +126,13 @@ class Devices:
 
     def leave(self, device: str, state: str = "left") -> None:
         """Forget a device's key: it `left`, or was `revoked`."""
-        self.ledger.change(store.devices, {"id": device}, state=state, link_key=b"", public_key=b"")
+        self.ledger.set_device(device, state=state, link_key=b"", public_key=b"")
         if device in self._rows:
             self._rows[device] = Device(state, b"", b"", None)
 
     def invite(self, device: str, link_key: bytes) -> None:
         """A new claim; an earlier one under the same name is void."""
-        self.ledger.put(
-            store.devices, {"id": device}, link_key=link_key, public_key=b"", state="invited", hello="{}", seen=0.0, bytes_in=0, note=""
-        )
+        self.ledger.invite(device, link_key)
         self._rows[device] = Device("invited", link_key, b"", None)
 
     def eligible(self, plan: Plan) -> dict[str, tuple[DeviceProfile, dict[str, float]]]:
@@ -168,7 +166,7 @@ class Devices:
     def table(self) -> list[dict[str, Any]]:
         """What `coordinator devices` shows."""
         rows = []
-        for row in self.ledger.rows(store.devices):
+        for row in self.ledger.device_rows():
             said = self.said(row["id"])
             rows.append(
                 {

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from federated import metrics
 from federated.health import Condition, Declared, holding
+from federated.states import HELD
 
 from . import store
 
@@ -48,7 +49,7 @@ def _certificates(service: "Service") -> str:
 
 
 def _held(service: "Service") -> str:
-    names = [r["id"] for r in service.ledger.rows(store.jobs, "id", state="held")]
+    names = [r["id"] for r in service.ledger.jobs(HELD)]
     return f"jobs wait for operators' signatures: {', '.join(names)}" if names else ""
 
 
@@ -91,15 +92,15 @@ def _job(service: "Service") -> list[metrics.Sample]:
     if runner is None:
         return []
     of = {"job": runner.job}
-    rounds = service.ledger.rows(store.rounds, "number", "opened", "closed", job=runner.job)
+    rounds = service.ledger.rounds(runner.job)
     found: list[metrics.Sample] = [("round", of, float(rounds[-1]["number"]))] if rounds else []
     if closed := [r for r in rounds if r["closed"]]:
         found.append(("round_seconds", of, float(closed[-1]["closed"] - closed[-1]["opened"])))
     states: dict[str, int] = {}
-    for row in service.ledger.rows(store.assignments, "state", job=runner.job):
+    for row in service.ledger.answers(runner.job, None, "state"):
         states[row["state"]] = states.get(row["state"], 0) + 1
     found += [("assignments", {**of, "state": s}, n) for s, n in states.items()]
-    measured = [m for r in service.ledger.rows(store.versions, "metrics", job=runner.job) if (m := store.read(r["metrics"]))]
+    measured = [m for r in service.ledger.versions(runner.job) if (m := store.read(r["metrics"]))]
     return [*found, ("heldout_loss", of, float(measured[-1]["loss"]))] if measured else found
 
 
@@ -115,7 +116,7 @@ def exposition(service: "Service") -> str:
     ]
     samples += [("condition", {"code": d.code, "severity": d.severity}, float(d.code in now)) for d in CONDITIONS]
     samples += _counted("devices", [d["state"] for d in table])
-    samples += _counted("jobs", [r["state"] for r in service.ledger.rows(store.jobs, "state")])
+    samples += _counted("jobs", [r["state"] for r in service.ledger.jobs()])
     for reason, count in (
         ("refused", service.dropped), ("repeated", service.repeated), ("not_read", service.admission.dropped),
         ("corrupt_piece", service.uploads.corrupt), ("certificate", service.enrolment.refused),

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy.exc import OperationalError
-
 from federated.errors import ConfigError, RankfleetError
 from federated.messages import ModelSource
+from federated.states import HELD, JobState
 from profiles.card import ModelCard, read_card
 
 from . import store
@@ -20,13 +19,11 @@ from .https_server import HttpsServer
 from .job import JobSpec, Plan, read_job
 from .operators import Operators
 from .pending import Pending
+from .questions import Ledger
 from .rounds import Fleet as Members
 from .rounds import JobRunner
 
 log = logging.getLogger(__name__)
-ENDED = ("finished", "failed", "cancelled")
-HELD = "held"
-"""Waits for operators' signatures."""
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 RETRY_S = 10.0
 """After a disk that was full, or a database that was away."""
@@ -45,7 +42,7 @@ class Jobs:
     def __init__(
         self,
         config: CoordinatorConfig,
-        ledger: store.Store,
+        ledger: Ledger,
         fleet: Fleet,
         blobs: Blobs,
         pending: Pending,
@@ -78,10 +75,10 @@ class Jobs:
         """One job after the other, in the order of submission."""
         while True:
             try:
-                for row in self.ledger.rows(store.jobs, "id", state=HELD):
+                for row in self.ledger.jobs(HELD):
                     self.approved(row["id"])  # a kill may have come between its last signature and this
-                waiting = sorted((r for r in self.ledger.rows(store.jobs) if r["state"] not in (*ENDED, HELD)), key=lambda r: r["number"])
-            except OperationalError as error:
+                waiting = self.ledger.open_jobs()
+            except store.DatabaseAway as error:
                 await self._wait_for_room("the ledger", error)
                 continue
             if not waiting:
@@ -98,11 +95,11 @@ class Jobs:
                 await self._wait_for_room("the ledger", failed)  # it could not even be written down how the job ended
 
     async def _job(self, job: str, text: str) -> None:
-        state, reason = "finished", ""
+        state: JobState = "finished"
+        reason = ""
         try:
             plan = self.plan(read_job(text))
-            if (row := self.ledger.row(store.jobs, id=job)) is not None and row["state"] == "queued":
-                self.ledger.change(store.jobs, {"id": job}, state="running")
+            self.ledger.set_job(job, "running", before="queued")
             self.runner = JobRunner(
                 job,
                 plan,
@@ -120,7 +117,7 @@ class Jobs:
             )
             await self.runner.run()
         except asyncio.CancelledError:
-            row = self.ledger.row(store.jobs, id=job)
+            row = self.ledger.job(job)
             if row is None or row["state"] != "cancelled":
                 raise
             state = "cancelled"
@@ -128,7 +125,7 @@ class Jobs:
             state, reason = "failed", str(error)
             log.error("job %s failed: %s", job, error)
         except Exception as error:
-            if isinstance(error, OperationalError) or (isinstance(error, OSError) and error.errno in PASSING):
+            if isinstance(error, store.DatabaseAway) or (isinstance(error, OSError) and error.errno in PASSING):
                 # A disk that is full or a database that is away: nothing is lost, the job goes on when there is room again.
                 await self._wait_for_room(f"job {job}", error)
                 return
@@ -144,10 +141,10 @@ class Jobs:
         log.error("%s", self.problem)
         await asyncio.sleep(RETRY_S)
 
-    def _end(self, job: str, state: str, reason: str) -> None:
-        self.ledger.change(store.jobs, {"id": job}, state=state, reason=reason)
+    def _end(self, job: str, state: JobState, reason: str) -> None:
+        self.ledger.set_job(job, state, reason=reason)
         self.ledger.tell(job, "", f"{state}{f': {reason}' if reason else ''}")
-        for device in {r["device"] for r in self.ledger.rows(store.assignments, job=job)}:
+        for device in {r["device"] for r in self.ledger.answers(job)}:
             self.fleet.ended(job, device, state)
 
     def plan(self, spec: JobSpec) -> Plan:
@@ -168,28 +165,26 @@ class Jobs:
         """Queue a job, or hold it until enough operators have signed it. Raises ConfigError where it cannot be meant."""
         spec = read_job(text)
         self.plan(spec)
-        number = 1 + max((r["number"] for r in self.ledger.rows(store.jobs)), default=0)
-        job = f"{spec.name}-{number}"
-        self.ledger.add(store.jobs, id=job, text=text, state=HELD, created=time.time(), number=number)
+        job = self.ledger.add_job(spec.name, text)
         try:
             if signed:
                 self.operators.sign(job, *signed)
         except RankfleetError:
-            self.ledger.remove(store.jobs, id=job)
+            self.ledger.remove_job(job)
             raise
         self.approved(job)
         return job
 
     def approved(self, job: str) -> None:
         """Queue a held job, if nobody's signature is lacking."""
-        row = self.ledger.row(store.jobs, id=job)
+        row = self.ledger.job(job)
         if row is not None and row["state"] == HELD and not self.operators.lacks(job, row["text"]):
-            self.ledger.change(store.jobs, {"id": job, "state": HELD}, state="queued")
+            self.ledger.set_job(job, "queued", before=HELD)
             self._news.set()
 
     def cancel(self, job: str) -> None:
         """Stop a job for good."""
-        if not self.ledger.change(store.jobs, {"id": job}, state="cancelled"):
+        if not self.ledger.set_job(job, "cancelled"):
             raise ConfigError(f"no job `{job}`", "coordinator jobs")
         if self.runner is not None and self.runner.job == job and self._running:
             self._running.cancel()

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
-from sqlalchemy import insert
 
 from bandit.arms import Arm
 from bandit.policy import Choice
@@ -56,7 +55,7 @@ def tell(
     now = run.clock()
     with run.ledger.write() as tx:
         if not more:
-            tx.execute(insert(store.rounds).values(job=run.job, number=number, state="open", opened=now, expected_s=expected_s))
+            tx.open_round(run.job, number, now, expected_s)
         rows = [
             {
                 "job": run.job, "round": number, "device": d, "state": "assigned", "body": body(a),
@@ -64,8 +63,7 @@ def tell(
             }
             for d, a in made.items()
         ]  # fmt: skip
-        if rows:
-            tx.execute(insert(store.assignments), rows)
+        tx.insert(store.assignments, rows)
     for device, assignment in made.items():
         run.pending.add(run.job, number, device, 0.0, assignment.purpose)
         run.note_blobs(number, assignment)
@@ -107,7 +105,7 @@ def reopen(run: "JobRunner", number: int) -> None:
 
 def repeat(run: "JobRunner", number: int) -> None:
     """Offer the blobs of a round again, and send its open assignments again."""
-    for row in run.ledger.rows(store.assignments, job=run.job, round=number):
+    for row in run.ledger.answers(run.job, number):
         assignment = read_assignment(row["body"])
         for blob in assignment.blobs.values():
             run.blobs.know(blob)
@@ -120,19 +118,19 @@ def repeat(run: "JobRunner", number: int) -> None:
 async def install_everywhere(run: "JobRunner") -> None:
     """Give the last version to every device that took part, and let it be measured there; to the canaries first, if the job says so."""
     number = run.plan.spec.rounds
-    if run.ledger.row(store.rounds, job=run.job, number=number) is None:
+    if run.ledger.round(run.job, number) is None:
         install(run, run.version, number, canaries(run))
     else:
         repeat(run, number)
     await installed(run, number)
-    if rest := [d for d in took_part(run) if not run.ledger.row(store.assignments, job=run.job, round=number, device=d)]:
-        metrics = quality.of_version(run.ledger.rows(store.assignments, job=run.job, round=number))
+    if rest := [d for d in took_part(run) if not run.ledger.answer(run.job, number, d)]:
+        metrics = quality.of_version(run.ledger.answers(run.job, number))
         if closing.is_good(run, run.version.number, metrics):
             install(run, run.version, number, rest, more=True)
             await installed(run, number)
         else:
             run.ledger.tell(run.job, "", f"version {run.version.number} is worse on the canaries; {len(rest)} devices keep what they have")
-    rows = run.ledger.rows(store.assignments, job=run.job, round=number)
+    rows = run.ledger.answers(run.job, number)
     with run.ledger.write() as tx:
         closing.judge(run, tx, run.version.number, quality.of_version(rows))
         closing.mark_closed(run, tx, number, rows)
@@ -151,7 +149,7 @@ async def installed(run: "JobRunner", number: int) -> None:
 
 def took_part(run: "JobRunner") -> dict[str, Arm]:
     """Every device that ever took part and is still one of ours → its last arm."""
-    rows = [r for r in run.ledger.rows(store.assignments, "device", "round", "arm", job=run.job) if r["round"] < run.plan.spec.rounds]
+    rows = [r for r in run.ledger.answers(run.job, None, "device", "round", "arm") if r["round"] < run.plan.spec.rounds]
     return {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
 
 

@@ -24,9 +24,9 @@ from federated.roster import (
     signers,
 )
 
-from . import store
 from .config import CoordinatorConfig
 from .oidc import Issuer
+from .questions import Ledger
 
 FRESH_S = 300.0
 """How far an operator's clock may be from ours, and so how long a request could be said again: those are remembered."""
@@ -35,7 +35,7 @@ FRESH_S = 300.0
 class Operators:
     """The roster lies in `data_dir/roster`; signatures and the audit trail lie in the ledger."""
 
-    def __init__(self, config: CoordinatorConfig, ledger: store.Store) -> None:
+    def __init__(self, config: CoordinatorConfig, ledger: Ledger) -> None:
         self.fleet, self.path, self.ledger = config.fleet, config.home / "roster", ledger
         self.issuer = Issuer(config.oidc)
         self.signed: SignedRoster | None = None
@@ -118,16 +118,16 @@ class Operators:
 
     def audit(self, who: str, what: str, text: str) -> None:
         """A line that stays."""
-        self.ledger.add(store.audit, at=time.time(), operator=who, action=what, text=text)
+        self.ledger.add_audit(who, what, text)
 
     def sign(self, job: str, key: bytes, signature: bytes) -> list[str]:
         """An operator agrees to a job; returns who has by now. Raises Refused."""
-        row = self.ledger.row(store.jobs, id=job)
+        row = self.ledger.job(job)
         if row is None:
             raise ConfigError(f"no job `{job}`", "coordinator jobs")
         if self.roster is None or not signers(self.roster, row["text"], [(key, signature)]):
             raise Refused("that is no operator's signature over this job")
-        self.ledger.put(store.signatures, {"job": job, "key": key}, signature=signature, at=time.time())
+        self.ledger.add_signature(job, key, signature)
         return self.agreed(job, row["text"])
 
     def agreed(self, job: str, text: str) -> list[str]:
@@ -135,7 +135,7 @@ class Operators:
         return sorted(signers(self.roster, text, self._signatures(job))) if self.roster else []
 
     def _signatures(self, job: str) -> list[tuple[bytes, bytes]]:
-        return [(bytes(r["key"]), bytes(r["signature"])) for r in self.ledger.rows(store.signatures, job=job)]
+        return self.ledger.signatures(job)
 
     def lacks(self, job: str, text: str) -> int:
         """How many operators must still agree before the job may run."""

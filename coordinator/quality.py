@@ -5,15 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy.engine import RowMapping
 
 from bandit.arms import Arm
 from bandit.policy import Outcome
+from federated.states import USABLE
 
-from .store import read
+from .store import Row, read
 
 
-def of_version(rows: Iterable[RowMapping]) -> dict[str, Any]:
+def of_version(rows: Iterable[Row]) -> dict[str, Any]:
     """Mean held-out loss, its standard error and accuracy, over every device that measured the version it was given."""
     total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
     by_device: dict[str, float] = {}
@@ -41,10 +41,10 @@ def good_enough(now: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
     return bool(now["loss"] <= last["loss"] + 2 * math.hypot(now["se"], last["se"]))
 
 
-def outcome(row: RowMapping, kind: str, norm_share: float = 0.0) -> Outcome:
+def outcome(row: Row, kind: str, norm_share: float = 0.0) -> Outcome:
     """What came of an arm, for the tuner."""
     told = read(row["telemetry"])
-    failed = "" if row["state"] in ("received", "counted") else str(told.get("code") or "crash")
+    failed = "" if row["state"] in USABLE else str(told.get("code") or "crash")
     return Outcome(
         row["device"],
         kind,
@@ -57,12 +57,12 @@ def outcome(row: RowMapping, kind: str, norm_share: float = 0.0) -> Outcome:
     )
 
 
-def summary(rows: Sequence[RowMapping]) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """One line per round for tables and plots."""
     told = {r["device"]: read(r["telemetry"]) for r in rows}
     losses = [t["loss_after"] for t in told.values() if "loss_after" in t]
     return {
         "loss": sum(losses) / len(losses) if losses else None,
-        "arrived": sum(r["state"] in ("received", "counted") for r in rows),
+        "arrived": sum(r["state"] in USABLE for r in rows),
         "invited": len(rows),
     }

@@ -12,23 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import bindparam, update
-
 from federated.errors import WireError
 from federated.files import digest_of, sync_folder
 from federated.messages import Message, Offer, Receipt, Report, manifest
 from federated.roster import signed_by
+from federated.states import ARRIVED
 
 from . import incoming, store
 from .config import Limits
 from .fleet import Devices
 from .pending import Key, Pending
+from .questions import Ledger
 from .uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
 HELD_BYTES = 8 << 20
 """Updates in memory that wait for the disk; when there are more, offers wait for a grant, and pieces go to files."""
-COUNTED = ("received", "counted", "dropped")
 
 
 class Arrival(NamedTuple):
@@ -48,7 +47,7 @@ class Receiving:
         self,
         home: Path,
         limits: Limits,
-        ledger: store.Store,
+        ledger: Ledger,
         devices: Devices,
         pending: Pending,
         send: Callable[[str, Message], None],
@@ -92,10 +91,10 @@ class Receiving:
 
     def _still_wanted(self, key: Key, offer: Offer) -> bool:
         """What the ledger says of an update whose assignment is not open; the device is answered where it says no."""
-        row = self.ledger.row(store.assignments, job=key[0], round=key[1], device=key[2])
+        row = self.ledger.answer(*key)
         if row is None:
             self._refuse(key, offer, f"no assignment of round {offer.round} in job `{offer.job[:64]}` is known")
-        elif row["state"] in COUNTED:
+        elif row["state"] in ARRIVED:
             same = row["digest"] == offer.blob.digest
             reason = "" if same else "another update of this round was taken"
             self.send(key[2], Receipt(offer.job, offer.round, offer.blob.digest, same, reason))
@@ -111,7 +110,7 @@ class Receiving:
     def put_aside(self, device: str, offer: Offer, reason: str) -> None:
         """An update that will never be taken: its assignment is closed with the reason."""
         key = (offer.job, offer.round, device)
-        self.ledger.change(store.assignments, {"job": key[0], "round": key[1], "device": device}, state="refused", reason=reason)
+        self.ledger.refuse(*key, reason)
         self.ledger.tell(offer.job, device, f"its update of round {offer.round} was refused: {reason}")
         self.pending.done(key)
         self._refuse(key, offer, reason)
@@ -125,14 +124,7 @@ class Receiving:
         row = self.pending.get(key)
         if report.state not in ("failed", "refused") or row is None:
             return
-        self.ledger.change(
-            store.assignments,
-            {"job": key[0], "round": key[1], "device": device},
-            state="failed" if report.state == "failed" else "refused",
-            reason=report.reason,
-            telemetry=store.text({"code": report.code}),
-            seconds=row.seconds(),
-        )
+        self.ledger.failed(*key, report.state, report.reason, report.code, row.seconds())
         self.pending.done(key)
         self.ledger.tell(report.job, device, f"round {report.round}: {report.reason}")
         self.changed()
@@ -140,8 +132,7 @@ class Receiving:
     def gone(self, device: str, reason: str) -> None:
         """A device that is not there any more is not waited for."""
         for key in self.pending.of(device):
-            where = {"job": key[0], "round": key[1], "device": device, "state": "assigned"}
-            if self.ledger.change(store.assignments, where, state="refused", reason=reason):
+            if self.ledger.refuse(*key, reason, before="assigned"):
                 self.ledger.tell(key[0], device, f"round {key[1]}: {reason}")
             self.pending.done(key)
 
@@ -201,18 +192,15 @@ class Receiving:
             job, round, device = arrival.key
             rows.append(
                 {
-                    "j": job, "r": round, "d": device, "digest": arrival.offer.blob.digest, "telemetry": store.text(told),
-                    "seconds": seconds, "resumed": arrival.resumed,
+                    "job": job, "round": round, "device": device, "digest": arrival.offer.blob.digest,
+                    "telemetry": store.text(told), "seconds": seconds, "resumed": arrival.resumed,
                 }
             )  # fmt: skip
         for folder in folders:
             sync_folder(folder)
         if rows:
-            a = store.assignments
-            where = (a.c.job == bindparam("j"), a.c.round == bindparam("r"), a.c.device == bindparam("d"))
-            values: dict[str, Any] = {k: bindparam(k) for k in ("digest", "telemetry", "seconds", "resumed")}
             with self.ledger.write() as tx:
-                tx.execute(update(a).where(*where).values(state="received", **values), rows)
+                tx.received(rows)
         return answers
 
     def _place(self, arrival: Arrival) -> tuple[dict[str, Any], float, Path]:
@@ -225,7 +213,7 @@ class Receiving:
         told = {**incoming.check(data), "cost": incoming.bounded(offer.cost)}
         asked = self.pending.get(arrival.key)
         if asked is None:
-            row = self.ledger.row(store.assignments, job=job, round=round, device=device)
+            row = self.ledger.answer(job, round, device)
             if row is None:
                 raise WireError(f"no assignment of round {round} is known")
             seconds, purpose = max(0.001, time.time() - float(row["sent_at"])), incoming.purpose(row["body"])

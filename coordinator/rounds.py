@@ -19,12 +19,13 @@ from federated.stack import ServerSide
 from federated.within import within
 from profiles.device import DeviceProfile
 
-from . import channels, closing, opening, store, waiting
+from . import channels, closing, opening, waiting
 from .blobs import Blobs
 from .config import Limits
 from .job import Plan
 from .pending import Pending
 from .planner import Planner
+from .questions import Ledger
 from .registry import Registry, Version
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class JobRunner:
         job: str,
         plan: Plan,
         *,
-        ledger: store.Store,
+        ledger: Ledger,
         home: Path,
         model_folder: Path,
         blobs: Blobs,
@@ -102,7 +103,7 @@ class JobRunner:
         while self.version.number < self.plan.spec.rounds:
             number = self.version.number
             await self._while_paused()
-            if self.ledger.row(store.rounds, job=self.job, number=number) is None:
+            if self.ledger.round(self.job, number) is None:
                 await opening.open_round(self, number)
             else:
                 opening.reopen(self, number)
@@ -111,7 +112,7 @@ class JobRunner:
         await opening.install_everywhere(self)
 
     async def _begin(self) -> None:
-        done = self.ledger.rows(store.versions, job=self.job)
+        done = self.ledger.versions(self.job)
         if done:
             self.load(max(r["number"] for r in done))
             return
@@ -125,7 +126,7 @@ class JobRunner:
         """Go on from a version on disk, with the state that methods and tuner had after it."""
         self._version = self.registry.load(number)
         self.restore(self._version.state)
-        for row in self.ledger.rows(store.assignments, "body", "round", since=number - closing.KEEP, job=self.job):
+        for row in self.ledger.answers_since(self.job, number - closing.KEEP, "body", "round"):
             self.note_blobs(row["round"], read_assignment(row["body"]))
 
     def adopt(self, version: Version) -> None:
@@ -186,7 +187,7 @@ class JobRunner:
             return
 
     async def _while_paused(self) -> None:
-        while (row := self.ledger.row(store.jobs, id=self.job)) is not None and row["state"] == "paused":
+        while (row := self.ledger.job(self.job)) is not None and row["state"] == "paused":
             await self.change(2.0)
 
     def server_rank(self) -> int:

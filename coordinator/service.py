@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from sqlalchemy import bindparam, update
-from sqlalchemy.exc import OperationalError
 
 from federated.bus import Bus
 from federated.claim import Claim, link_key, write_claim
@@ -47,6 +45,7 @@ from .jobs import Jobs
 from .keys import Keys
 from .operators import Operators
 from .pending import Pending
+from .questions import Ledger
 from .receiving import Receiving
 from .support import Support
 
@@ -69,7 +68,7 @@ class Service:
         home = config.home
         home.mkdir(parents=True, exist_ok=True)
         self.keys = Keys(home)
-        self.ledger = store.Store(store.url_of(config))
+        self.ledger = Ledger(store.url_of(config))
         self.epoch = self.ledger.epoch()
         self.devices = Devices(self.ledger)
         self.topics = Topics(checked(config.fleet, "fleet"))
@@ -313,15 +312,13 @@ class Service:
             try:
                 self.uploads.save()
                 self.flush()
-            except (OSError, OperationalError) as error:
+            except (OSError, store.DatabaseAway) as error:
                 log.error("the disk does not take what arrived: %s", error)
 
     def flush(self) -> None:
         """Bring the counts of received bytes to disk."""
-        counts = [{"who": d, "more": n} for d, n in self.bytes_in.items() if n]
+        counts = {d: n for d, n in self.bytes_in.items() if n}
         self.bytes_in.clear()
         if counts:
-            table = store.devices
             with self.ledger.write() as tx:
-                change = update(table).where(table.c.id == bindparam("who"))
-                tx.execute(change.values(bytes_in=table.c.bytes_in + bindparam("more"), seen=time.time()), counts)
+                tx.add_bytes(counts, time.time())

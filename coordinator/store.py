@@ -5,13 +5,11 @@ A row is written before anybody is told. Big things (updates, versions, blobs) a
 
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import (
     Column,
-    Connection,
     Float,
     Integer,
     LargeBinary,
@@ -28,7 +26,6 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy import text as text_of
-from sqlalchemy.engine import RowMapping
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
@@ -36,6 +33,10 @@ from federated.errors import ConfigError
 
 from .config import CoordinatorConfig
 
+Row = Mapping[str, Any]
+"""A row of the ledger, by column."""
+DatabaseAway = OperationalError
+"""Raised by every question and change while the database does not answer."""
 meta = MetaData()
 SCHEMA = 2
 """Rises when an older version could not read the tables any more; 2: operators, facts."""
@@ -199,12 +200,6 @@ class Store:
                             tx.execute(update(table).values({column: column.default.arg}))
         self.put(facts, {"name": "schema"}, value=str(SCHEMA))
 
-    @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """Several statements in one transaction."""
-        with self.engine.begin() as connection:
-            yield connection
-
     def epoch(self) -> int:
         """When this coordinator's life began, in seconds; higher after every restore."""
         row = self.row(facts, name="epoch")
@@ -217,16 +212,16 @@ class Store:
         """Give the connections back."""
         self.engine.dispose()
 
-    def rows(self, table: Table, *columns: str, since: int | None = None, **where: Any) -> list[RowMapping]:
+    def rows(self, table: Table, *columns: str, since: int | None = None, **where: Any) -> list[Row]:
         """Rows in primary-key order; `columns` of them, or all; with `since`, those of that round and later ones."""
         wanted: list[Any] = [table.c[name] for name in columns] or [table]
         query = select(*wanted).where(*(table.c[k] == v for k, v in where.items())).order_by(*table.primary_key.columns)
         if since is not None:
             query = query.where(table.c.round >= since)
         with self.engine.connect() as connection:
-            return list(connection.execute(query).mappings())
+            return [dict(r) for r in connection.execute(query).mappings()]
 
-    def row(self, table: Table, **where: Any) -> RowMapping | None:
+    def row(self, table: Table, **where: Any) -> Row | None:
         """The one row, or None."""
         found = self.rows(table, **where)
         return found[0] if found else None

@@ -3,13 +3,11 @@
 import math
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete
-from sqlalchemy.engine import RowMapping
-
 from federated.errors import ConfigError
 from federated.messages import read_assignment
 
-from . import opening, quality, store
+from . import opening, quality
+from .store import Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +34,7 @@ class Nudges:
         if now < self._next:
             return
         self._next = math.inf
-        for row in run.ledger.rows(store.assignments, job=run.job, round=number, state="assigned"):
+        for row in run.ledger.answers(run.job, number, state="assigned"):
             key = (row["round"], row["device"])
             due, wait = self._due.get(key, (self._began + self.patience_s, self.patience_s))
             if now >= due:
@@ -58,7 +56,7 @@ async def until_closable(run: "JobRunner", number: int) -> None:
     for _ in range(ATTEMPTS):
         began = run.ticks()
         run.nudges.start(began)
-        row = run.ledger.row(store.rounds, job=run.job, number=number)
+        row = run.ledger.round(run.job, number)
         # What passed before a restart is known by the clock alone; a clock that was set back counts as nothing.
         before = max(0.0, run.clock() - float(row["opened"])) if row is not None else 0.0
         before = before if before < LONG_S else 0.0
@@ -67,13 +65,12 @@ async def until_closable(run: "JobRunner", number: int) -> None:
             # As long as somebody is out and no rule but the clock could close the round, the ledger is asked once a second.
             if run.server.stack.using("ready") or not run.pending.out(run.job, number) or run.ticks() - looked >= LOOK_S:
                 looked = run.ticks()
-                row = run.ledger.row(store.rounds, job=run.job, number=number)
+                row = run.ledger.round(run.job, number)
                 assert row is not None
                 if row["state"] == "closing":
                     return
-                rows = run.ledger.rows(
-                    store.assignments, "state", "reason", "device", "telemetry", "arm", "seconds", job=run.job, round=number
-                )
+                columns = ("state", "reason", "device", "telemetry", "arm", "seconds")
+                rows = run.ledger.answers(run.job, number, *columns)
                 if all(r["state"] in ("failed", "refused") for r in rows):
                     break
                 if may_close(run, rows, row, number, before + run.ticks() - began):
@@ -84,7 +81,7 @@ async def until_closable(run: "JobRunner", number: int) -> None:
     raise ConfigError(f"round {number}: every device failed {ATTEMPTS} times; the last reason: {rows[-1]['reason']}")
 
 
-def may_close(run: "JobRunner", rows: "Sequence[RowMapping]", row: RowMapping, number: int, waited: float) -> bool:
+def may_close(run: "JobRunner", rows: "Sequence[Row]", row: Row, number: int, waited: float) -> bool:
     """Everybody answered, a method says so, or quorum and deadline are met `waited` seconds after the opening."""
     spec = run.plan.spec
     arrived = sum(1 for r in rows if r["state"] == "received")
@@ -97,7 +94,7 @@ def may_close(run: "JobRunner", rows: "Sequence[RowMapping]", row: RowMapping, n
     return arrived >= spec.quorum * len(rows) or (arrived >= 1 and waited >= 3 * limit)
 
 
-async def again(run: "JobRunner", number: int, rows: "Sequence[RowMapping]") -> None:
+async def again(run: "JobRunner", number: int, rows: "Sequence[Row]") -> None:
     """Every device failed: let the tuner learn why, and open the same round once more."""
     eligible = run.fleet.eligible(run.plan)
     known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
@@ -107,6 +104,5 @@ async def again(run: "JobRunner", number: int, rows: "Sequence[RowMapping]") -> 
     run.pending.close(run.job, number)
     await run.change(2.0)
     with run.ledger.write() as tx:
-        for table, column in ((store.rounds, store.rounds.c.number), (store.assignments, store.assignments.c.round)):
-            tx.execute(delete(table).where(table.c.job == run.job, column == number))
+        tx.forget_round(run.job, number)
     await opening.open_round(run, number)

@@ -7,11 +7,11 @@ from typing import Any
 
 from federated.cli import table
 from federated.errors import RankfleetError, Unreachable
+from federated.states import ENDED
 
 from .client import Client
 from .sinks import Figures, Sink, figures
 
-ENDED = ("finished", "failed", "cancelled")
 ROWS = 12
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from coordinator.client import Client
 from coordinator.verbs.results import arm_text
 from federated.errors import Unreachable
+from federated.states import ENDED
 
 from .fleet import Fleet
 
@@ -53,7 +54,7 @@ class Watch:
                 if not self.killed and total >= strike:
                     self._strike(answer["live"])
                 state = next(j for j in self.client.get("/jobs") if j["job"] == self.job)
-                if state["state"] in ("finished", "failed", "cancelled"):
+                if state["state"] in ENDED:
                     self._settled(state)
                     return
             time.sleep(0.05 if not self.killed and self.rounds and self.rounds[-1]["round"] >= strike else 0.3)

@@ -38,6 +38,12 @@ def test_packaging_holds_no_python() -> None:
     assert not list((ROOT / "packaging").rglob("*.py"))
 
 
+def test_sql_is_spoken_inside_the_store_alone() -> None:
+    for room in MAY:
+        for path in (ROOT / room).rglob("*.py"):
+            assert path.name in ("store.py", "questions.py") or "sqlalchemy" not in imports(path), path
+
+
 def test_no_pickle_and_no_remote_code() -> None:
     for room in MAY:
         for path in (ROOT / room).rglob("*.py"):

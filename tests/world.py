@@ -13,7 +13,6 @@ import yaml
 
 from coordinator import store
 from coordinator.config import CoordinatorConfig, Limits
-from coordinator.jobs import ENDED
 from coordinator.service import Service
 from edge_agent import identity
 from edge_agent.config import AgentConfig, Dataset, Link
@@ -22,6 +21,7 @@ from edge_agent.order import Order
 from edge_agent.service import Agent
 from federated.bus import MemoryBroker, MemoryBus
 from federated.errors import DoesNotFit, RankfleetError, Refused
+from federated.states import ENDED
 from profiles.device import DeviceProfile, library
 
 WORDS = ["red", "green", "blue", "sun", "moon", "star", "cat", "dog", "bird", "tree", "rock", "sea"]

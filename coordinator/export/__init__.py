@@ -12,10 +12,11 @@ from federated.files import write_atomic
 from federated.peft_format import LOAD_MERGED, head_files, write_adapter
 from profiles.card import read_card
 
-from .. import store
 from ..config import CoordinatorConfig
 from ..job import JobSpec, read_job
+from ..questions import Ledger
 from ..registry import Registry, Version
+from ..store import url_of
 from .folder import write_folder
 from .weights import Weights, is_transposed
 
@@ -23,9 +24,9 @@ ADAPTERS, WHOLE = ("peft", "gguf"), ("merged", "onnx", "gguf-merged")
 FORMATS = ADAPTERS + WHOLE
 
 
-def current(ledger: store.Store, job: str) -> int:
+def current(ledger: Ledger, job: str) -> int:
     """The newest good version of a job, else the newest one. Raises ConfigError where there is none."""
-    rows = ledger.rows(store.versions, job=job)
+    rows = ledger.versions(job)
     if not rows:
         raise ConfigError(f"job `{job}` has no version yet", "coordinator jobs")
     good = [r["number"] for r in rows if r["state"] == "good"]
@@ -34,9 +35,9 @@ def current(ledger: store.Store, job: str) -> int:
 
 def load(config: CoordinatorConfig, job: str, number: int | None = None) -> tuple[Version, JobSpec]:
     """A version and its job. Raises ConfigError."""
-    ledger = store.Store(config.database or f"sqlite:///{config.home / 'ledger.db'}")
+    ledger = Ledger(url_of(config))
     try:
-        row = ledger.row(store.jobs, id=job)
+        row = ledger.job(job)
         if row is None:
             raise ConfigError(f"no job `{job}` in {config.home}", "coordinator jobs")
         number = current(ledger, job) if number is None else number

@@ -23,8 +23,9 @@ import edge_agent.sending
 import federated.transfer
 from coordinator.blobs import Blobs
 from coordinator.pending import Pending
-from coordinator.receiving import COUNTED, Receiving
+from coordinator.receiving import Receiving
 from federated.messages import Receipt
+from federated.states import ARRIVED
 
 DEFECTS: "dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]" = {}
 
@@ -183,7 +184,7 @@ def receipts_once() -> Iterator[None]:
 
     def wanted(self: Receiving, key: Any, offer: Any) -> bool:
         row = self.ledger.row(coordinator.receiving.store.assignments, job=key[0], round=key[1], device=key[2])
-        return False if row is not None and row["state"] in COUNTED else real(self, key, offer)
+        return False if row is not None and row["state"] in ARRIVED else real(self, key, offer)
 
     with patch.object(Receiving, "_still_wanted", wanted):
         yield

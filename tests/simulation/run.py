@@ -14,8 +14,8 @@ import msgspec
 import yaml
 
 from coordinator import store
-from coordinator.jobs import ENDED
 from edge_agent import identity
+from federated.states import ENDED
 
 from .bus import Broker
 from .disk import attached
