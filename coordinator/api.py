@@ -15,7 +15,7 @@ from federated.health import plain
 from federated.roster import decode_key, encode_key
 from federated.states import ENDED, HELD
 
-from . import store
+from . import database
 from .health import conditions
 from .job import Plan, read_job
 from .operators import Operators, role_for
@@ -238,8 +238,8 @@ class Api:
                     "opened": row["opened"],
                     "closed": row["closed"],
                     "expected_s": row["expected_s"],
-                    "info": store.read(row["info"]),
-                    "version": store.read(version["metrics"]) if version else {},
+                    "info": database.read(row["info"]),
+                    "version": database.read(version["metrics"]) if version else {},
                     "devices": self._assigned(job, row["number"]),
                 }
             )
@@ -249,7 +249,7 @@ class Api:
     async def progress(self, request: web.Request) -> web.Response:
         """When each round closed and how many updates it had: cheap to ask for again and again."""
         rows = self.service.ledger.rounds(request.match_info["job"])
-        return _json([{"round": r["number"], "closed": r["closed"], **store.read(r["info"])} for r in rows])
+        return _json([{"round": r["number"], "closed": r["closed"], **database.read(r["info"])} for r in rows])
 
     def _assigned(self, job: str, number: int) -> list[dict[str, Any]]:
         rows = self.service.ledger.answers(job, number)
@@ -257,12 +257,12 @@ class Api:
             {
                 "device": r["device"],
                 "state": r["state"],
-                "arm": store.read(r["arm"]),
+                "arm": database.read(r["arm"]),
                 "why": r["why"],
                 "seconds": r["seconds"],
                 "reason": r["reason"],
                 "resumed": r["resumed"],
-                "telemetry": store.read(r["telemetry"]),
+                "telemetry": database.read(r["telemetry"]),
             }
             for r in rows
         ]
@@ -312,7 +312,7 @@ class Api:
             believed = {d: runner.tuner.explain(d) for d in runner.tuner.state["devices"]}
         return _json(
             {
-                "used": [{"round": r["round"], "device": r["device"], "arm": store.read(r["arm"]), "why": r["why"]} for r in rows],
+                "used": [{"round": r["round"], "device": r["device"], "arm": database.read(r["arm"]), "why": r["why"]} for r in rows],
                 "tuner": believed,
             }
         )
@@ -327,7 +327,7 @@ class Api:
                     "state": r["state"],
                     "digest": r["digest"],
                     "created": r["created"],
-                    "metrics": store.read(r["metrics"]),
+                    "metrics": database.read(r["metrics"]),
                 }
                 for r in rows
             ]

@@ -17,8 +17,8 @@ import msgspec
 from federated.errors import ConfigError
 
 from .config import CoordinatorConfig
-from .questions import Ledger
-from .store import url_of
+from .database import url_of
+from .ledger import Ledger
 
 LEDGER = "ledger.msgpack"
 LEFT_OUT = ("ledger.db", "api.json", "spool", "broker.pid", "mosquitto.conf", "mosquitto.acl")

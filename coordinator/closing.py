@@ -15,11 +15,11 @@ from federated.errors import ConfigError, Refused, WireError
 from federated.messages import read_assignment
 from federated.update import Update
 
-from . import apply, channels, claims, norm_check, quality, store
+from . import apply, channels, claims, database, norm_check, quality
+from .database import Row
 from .incoming import IMPORTANCE, Keeper, Lifter
-from .questions import Transaction
+from .ledger import Transaction
 from .registry import Version
-from .store import Row
 
 if TYPE_CHECKING:
     from .rounds import JobRunner
@@ -35,14 +35,14 @@ async def close(run: "JobRunner", number: int) -> None:
     """Make the version after round `number`, or make it again."""
     row = run.ledger.round(run.job, number)
     assert row is not None
-    folding: Folding = store.read(row["folding"])
+    folding: Folding = database.read(row["folding"])
     if row["state"] != "closing":
         folding = [[r["device"], r["round"]] for r in foldable(run, number)]
         run.ledger.begin_closing(run.job, number, folding)
     version, pull = await asyncio.to_thread(make, run, number, folding)
     rows = run.ledger.answers(run.job, number)
     for row in rows:
-        if examples := store.read(row["telemetry"]).get("examples"):
+        if examples := database.read(row["telemetry"]).get("examples"):
             run.examples[row["device"]] = float(examples)
     with run.ledger.write() as tx:
         judge(run, tx, number, quality.of_version(rows))
@@ -67,7 +67,9 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     lifter = Lifter(run.server, run.blobs, number, keeper)
     of_rounds = {of for _, of in folding}
     rows = {(r["device"], r["round"]): r for of in of_rounds for r in run.ledger.answers(run.job, of)}
-    told = {d: float(n) for (d, _), r in rows.items() if isinstance(n := store.read(r["telemetry"]).get("examples"), int | float) and n > 0}
+    told = {
+        d: float(n) for (d, _), r in rows.items() if isinstance(n := database.read(r["telemetry"]).get("examples"), int | float) and n > 0
+    }
     allowed = claims.bounds(told, run.examples, run.plan.spec.most_weight)
     for device, text in claims.notes(told, run.examples, allowed):
         run.ledger.tell(run.job, device, f"round {number}: {text}")
@@ -152,7 +154,7 @@ def record(run: "JobRunner", tx: Transaction, version: Version) -> None:
 def is_good(run: "JobRunner", number: int, metrics: dict[str, Any]) -> bool:
     """Is what was measured of a version not worse than the last good one before it?"""
     older = [r for r in run.ledger.versions(run.job, "good") if r["number"] < number]
-    return quality.good_enough(metrics, store.read(older[-1]["metrics"]) if older else {})
+    return quality.good_enough(metrics, database.read(older[-1]["metrics"]) if older else {})
 
 
 def is_latest_good(run: "JobRunner") -> bool:

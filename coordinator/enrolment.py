@@ -14,7 +14,7 @@ from federated.roster import signed_by
 from .authority import Authority
 from .config import Enrolment as Config
 from .fleet import Devices
-from .questions import Ledger
+from .ledger import Ledger
 
 log = logging.getLogger(__name__)
 DAY_S = 86_400.0

@@ -12,7 +12,7 @@ from federated.states import GONE
 from profiles.device import DeviceProfile
 
 from .job import Plan
-from .questions import Ledger
+from .ledger import Ledger
 
 
 @dataclass

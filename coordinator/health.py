@@ -8,7 +8,7 @@ from federated import metrics
 from federated.health import Condition, Declared, holding
 from federated.states import HELD
 
-from . import store
+from . import database
 
 if TYPE_CHECKING:
     from .service import Service
@@ -100,7 +100,7 @@ def _job(service: "Service") -> list[metrics.Sample]:
     for row in service.ledger.answers(runner.job, None, "state"):
         states[row["state"]] = states.get(row["state"], 0) + 1
     found += [("assignments", {**of, "state": s}, n) for s, n in states.items()]
-    measured = [m for r in service.ledger.versions(runner.job) if (m := store.read(r["metrics"]))]
+    measured = [m for r in service.ledger.versions(runner.job) if (m := database.read(r["metrics"]))]
     return [*found, ("heldout_loss", of, float(measured[-1]["loss"]))] if measured else found
 
 

@@ -12,14 +12,14 @@ from federated.messages import ModelSource
 from federated.states import HELD, JobState
 from profiles.card import ModelCard, read_card
 
-from . import store
+from . import database
 from .blobs import Blobs
 from .config import CoordinatorConfig
 from .https_server import HttpsServer
 from .job import JobSpec, Plan, read_job
+from .ledger import Ledger
 from .operators import Operators
 from .pending import Pending
-from .questions import Ledger
 from .rounds import Fleet as Members
 from .rounds import JobRunner
 
@@ -78,7 +78,7 @@ class Jobs:
                 for row in self.ledger.jobs(HELD):
                     self.approved(row["id"])  # a kill may have come between its last signature and this
                 waiting = self.ledger.open_jobs()
-            except store.DatabaseAway as error:
+            except database.DatabaseAway as error:
                 await self._wait_for_room("the ledger", error)
                 continue
             if not waiting:
@@ -125,7 +125,7 @@ class Jobs:
             state, reason = "failed", str(error)
             log.error("job %s failed: %s", job, error)
         except Exception as error:
-            if isinstance(error, store.DatabaseAway) or (isinstance(error, OSError) and error.errno in PASSING):
+            if isinstance(error, database.DatabaseAway) or (isinstance(error, OSError) and error.errno in PASSING):
                 # A disk that is full or a database that is away: nothing is lost, the job goes on when there is room again.
                 await self._wait_for_room(f"job {job}", error)
                 return

@@ -15,7 +15,7 @@ from federated.messages import Assignment, body, read_assignment
 from federated.wire import freeze, thaw
 from profiles.device import DeviceProfile
 
-from . import closing, quality, store
+from . import closing, database, quality, tables
 from .registry import Version
 from .views import grow
 
@@ -59,11 +59,11 @@ def tell(
         rows = [
             {
                 "job": run.job, "round": number, "device": d, "state": "assigned", "body": body(a),
-                "arm": store.text(msgspec.to_builtins(arms[d])), "why": why.get(d, ""), "sent_at": now,
+                "arm": database.text(msgspec.to_builtins(arms[d])), "why": why.get(d, ""), "sent_at": now,
             }
             for d, a in made.items()
         ]  # fmt: skip
-        tx.insert(store.assignments, rows)
+        tx.insert(tables.assignments, rows)
     for device, assignment in made.items():
         run.pending.add(run.job, number, device, 0.0, assignment.purpose)
         run.note_blobs(number, assignment)
@@ -150,7 +150,7 @@ async def installed(run: "JobRunner", number: int) -> None:
 def took_part(run: "JobRunner") -> dict[str, Arm]:
     """Every device that ever took part and is still one of ours → its last arm."""
     rows = [r for r in run.ledger.answers(run.job, None, "device", "round", "arm") if r["round"] < run.plan.spec.rounds]
-    return {r["device"]: msgspec.convert(store.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
+    return {r["device"]: msgspec.convert(database.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
 
 
 def canaries(run: "JobRunner") -> list[str]:

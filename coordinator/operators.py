@@ -25,8 +25,8 @@ from federated.roster import (
 )
 
 from .config import CoordinatorConfig
+from .ledger import Ledger
 from .oidc import Issuer
-from .questions import Ledger
 
 FRESH_S = 300.0
 """How far an operator's clock may be from ours, and so how long a request could be said again: those are remembered."""

@@ -10,7 +10,7 @@ from bandit.arms import Arm
 from bandit.policy import Outcome
 from federated.states import USABLE
 
-from .store import Row, read
+from .database import Row, read
 
 
 def of_version(rows: Iterable[Row]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from federated.messages import Message, Offer, Receipt, Report, manifest
 from federated.roster import signed_by
 from federated.states import ARRIVED
 
-from . import incoming, store
+from . import database, incoming
 from .config import Limits
 from .fleet import Devices
+from .ledger import Ledger
 from .pending import Key, Pending
-from .questions import Ledger
 from .uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ class Receiving:
             rows.append(
                 {
                     "job": job, "round": round, "device": device, "digest": arrival.offer.blob.digest,
-                    "telemetry": store.text(told), "seconds": seconds, "resumed": arrival.resumed,
+                    "telemetry": database.text(told), "seconds": seconds, "resumed": arrival.resumed,
                 }
             )  # fmt: skip
         for folder in folders:

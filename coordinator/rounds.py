@@ -23,9 +23,9 @@ from . import channels, closing, opening, waiting
 from .blobs import Blobs
 from .config import Limits
 from .job import Plan
+from .ledger import Ledger
 from .pending import Pending
 from .planner import Planner
-from .questions import Ledger
 from .registry import Registry, Version
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from federated.messages import (
 )
 from federated.topics import Topics, checked, device_of
 
-from . import store
+from . import database
 from .admission import Admission
 from .authority import COORDINATOR, Authority
 from .blobs import Blobs
@@ -43,9 +43,9 @@ from .https_server import HttpsServer
 from .job import Plan
 from .jobs import Jobs
 from .keys import Keys
+from .ledger import Ledger
 from .operators import Operators
 from .pending import Pending
-from .questions import Ledger
 from .receiving import Receiving
 from .support import Support
 
@@ -68,7 +68,7 @@ class Service:
         home = config.home
         home.mkdir(parents=True, exist_ok=True)
         self.keys = Keys(home)
-        self.ledger = Ledger(store.url_of(config))
+        self.ledger = Ledger(database.url_of(config))
         self.epoch = self.ledger.epoch()
         self.devices = Devices(self.ledger)
         self.topics = Topics(checked(config.fleet, "fleet"))
@@ -312,7 +312,7 @@ class Service:
             try:
                 self.uploads.save()
                 self.flush()
-            except (OSError, store.DatabaseAway) as error:
+            except (OSError, database.DatabaseAway) as error:
                 log.error("the disk does not take what arrived: %s", error)
 
     def flush(self) -> None:

@@ -7,7 +7,7 @@ from federated.errors import ConfigError
 from federated.messages import read_assignment
 
 from . import opening, quality
-from .store import Row
+from .database import Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

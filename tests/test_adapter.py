@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import store
+from coordinator import database, tables
 from coordinator.export import load, write
 from coordinator.job import Plan
 from edge_agent.model import Base, as_tensor
@@ -72,8 +72,8 @@ async def test_real_text_with_a_real_model(tmp_path: Path, shared: Path) -> None
             ),
             seconds=200,
         )
-        versions = world.coordinator.ledger.rows(store.versions, job=done)
-        first, last = (store.read(versions[i]["metrics"]) for i in (0, -1))
+        versions = world.coordinator.ledger.rows(tables.versions, job=done)
+        first, last = (database.read(versions[i]["metrics"]) for i in (0, -1))
         assert last["loss"] < first["loss"]
-        bits = {store.read(r["telemetry"])["bits"] for r in world.coordinator.ledger.rows(store.assignments, job=done, round=0)}
+        bits = {database.read(r["telemetry"])["bits"] for r in world.coordinator.ledger.rows(tables.assignments, job=done, round=0)}
         assert bits == {8, 32}

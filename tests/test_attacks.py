@@ -10,7 +10,7 @@ import pytest
 
 import coordinator.closing
 import federated.messages
-from coordinator import store
+from coordinator import tables
 from coordinator.broker import mosquitto
 from coordinator.claims import bounds, notes
 from coordinator.job import read_job
@@ -43,7 +43,7 @@ async def test_ten_times_the_norm(tmp_path: Path, tiny: Path, first: int, monkey
     monkeypatch.setattr(rounds.LocalRound, "train", train)
     async with SecureWorld(tmp_path, tiny, KIND, devices=5) as world:
         name = await world.run(job(rounds=first + 1, stack=[]))
-        states = {(r["round"], r["device"]): r for r in world.coordinator.ledger.rows(store.assignments, job=name)}
+        states = {(r["round"], r["device"]): r for r in world.coordinator.ledger.rows(tables.assignments, job=name)}
         assert states[first, "d3"]["state"] == "refused"
         assert "times the usual one" in states[first, "d3"]["reason"]
         assert {states[first, d]["state"] for d in ("d0", "d1", "d2", "d4")} == {"counted"}
@@ -69,7 +69,7 @@ async def test_jobs_aim_at_tags(tmp_path: Path, tiny: Path) -> None:
     world.agent_changes = {"d0": {"tags": {"site": "lab", "gpu": "orin"}}, "d1": {"tags": {"site": "office"}}}
     async with world:
         name = await world.run(job(rounds=1, where={"site": "lab", "gpu": "*"}))
-        assert {r["device"] for r in world.coordinator.ledger.rows(store.assignments, job=name)} == {"d0"}
+        assert {r["device"] for r in world.coordinator.ledger.rows(tables.assignments, job=name)} == {"d0"}
         plan = world.coordinator.jobs.plan(read_job(job(where={"site": "lab"})))
         assert world.coordinator.devices.why_not("d1", plan) == "its tag `site` is 'office', the job wants 'lab'"
         assert world.coordinator.devices.why_not("d2", plan) == "its tag `site` is 'not set', the job wants 'lab'"
@@ -141,8 +141,8 @@ async def test_pickled_checkpoints_remote_code_and_hostile_templates(tmp_path: P
     async with world:
         text = job(rounds=1, task={"dataset": "words", "kind": "causal_lm", "template": "chat", "max_length": 32}, deadline_s=1, quorum=0.1)
         name = world.coordinator.jobs.submit(text)
-        await world.until(lambda: world.coordinator.ledger.rows(store.events, job=name) != [])
-        reason = str(world.coordinator.ledger.rows(store.events, job=name)[0]["text"])
+        await world.until(lambda: world.coordinator.ledger.rows(tables.events, job=name) != [])
+        reason = str(world.coordinator.ledger.rows(tables.events, job=name)[0]["text"])
         assert "the tokenizer's chat template does not take a row" in reason
         assert "unsafe" in reason
         world.coordinator.jobs.cancel(name)
@@ -200,6 +200,6 @@ async def test_a_device_that_claims_a_million_examples_weighs_ten(tmp_path: Path
     monkeypatch.setattr(coordinator.closing, "lifted", lifted)
     async with World(tmp_path, tiny, devices=3) as world:
         name = await world.run(job(rounds=1))
-        told = [e["text"] for e in world.coordinator.ledger.rows(store.events, job=name) if e["device"] == "d2"]
+        told = [e["text"] for e in world.coordinator.ledger.rows(tables.events, job=name) if e["device"] == "d2"]
     assert weights["d2"] == 10 * max(weights["d0"], weights["d1"])
     assert "of the 1000000 examples that it claims" in told[0]

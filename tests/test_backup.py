@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator import store
+from coordinator import tables
 from coordinator.backup import backup, restore
 from coordinator.config import CoordinatorConfig
 from edge_agent import identity
@@ -19,10 +19,10 @@ from .world import World, job
 async def test_every_enrolment_survives_and_the_job_goes_on(tmp_path: Path, tiny: Path) -> None:
     text = job(rounds=5, stack=["sparse"])
     async with World(tmp_path / "a", tiny) as world:
-        clean = [r["digest"] for r in world.coordinator.ledger.rows(store.versions, job=await world.run(text))]
+        clean = [r["digest"] for r in world.coordinator.ledger.rows(tables.versions, job=await world.run(text))]
     async with World(tmp_path / "b", tiny) as world:
         name = world.coordinator.jobs.submit(text)
-        versions = lambda: len(world.coordinator.ledger.rows(store.versions, job=name))  # noqa: E731
+        versions = lambda: len(world.coordinator.ledger.rows(tables.versions, job=name))  # noqa: E731
         await world.until(lambda: versions() >= 3)
         config, epoch = world.coordinator.config, world.coordinator.epoch
         said = backup(config, tmp_path / "fleet.tar.gz")
@@ -35,8 +35,8 @@ async def test_every_enrolment_survives_and_the_job_goes_on(tmp_path: Path, tiny
         await world.start_coordinator()
         assert world.coordinator.epoch > epoch
         await world.until(lambda: world.job_state(name) == "finished")
-        assert [r["digest"] for r in world.coordinator.ledger.rows(store.versions, job=name)][:3] == clean[:3]
-        states = {r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < 5}
+        assert [r["digest"] for r in world.coordinator.ledger.rows(tables.versions, job=name)][:3] == clean[:3]
+        states = {r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < 5}
         assert states == {"counted"}
         assert [d["state"] for d in world.coordinator.devices.table()] == ["enrolled"] * 3
         agent = world.agents["d0"][0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator import store
+from coordinator import tables
 from edge_agent import identity
 from edge_agent.config import Allow, Dataset
 from federated.errors import ConfigError
@@ -47,13 +47,13 @@ async def test_bad_jobs_are_refused_whole(tmp_path: Path, tiny: Path, text: str,
     await world.start_coordinator()
     with pytest.raises(ConfigError, match=message):
         world.coordinator.jobs.submit(text)
-    assert not world.coordinator.ledger.rows(store.jobs)
+    assert not world.coordinator.ledger.rows(tables.jobs)
     await world.kill_coordinator()
 
 
 async def refused_reason(world: World, name: str, device: str = "d0") -> str:
     """Why a device did not take part, while the others finished the job."""
-    rows = world.coordinator.ledger.rows(store.assignments, job=name, round=0)
+    rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=0)
     assert {r["device"]: r["state"] for r in rows if r["device"] != device} == {d: "counted" for d in world.names if d != device}
     return str(next(r["reason"] for r in rows if r["device"] == device))
 
@@ -88,7 +88,7 @@ async def test_the_owner_says_no(tmp_path: Path, tiny: Path) -> None:
     world.agent_changes["d1"] = {"require": ("qsgd",)}
     async with world:
         name = await world.run(job(rounds=1, stack=["norm_bound"]))
-        states = {r["device"]: (r["state"], r["reason"]) for r in world.coordinator.ledger.rows(store.assignments, job=name, round=0)}
+        states = {r["device"]: (r["state"], r["reason"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=0)}
         assert "d0" not in states
         assert "owner requires `qsgd`, which the coordinator would have to undo" in states["d1"][1]
         assert states["d2"][0] == "counted"

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator import store
+from coordinator import tables
 from coordinator.config import Https
 from coordinator.https_server import HttpsServer
 from edge_agent import bases
@@ -129,7 +129,7 @@ async def test_a_device_without_the_model_takes_part(tmp_path: Path, tiny: Path)
     world.agent_changes["d1"] = {"models": {"tiny": "coordinator"}}
     async with world:
         name = await world.run(job(rounds=2))
-        states = {r["device"]: r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name, round=1)}
+        states = {r["device"]: r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=1)}
         assert states == {"d0": "counted", "d1": "counted"}
         fetched = list((tmp_path / "d1" / "models").iterdir())
         assert [model_digest(p) for p in fetched] == [model_digest(tiny)]

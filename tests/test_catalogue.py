@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator import store
+from coordinator import tables
 from federated.catalogue import build_stack, entries, modules
 from federated.errors import Conflict
 from federated.stack import ServerSide, Stack
@@ -54,7 +54,7 @@ async def killed(world: World, name: str) -> None:
     for number in range(3):
         await world.until(
             lambda n=number: any(  # type: ignore[misc]
-                r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(store.assignments, job=name, round=n)
+                r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=n)
             )
         )
         for d in world.names:
@@ -75,7 +75,7 @@ async def test_kill_both_sides_gives_the_same_bits(tmp_path: Path, tiny: Path, n
     async with World(tmp_path / "b", tiny) as world:
         job_name = world.coordinator.jobs.submit(text(stack))
         await killed(world, job_name)
-        row = world.coordinator.ledger.row(store.jobs, id=job_name)
+        row = world.coordinator.ledger.row(tables.jobs, id=job_name)
         assert row is not None
         assert row["state"] == "finished", row["reason"]
         assert world.digest(job_name) == clean
@@ -91,10 +91,10 @@ async def test_beside_awkward_neighbours(tmp_path: Path, tiny: Path, name: str) 
                     continue
                 done = await world.run(text(stack, rounds=2))
                 refused = [
-                    r["reason"] for r in world.coordinator.ledger.rows(store.assignments, job=done) if r["state"] in ("refused", "failed")
+                    r["reason"] for r in world.coordinator.ledger.rows(tables.assignments, job=done) if r["state"] in ("refused", "failed")
                 ]
                 assert not refused, (stack, refused)
-                versions = world.coordinator.ledger.rows(store.versions, job=done)
+                versions = world.coordinator.ledger.rows(tables.versions, job=done)
                 assert versions[0]["digest"] != versions[-1]["digest"], f"{stack} moved nothing"
                 await asyncio.sleep(0)
 

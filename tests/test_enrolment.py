@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator import store
+from coordinator import tables
 from coordinator.authority import Authority, own_names
 from coordinator.broker import mosquitto
 from coordinator.config import Enrolment
@@ -99,11 +99,11 @@ async def test_a_revoked_device_is_cut_off_and_the_job_goes_on(tmp_path: Path, t
 
         agent.engine.before = sleeps  # type: ignore[attr-defined]
         name = world.coordinator.jobs.submit(job(rounds=4))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 2)
         world.coordinator.revoke("d1")
         await world.until(lambda: world.job_state(name) == "finished", 60)
         assert not agent.bus.connected.is_set()
-        last = world.coordinator.ledger.rows(store.assignments, job=name, round=3)
+        last = world.coordinator.ledger.rows(tables.assignments, job=name, round=3)
         assert [r["device"] for r in last] == ["d0"]
         again = world.stranger(old or pytest.fail("no certificate"), "d1-again")
         await again.start()
@@ -142,7 +142,7 @@ async def test_claims(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(Unreachable, match="does not answer"):
             await world.enrolled(write_claim(msgspec.structs.replace(claim, door="https://127.0.0.1:1")), "b")
         late = world.coordinator.invite("late")
-        world.coordinator.ledger.change(store.claims, {"device": "late"}, expires=time.time() - 1)
+        world.coordinator.ledger.change(tables.claims, {"device": "late"}, expires=time.time() - 1)
         with pytest.raises(Refused, match="older than 7 days"):
             await world.enrolled(late, "late")
         newer = world.coordinator.invite("late")
@@ -161,7 +161,7 @@ async def test_an_old_claim_is_void_without_certificates_too(tmp_path: Path, tin
         world.names = ["slow"]
         world.enrol("slow")
         world.data["slow"] = tmp_path / "none.jsonl"
-        world.coordinator.ledger.change(store.claims, {"device": "slow"}, expires=1.0)
+        world.coordinator.ledger.change(tables.claims, {"device": "slow"}, expires=1.0)
         agent = await world.start_agent("slow")
         await world.until(lambda: "older than 7 days" in str(agent.status.get("last_error")))
         assert not world.coordinator.devices.enrolled("slow")
@@ -193,7 +193,7 @@ async def test_a_certificate_is_renewed_before_it_ends(tmp_path: Path, tiny: Pat
         await world.until(lambda: (tmp_path / "d0" / "tls" / "device.pem").read_bytes() != old, 30)
         await world.until(lambda: (f := certificate.facts(tmp_path / "d0")) is not None and f.ends > time.time() + 1800)
         await world.until(agent.bus.connected.is_set)
-        assert len(world.coordinator.ledger.rows(store.certificates, device="d0")) == 2
+        assert len(world.coordinator.ledger.rows(tables.certificates, device="d0")) == 2
         await world.child_restart()
         await world.until(agent.bus.connected.is_set, 30)
 
@@ -275,7 +275,7 @@ async def test_an_old_assignment_that_is_heard_again_is_not_carried_out(tmp_path
         await listener.subscribe(topic, lambda t, payload: kept.append(payload))
         await listener.start()
         name = world.coordinator.jobs.submit(job(rounds=30))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 4)
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 4)
         agent, _ = world.agents["d0"]
         said: list[Any] = []
         say = agent.say
@@ -286,14 +286,14 @@ async def test_an_old_assignment_that_is_heard_again_is_not_carried_out(tmp_path
 
         agent.say = heard  # type: ignore[method-assign]
         for _ in range(5):
-            done = len(world.coordinator.ledger.rows(store.versions, job=name))
+            done = len(world.coordinator.ledger.rows(tables.versions, job=name))
             agent._take(topic, kept[0])
-            await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) > done)  # noqa: B023 - at once
+            await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) > done)  # noqa: B023 - at once
         refused = [m for m in said if isinstance(m, Report) and m.state == "failed"]
         assert len(refused) == 5
         assert all(m.round == 0 and "a later round was done here" in m.reason for m in refused)
         assert not (tmp_path / "d0" / "jobs" / name / "r000000.update").exists()
-        states = {r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < done}
+        states = {r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < done}
         assert states == {"counted"}, "the rounds that were being done went on"
         world.coordinator.jobs.cancel(name)
 
@@ -368,9 +368,9 @@ async def test_certificates_are_not_made_without_end(tmp_path: Path, tiny: Path,
             await asyncio.to_thread(*renew, known.door, known.pin)  # type: ignore[arg-type]
         with pytest.raises(Refused, match="3 certificates were made for this device within a day"):
             await asyncio.to_thread(*renew, known.door, known.pin)  # type: ignore[arg-type]
-        world.coordinator.ledger.change(store.certificates, {"device": "a"}, ends=1.0, begins=0.0)
+        world.coordinator.ledger.change(tables.certificates, {"device": "a"}, ends=1.0, begins=0.0)
         await asyncio.to_thread(*renew, known.door, known.pin)  # type: ignore[arg-type]
-        assert len(world.coordinator.ledger.rows(store.certificates, device="a")) == 1
+        assert len(world.coordinator.ledger.rows(tables.certificates, device="a")) == 1
 
 
 async def test_a_new_invitation_ends_what_the_device_was_doing(tmp_path: Path, tiny: Path) -> None:
@@ -379,8 +379,8 @@ async def test_a_new_invitation_ends_what_the_device_was_doing(tmp_path: Path, t
     async with World(tmp_path, tiny, devices=2) as world:
         await world.kill_agent("d1")
         name = world.coordinator.jobs.submit(job(rounds=1))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.assignments, job=name, state="received")) == 1)
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.assignments, job=name, state="received")) == 1)
         world.coordinator.invite("d1")
         await world.until(lambda: world.job_state(name) == "finished", 20)
-        rows = world.coordinator.ledger.rows(store.assignments, job=name, round=0)
+        rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=0)
         assert {r["device"]: (r["state"], r["reason"]) for r in rows}["d1"] == ("refused", "the device left")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator import store
+from coordinator import database, tables
 from coordinator.export import load
 from coordinator.registry import Registry
 from federated.bus import MemoryBroker
@@ -19,11 +19,11 @@ from .world import World, job
 async def test_a_job_runs_to_its_end_and_learns(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny) as world:
         name = await world.run(job(rounds=6, arms={"ranks": [2, 4], "bits": [32], "steps": [8], "batch": 8}, stack=["sparse"]))
-        rows = world.coordinator.ledger.rows(store.versions, job=name)
-        first, last = (store.read(rows[i]["metrics"]) for i in (0, -1))
+        rows = world.coordinator.ledger.rows(tables.versions, job=name)
+        first, last = (database.read(rows[i]["metrics"]) for i in (0, -1))
         assert len(rows) == 7
         assert last["loss"] < first["loss"] - 0.2
-        assert all(r["state"] == "counted" for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < 6)
+        assert all(r["state"] == "counted" for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < 6)
         for d in world.names:
             assert (tmp_path / d / "adapter" / "current" / "adapter_model.safetensors").exists()
             await world.until(lambda d=d: not list((tmp_path / d / "jobs").glob("*/*/update")))  # type: ignore[misc]
@@ -50,7 +50,7 @@ async def test_kill_both_sides_in_mid_run(tmp_path: Path, tiny: Path) -> None:
         for number in (0, 1, 2):
             await world.until(
                 lambda n=number: any(  # type: ignore[misc]
-                    r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(store.assignments, job=name, round=n)
+                    r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=n)
                 )
             )
             await world.kill_agent("d1")
@@ -59,7 +59,9 @@ async def test_kill_both_sides_in_mid_run(tmp_path: Path, tiny: Path) -> None:
             await world.start_agent("d1")
         await world.until(lambda: world.job_state(name) == "finished")
         assert world.digest(name) == clean
-        counted = [(r["round"], r["device"]) for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["state"] == "counted"]
+        counted = [
+            (r["round"], r["device"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["state"] == "counted"
+        ]
         assert sorted(counted) == [(n, d) for n in range(3) for d in world.names]
 
 
@@ -87,7 +89,7 @@ async def test_resume_after_a_kill_in_mid_upload(tmp_path: Path, tiny: Path) -> 
         await world.start_coordinator()
         await world.start_agent("d0")
         await world.until(lambda: world.job_state(name) == "finished")
-        row = world.coordinator.ledger.row(store.assignments, job=name, round=0, device="d0")
+        row = world.coordinator.ledger.row(tables.assignments, job=name, round=0, device="d0")
         assert row is not None
         assert row["resumed"] == 3
 
@@ -95,8 +97,8 @@ async def test_resume_after_a_kill_in_mid_upload(tmp_path: Path, tiny: Path) -> 
 async def test_arms_that_no_device_can_hold_are_refused_before_anything_is_sent(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, budgets={"d0": 0.001}) as world:
         name = await world.run(job(rounds=1))
-        assert {r["device"] for r in world.coordinator.ledger.rows(store.assignments, job=name)} == {"d1", "d2"}
-        told = [e["text"] for e in world.coordinator.ledger.rows(store.events, job=name) if e["device"] == "d0"]
+        assert {r["device"] for r in world.coordinator.ledger.rows(tables.assignments, job=name)} == {"d1", "d2"}
+        told = [e["text"] for e in world.coordinator.ledger.rows(tables.events, job=name) if e["device"] == "d0"]
         assert "allows 0 MB" in told[0]
 
 
@@ -108,7 +110,7 @@ async def test_a_memory_failure_is_reported_and_the_round_goes_on(tmp_path: Path
 
         world.agents["d0"][0].engine.before = fail  # type: ignore[attr-defined]
         name = await world.run(job(rounds=2))
-        rows = world.coordinator.ledger.rows(store.assignments, job=name, round=0)
+        rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=0)
         assert [(r["device"], r["state"]) for r in rows] == [("d0", "failed"), ("d1", "counted"), ("d2", "counted")]
         assert "no room" in rows[0]["reason"]
 
@@ -128,7 +130,7 @@ async def test_quantised_and_pruned_arms(tmp_path: Path, tiny: Path) -> None:
     arms = {"ranks": [2], "bits": [4, 8], "steps": [2], "batch": 4, "prune": [0.4]}
     async with World(tmp_path, tiny, devices=2) as world:
         name = await world.run(job(rounds=2, arms=arms))
-        told = [store.read(r["telemetry"]) for r in world.coordinator.ledger.rows(store.assignments, job=name, round=1)]
+        told = [database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=1)]
         assert {t["bits"] for t in told} <= {4, 8}
         assert all(t["loss_after"] > 0 for t in told)
 
@@ -136,7 +138,7 @@ async def test_quantised_and_pruned_arms(tmp_path: Path, tiny: Path) -> None:
 async def test_bf16_arms(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
         name = await world.run(job(rounds=3, arms={"ranks": [2], "bits": [16], "steps": [6], "batch": 8}, training={"lr": 0.03}))
-        versions = [store.read(r["metrics"]) for r in world.coordinator.ledger.rows(store.versions, job=name)]
+        versions = [database.read(r["metrics"]) for r in world.coordinator.ledger.rows(tables.versions, job=name)]
         assert versions[-1]["loss"] < versions[0]["loss"]
 
 
@@ -159,8 +161,8 @@ async def test_images_are_a_task_too(tmp_path: Path, vit: Path) -> None:
                 training={"lr": 0.01, "evaluate": 90, "probe": 4},
             )
         )
-        rows = world.coordinator.ledger.rows(store.versions, job=name)
-        first, last = (store.read(rows[i]["metrics"]) for i in (0, -1))
+        rows = world.coordinator.ledger.rows(tables.versions, job=name)
+        first, last = (database.read(rows[i]["metrics"]) for i in (0, -1))
         assert last["accuracy"] > first["accuracy"] + 0.2
 
 
@@ -176,13 +178,13 @@ async def test_a_sleeping_device_does_not_hold_the_round_and_its_late_update_is_
 
         agent._publish = sleepy  # type: ignore[method-assign]
         name = world.coordinator.jobs.submit(job(rounds=4, deadline_s=2, quorum=0.6))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
-        row = world.coordinator.ledger.row(store.assignments, job=name, round=0, device="d0")
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 2)
+        row = world.coordinator.ledger.row(tables.assignments, job=name, round=0, device="d0")
         assert row is not None
         assert row["state"] == "late"
         asleep = False
         await world.until(lambda: world.job_state(name) == "finished", 90)
-        row = world.coordinator.ledger.row(store.assignments, job=name, round=0, device="d0")
+        row = world.coordinator.ledger.row(tables.assignments, job=name, round=0, device="d0")
         assert row is not None
         assert row["state"] == "counted"
         assert row["folded"] > 0
@@ -201,14 +203,14 @@ async def test_other_work_ends_a_download_that_cannot_end(tmp_path: Path, tiny: 
 async def test_a_paused_job_opens_no_round_until_it_is_resumed(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=1) as world:
         name = world.coordinator.jobs.submit(job(rounds=40))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.rounds, job=name)) >= 2)
-        world.coordinator.ledger.change(store.jobs, {"id": name}, state="paused")
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.rounds, job=name)) >= 2)
+        world.coordinator.ledger.change(tables.jobs, {"id": name}, state="paused")
         await asyncio.sleep(0.5)
-        there = len(world.coordinator.ledger.rows(store.rounds, job=name))
+        there = len(world.coordinator.ledger.rows(tables.rounds, job=name))
         await asyncio.sleep(1.0)
-        assert len(world.coordinator.ledger.rows(store.rounds, job=name)) == there
-        world.coordinator.ledger.change(store.jobs, {"id": name}, state="running")
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.rounds, job=name)) > there)
+        assert len(world.coordinator.ledger.rows(tables.rounds, job=name)) == there
+        world.coordinator.ledger.change(tables.jobs, {"id": name}, state="running")
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.rounds, job=name)) > there)
         world.coordinator.jobs.cancel(name)
         await world.until(lambda: world.job_state(name) == "cancelled")
 
@@ -219,7 +221,7 @@ async def test_a_single_device_is_followed_exactly(tmp_path: Path, tiny: Path, m
     arms = {"ranks": [4], "depths": [2], "bits": [32], "steps": [4], "batch": 4}
     async with World(tmp_path, tiny, devices=1) as world:
         name = await world.run(job(rounds=2, arms=arms))
-        rows = world.coordinator.ledger.rows(store.assignments, job=name)
+        rows = world.coordinator.ledger.rows(tables.assignments, job=name)
         views = [open_frame(world.coordinator.blobs.path(read_assignment(r["body"]).blobs["view"].digest))[0] for r in rows[:2]]
         sent, _ = open_frame(tmp_path / "coordinator" / "updates" / name / "r000000" / "d0")
         version = Registry(tmp_path / "coordinator" / "jobs" / name).load(1)

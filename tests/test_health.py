@@ -10,7 +10,7 @@ import pytest
 
 import coordinator.health
 import edge_agent.health
-from coordinator import store
+from coordinator import tables
 from federated.health import Declared, holding
 from federated.logs import begin, redacted
 from federated.metrics import MetricsServer, text
@@ -70,7 +70,7 @@ async def test_what_prometheus_sees(tmp_path: Path, tiny: Path) -> None:
 async def test_metrics_while_a_job_runs(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
         name = world.coordinator.jobs.submit(job(rounds=4, stack=["sparse"]))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 3)
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 3)
         said = coordinator.health.exposition(world.coordinator)
         assert f'rankfleet_heldout_loss{{job="{name}"}}' in said
         assert 'state="counted"' in said

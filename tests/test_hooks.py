@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator import store
+from coordinator import database, tables
 from coordinator.export import load
 from federated import catalogue
 from federated.messages import read_assignment
@@ -28,11 +28,11 @@ async def test_every_hook_is_called(tmp_path: Path, tiny: Path, space: str) -> N
             job(rounds=2, stack=["every_hook"], space=space, arms={"ranks": [4], "bits": [32], "steps": [5], "batch": 4})
         )
         assert set(every_hook.CALLED) == {"plan", "attach", "batch", "objective", "step"}
-        rows = world.coordinator.ledger.rows(store.assignments, job=name, round=0)
+        rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=0)
         for row in rows:
             recipe = read_assignment(row["body"]).recipe
             assert (recipe.steps, recipe.lr) == (1, 0.005)
-            assert store.read(row["telemetry"])["steps"] == 1
+            assert database.read(row["telemetry"])["steps"] == 1
         last, first = (load(world.coordinator.config, name, n)[0] for n in (2, 0))
         assert np.array_equal(last.dense["head.bias"], first.dense["head.bias"])
         assert not np.array_equal(last.dense["head.weight"], first.dense["head.weight"])

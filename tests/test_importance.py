@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import channels, store
+from coordinator import channels, database, tables
 from coordinator.job import Plan, read_job
 from coordinator.planner import SCORE_ROUND, Planner
 from coordinator.registry import Registry
@@ -103,9 +103,9 @@ async def test_a_job_prunes_by_what_its_devices_said(tmp_path: Path, tiny: Path)
     async with World(tmp_path, tiny, devices=2) as world:
         name = await world.run(job(rounds=8, arms=arms, policy={"name": "fixed"}, adapter={"targets": ["all"]}), seconds=120)
         ledger = world.coordinator.ledger
-        told = {r["round"]: store.read(r["telemetry"])["cost"] for r in ledger.rows(store.assignments, job=name)}
+        told = {r["round"]: database.read(r["telemetry"])["cost"] for r in ledger.rows(tables.assignments, job=name)}
         assert [n for n, cost in told.items() if "importance" in cost] == [SCORE_ROUND]
-        last = max(v["number"] for v in ledger.rows(store.versions, job=name))
+        last = max(v["number"] for v in ledger.rows(tables.versions, job=name))
         state = Registry(world.coordinator.config.home / "jobs" / name).load(last).state
     before, after = channels.importance(tiny, read_card(tiny)), channels.restored(state["importance"])
     assert not np.array_equal(np.argsort(before.channels[0]), np.argsort(after.channels[0]))
@@ -121,10 +121,10 @@ async def test_private_masks_follow_each_devices_own_data(tmp_path: Path, tiny: 
             path.write_text("\n".join(json.dumps(r) for r in seen[:80]))
         name = await world.run(job(rounds=10, arms=arms, policy={"name": "fedspine"}, adapter={"targets": ["all"]}), seconds=120)
         ledger, runner = world.coordinator.ledger, world.coordinator
-        told = [(r["round"], r["device"], read_assignment(r["body"])) for r in ledger.rows(store.assignments, job=name)]
-        last = max(v["number"] for v in ledger.rows(store.versions, job=name))
+        told = [(r["round"], r["device"], read_assignment(r["body"])) for r in ledger.rows(tables.assignments, job=name)]
+        last = max(v["number"] for v in ledger.rows(tables.versions, job=name))
         state = Registry(runner.config.home / "jobs" / name).load(last).state
-        assert ledger.row(store.jobs, id=name)["state"] == "finished"
+        assert ledger.row(tables.jobs, id=name)["state"] == "finished"
     cut = {d: a.blobs["masks"].digest for n, d, a in told if n > SCORE_ROUND and "masks" in a.blobs}
     assert len(set(cut.values())) == (len(cut) if masks == "private" else min(1, len(cut)))  # how many are cut depends on seconds
     assert ("own_importance" in state) == (masks == "private")

@@ -18,7 +18,7 @@ import yaml
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from benchmarks.slow_link import SlowLink
-from coordinator import store
+from coordinator import tables
 from coordinator.broker import free_port, mosquitto
 from coordinator.https_server import make_certificate
 from federated.address import parse_proxy, tls_context, without_password
@@ -80,7 +80,7 @@ class OverMqtt(World):
         return made
 
     def counted(self, name: str) -> list[str]:
-        return [r["state"] for r in self.coordinator.ledger.rows(store.assignments, job=name)]
+        return [r["state"] for r in self.coordinator.ledger.rows(tables.assignments, job=name)]
 
 
 async def connected(bus: MqttBus, seconds: float = 20) -> bool:
@@ -291,7 +291,7 @@ async def test_a_broker_that_restarts(tmp_path: Path, tiny: Path, persistence: b
         async with OverMqtt(tmp_path / "w", tiny, f"mqtt://127.0.0.1:{broker.port}", devices=2) as world:
             name = world.coordinator.jobs.submit(job(rounds=4, stack=["sparse"]))
             for number, how in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
-                await world.until(lambda n=number: len(world.coordinator.ledger.rows(store.versions, job=name)) > n)  # type: ignore[misc]
+                await world.until(lambda n=number: len(world.coordinator.ledger.rows(tables.versions, job=name)) > n)  # type: ignore[misc]
                 broker.stop(how)
                 await asyncio.sleep(0.3)
                 await broker.start()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from coordinator import store
+from coordinator import database, tables
 from coordinator.job import Plan, read_job
 from profiles.card import read_card
 
@@ -27,7 +27,7 @@ async def test_a_device_of_changing_depth_keeps_the_common_layers(tmp_path: Path
             job(rounds=6, adapter=DEEP, frozen_every=1, policy={"name": "ucb1"},
                 arms={"ranks": [2], "depths": [1, 2], "bits": [32], "steps": [6], "batch": 8})
         )  # fmt: skip
-        told = [store.read(r["telemetry"]) for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < 6]
+        told = [database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < 6]
     # With frozen layers that come anew each round, a shallow arm's own boundary pays only within the round; the fleet's for the job.
     assert all(t["cache"] in ("layers below 2", "layers below 3") for t in told)
     assert sum(t["cache"] == "layers below 2" for t in told) >= 6

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import coordinator.uploads
-from coordinator import store
+from coordinator import database, tables
 from coordinator.config import CoordinatorConfig
 from edge_agent import rounds
 from edge_agent.config import Allow
@@ -20,7 +20,7 @@ from .world import World, job
 
 
 def installed(world: World, name: str, number: int) -> set[str]:
-    return {r["device"] for r in world.coordinator.ledger.rows(store.assignments, job=name, round=number)}
+    return {r["device"] for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=number)}
 
 
 async def test_a_good_version_goes_to_the_canaries_and_then_to_all(tmp_path: Path, tiny: Path) -> None:
@@ -44,9 +44,9 @@ async def test_a_bad_version_stays_with_the_canaries(tmp_path: Path, tiny: Path,
     async with World(tmp_path, tiny, devices=3) as world:
         name = await world.run(job(rounds=2, canary=0.1))
         assert len(installed(world, name, 2)) == 1
-        told = [e["text"] for e in world.coordinator.ledger.rows(store.events, job=name)]
+        told = [e["text"] for e in world.coordinator.ledger.rows(tables.events, job=name)]
         assert any("worse on the canaries; 2 devices keep what they have" in t for t in told)
-        assert world.coordinator.ledger.rows(store.versions, job=name)[-1]["state"] == "candidate"
+        assert world.coordinator.ledger.rows(tables.versions, job=name)[-1]["state"] == "candidate"
 
 
 async def test_a_restart_in_between_canaries_and_the_rest(tmp_path: Path, tiny: Path) -> None:
@@ -85,14 +85,14 @@ def test_an_older_ledger_gets_what_it_lacks_and_a_newer_one_is_left_alone(tmp_pa
         old.execute("create table devices (id varchar(64) primary key, link_key blob, public_key blob, state varchar(16), hello text)")
         old.execute("insert into devices values ('d0', x'01', x'02', 'enrolled', '{}')")
     old.close()
-    ledger = store.Store(store.url_of(config))
-    row = ledger.row(store.devices, id="d0")
+    ledger = database.Store(database.url_of(config))
+    row = ledger.row(tables.devices, id="d0")
     assert row is not None
     assert (row["state"], row["bytes_in"], row["note"]) == ("enrolled", 0, "")
-    ledger.put(store.facts, {"name": "schema"}, value=str(store.SCHEMA + 1))
+    ledger.put(tables.facts, {"name": "schema"}, value=str(tables.SCHEMA + 1))
     ledger.close()
-    with pytest.raises(ConfigError, match=f"this version knows {store.SCHEMA}"):
-        store.Store(store.url_of(config))
+    with pytest.raises(ConfigError, match=f"this version knows {tables.SCHEMA}"):
+        database.Store(database.url_of(config))
 
 
 async def test_a_job_that_lacks_nothing_is_queued_after_a_kill(tmp_path: Path, tiny: Path) -> None:
@@ -117,7 +117,7 @@ async def test_with_little_room_left_devices_keep_their_updates(
     async with World(tmp_path, tiny, devices=2, packet=packet) as world:
         name = world.coordinator.jobs.submit(job(rounds=1))
         await world.until(lambda: all(a.outbox.due() for a, _ in world.agents.values()))
-        assert {r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name)} == {"assigned"}
+        assert {r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name)} == {"assigned"}
         free[0] = 1e12
         await world.until(lambda: world.job_state(name) == "finished")
 
@@ -130,5 +130,5 @@ async def test_raw_updates_go_when_a_job_ends_well_and_stay_otherwise(tmp_path: 
         monkeypatch.setattr("coordinator.closing.is_good", lambda run, number, metrics: False)
         doubtful = await world.run(job(rounds=6))
         assert sorted(p.name for p in (folder / doubtful).iterdir()) == [f"r{n:06d}" for n in range(6)]
-        rows = world.coordinator.ledger.rows(store.assignments, job=good)
+        rows = world.coordinator.ledger.rows(tables.assignments, job=good)
         assert all(len(r["digest"]) == 64 for r in rows)

@@ -11,7 +11,7 @@ import yaml
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from coordinator import store
+from coordinator import tables
 from coordinator.api import Api
 from coordinator.broker import mosquitto
 from coordinator.config import Oidc
@@ -75,7 +75,7 @@ async def test_roles(tmp_path: Path, tiny: Path, people: People) -> None:
         for path in ("/devices/d0/revoke?dry=1", "/devices/d0/suspend?dry=1", "/jobs/toy-1/cancel?dry=1"):
             assert "not signed" in (await asked(world, None, "POST", path))[1]["error"]
         assert "takes the role admin" in (await asked(world, bob, "POST", "/devices/d0/revoke?a=b"))[1]["error"]
-        trail = [(r["operator"], r["text"]) for r in world.coordinator.ledger.rows(store.audit)]
+        trail = [(r["operator"], r["text"]) for r in world.coordinator.ledger.rows(tables.audit)]
         assert trail[1:] == [("bob", "/devices/d0/suspend"), ("alice", "/devices/d0/revoke")]
 
 
@@ -161,16 +161,16 @@ async def test_a_stolen_coordinator_without_an_operators_key(tmp_path: Path, tin
         await world.until(lambda: world.job_state(good) == "finished")
 
         async def refused(name: str) -> str:
-            await world.until(lambda: any(world.coordinator.ledger.rows(store.assignments, job=name)))
-            await world.until(lambda: world.coordinator.ledger.rows(store.events, job=name) != [])
+            await world.until(lambda: any(world.coordinator.ledger.rows(tables.assignments, job=name)))
+            await world.until(lambda: world.coordinator.ledger.rows(tables.events, job=name) != [])
             world.coordinator.jobs.cancel(name)
             await world.until(lambda: world.job_state(name) == "cancelled")
-            return str(world.coordinator.ledger.rows(store.events, job=name)[0]["text"])
+            return str(world.coordinator.ledger.rows(tables.events, job=name)[0]["text"])
 
         def forced(text: str) -> str:
-            number = 1 + len(world.coordinator.ledger.rows(store.jobs))
+            number = 1 + len(world.coordinator.ledger.rows(tables.jobs))
             name = f"toy-{number}"
-            world.coordinator.ledger.add(store.jobs, id=name, text=text, state="queued", created=0.0, number=number)
+            world.coordinator.ledger.add(tables.jobs, id=name, text=text, state="queued", created=0.0, number=number)
             world.coordinator.jobs._news.set()
             return name
 
@@ -254,7 +254,7 @@ async def test_operators_who_log_in_at_an_issuer(tmp_path: Path, tiny: Path) -> 
             status, answer = await suspend(**{"X-Oidc": token})
             assert (status, why in answer["error"]) == (400, True), answer
         assert (await suspend(**{"X-Oidc": login.token()}))[0] == 200
-        assert [r["operator"] for r in world.coordinator.ledger.rows(store.audit)] == ["carol"]
+        assert [r["operator"] for r in world.coordinator.ledger.rows(tables.audit)] == ["carol"]
     await runner.cleanup()
     with pytest.raises(ConfigError, match="cannot be asked"):
         Issuer(Oidc(issuer=login.url)).role(login.token())

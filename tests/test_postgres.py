@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import store
+from coordinator import tables
 from coordinator.broker import free_port
-from coordinator.store import Store
+from coordinator.database import Store
 from federated.errors import ConfigError
 
 from .world import World, job
@@ -64,8 +64,8 @@ def same(a: World, b: World) -> bool:
     def told(world: World) -> list[tuple[object, ...]]:
         ledger = world.coordinator.ledger
         # An update's own digest covers how long it took.
-        rows = [(r["round"], r["device"], r["state"], r["arm"], r["folded"]) for r in ledger.rows(store.assignments)]
-        return [*rows, *((r["number"], r["state"], r["digest"]) for r in ledger.rows(store.versions))]
+        rows = [(r["round"], r["device"], r["state"], r["arm"], r["folded"]) for r in ledger.rows(tables.assignments)]
+        return [*rows, *((r["number"], r["state"], r["digest"]) for r in ledger.rows(tables.versions))]
 
     return told(a) == told(b)
 
@@ -76,7 +76,7 @@ async def test_a_job_whose_ledger_is_in_postgres_is_the_same_job(tmp_path: Path,
     there.database = postgres.url
     async with there, World(tmp_path / "b", tiny) as here:
         name = there.coordinator.jobs.submit(text)
-        await there.until(lambda: len(there.coordinator.ledger.rows(store.versions, job=name)) >= 2)
+        await there.until(lambda: len(there.coordinator.ledger.rows(tables.versions, job=name)) >= 2)
         await there.kill_coordinator()
         await there.kill_agent("d1")
         await there.start_coordinator()
@@ -95,12 +95,12 @@ async def test_a_database_that_goes_away_loses_nothing(
     world.database = postgres.url
     async with world:
         name = world.coordinator.jobs.submit(job(rounds=5, stack=["sparse"]))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 2)
         await asyncio.to_thread(postgres.stop)
         await asyncio.sleep(1.0)
         await asyncio.to_thread(postgres.start)
         await world.until(lambda: world.job_state(name) == "finished", 60)
-        rows = world.coordinator.ledger.rows(store.assignments, job=name)
+        rows = world.coordinator.ledger.rows(tables.assignments, job=name)
         assert {r["state"] for r in rows if r["round"] < 5} == {"counted"}
         assert len(rows) == 18
 

@@ -14,14 +14,14 @@ import coordinator.jobs
 import coordinator.receiving
 import edge_agent.order
 import federated.files
-from coordinator import store
+from coordinator import tables
 from coordinator.waiting import may_close
 
 from .world import World, job
 
 
 def states(world: World, name: str, number: int) -> dict[str, str]:
-    return {r["device"]: r["state"] for r in world.coordinator.ledger.rows(store.assignments, job=name, round=number)}
+    return {r["device"]: r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=number)}
 
 
 async def test_a_job_waits_for_its_minimum_of_devices(tmp_path: Path, tiny: Path) -> None:
@@ -29,9 +29,9 @@ async def test_a_job_waits_for_its_minimum_of_devices(tmp_path: Path, tiny: Path
         await world.kill_agent("d1")
         world.coordinator.devices.leave("d1")
         name = world.coordinator.jobs.submit(job(rounds=1, min_devices=2))
-        told = lambda: [e["text"] for e in world.coordinator.ledger.rows(store.events, job=name)]  # noqa: E731
+        told = lambda: [e["text"] for e in world.coordinator.ledger.rows(tables.events, job=name)]  # noqa: E731
         await world.until(lambda: any("waiting for 2 devices, 1 are there" in t for t in told()))
-        assert not world.coordinator.ledger.rows(store.rounds, job=name)
+        assert not world.coordinator.ledger.rows(tables.rounds, job=name)
         (tmp_path / "d1" / "identity.json").unlink()
         world.enrol("d1")
         await world.start_agent("d1")
@@ -44,7 +44,7 @@ async def test_a_device_joins_in_mid_job(tmp_path: Path, tiny: Path) -> None:
         await world.kill_agent("d2")
         world.coordinator.devices.leave("d2")
         name = world.coordinator.jobs.submit(job(rounds=6, stack=["sparse"]))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 2)
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 2)
         (tmp_path / "d2" / "identity.json").unlink()
         world.enrol("d2")
         await world.start_agent("d2")
@@ -70,7 +70,7 @@ async def test_the_automatic_deadline_closes_without_a_sleeper(tmp_path: Path, t
         await world.until(lambda: world.job_state(name) == "finished", 60)
         assert states(world, name, 0)["d2"] in ("late", "assigned")
         assert states(world, name, 1)["d0"] == "counted"
-        row = world.coordinator.ledger.row(store.rounds, job=name, number=0)
+        row = world.coordinator.ledger.row(tables.rounds, job=name, number=0)
         assert row is not None
         assert row["closed"] - row["opened"] < 20
 
@@ -111,11 +111,11 @@ async def test_a_clock_that_jumps_moves_nothing(tmp_path: Path, tiny: Path, monk
     monkeypatch.setattr(coordinator.enrolment, "DAY_S", 1e9)  # when a claim ends is the one thing that goes by the clock
     async with World(tmp_path, tiny) as world:
         name = world.coordinator.jobs.submit(job(rounds=4, deadline_s=20, quorum=0.5, stack=["sparse"]))
-        await world.until(lambda: len(world.coordinator.ledger.rows(store.versions, job=name)) >= 3)
+        await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 3)
         await world.kill_coordinator()
         await world.start_coordinator()
         await world.until(lambda: world.job_state(name) == "finished")
-        rows = [r for r in world.coordinator.ledger.rows(store.assignments, job=name) if r["round"] < 4]
+        rows = [r for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < 4]
     assert [r["state"] for r in rows] == ["counted"] * 12
     assert sum(r["seconds"] < 60 for r in rows) >= 9
 
@@ -164,7 +164,7 @@ async def test_a_full_disk_on_a_device_is_a_reported_failure(tmp_path: Path, tin
     monkeypatch.setattr(edge_agent.order, "write_in_order", write)
     async with World(tmp_path, tiny) as world:
         name = await world.run(job(rounds=2))
-        row = world.coordinator.ledger.row(store.assignments, job=name, round=0, device="d0")
+        row = world.coordinator.ledger.row(tables.assignments, job=name, round=0, device="d0")
         assert row is not None
         assert row["state"] == "failed"
         assert "No space left on device" in row["reason"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import store
+from coordinator import database, tables
 from coordinator.job import Plan, read_job
 from edge_agent.model import Base
 from edge_agent.tasks import engine
@@ -108,9 +108,9 @@ async def test_a_fleet_learns_to_answer(tmp_path: Path, causal: Path) -> None:
     )  # fmt: skip
     async with world:
         name = await world.run(text)
-        rows = world.coordinator.ledger.rows(store.versions, job=name)
-        told = [store.read(r["telemetry"]) for r in world.coordinator.ledger.rows(store.assignments, job=name)]
-    measured = [store.read(r["metrics"]) for r in rows]
+        rows = world.coordinator.ledger.rows(tables.versions, job=name)
+        told = [database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name)]
+    measured = [database.read(r["metrics"]) for r in rows]
     assert measured[-1]["loss"] < 0.6 * measured[0]["loss"]
     assert measured[-1]["accuracy"] > measured[0]["accuracy"] + 0.3
     assert all(len(t["samples"]) == 2 for t in (told[0], told[-1]))
@@ -131,9 +131,9 @@ async def test_a_real_model_on_real_instructions(tmp_path: Path, shared: Path) -
     )  # fmt: skip
     async with world:
         name = await world.run(text, 120)
-        rows = world.coordinator.ledger.rows(store.versions, job=name)
-        told = store.read(world.coordinator.ledger.rows(store.assignments, job=name)[-1]["telemetry"])
-    losses = [store.read(r["metrics"])["loss"] for r in rows]
+        rows = world.coordinator.ledger.rows(tables.versions, job=name)
+        told = database.read(world.coordinator.ledger.rows(tables.assignments, job=name)[-1]["telemetry"])
+    losses = [database.read(r["metrics"])["loss"] for r in rows]
     assert losses[-1] < losses[0] - 0.2
     assert len(told["samples"][0]) > 10
 
@@ -151,7 +151,7 @@ async def test_regression(tmp_path: Path, tiny: Path) -> None:
     )  # fmt: skip
     async with world:
         name = await world.run(text)
-        measured = [store.read(r["metrics"]) for r in world.coordinator.ledger.rows(store.versions, job=name)]
+        measured = [database.read(r["metrics"]) for r in world.coordinator.ledger.rows(tables.versions, job=name)]
     assert measured[-1]["loss"] < 0.7 * measured[0]["loss"]
     assert measured[-1]["accuracy"] > measured[0]["accuracy"] + 0.2
 

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from coordinator import store
+from coordinator import tables
 from coordinator.config import CoordinatorConfig, Limits
 from coordinator.service import Service
 from edge_agent import identity
@@ -291,18 +291,18 @@ class World:
             await asyncio.sleep(0.01)
 
     def job_state(self, name: str) -> str:
-        row = self.coordinator.ledger.row(store.jobs, id=name)
+        row = self.coordinator.ledger.row(tables.jobs, id=name)
         return "" if row is None else str(row["state"])
 
     async def run(self, text: str, seconds: float = 90.0) -> str:
         """Submit and wait for the end; returns the job's id."""
         name = self.coordinator.jobs.submit(text)
         await self.until(lambda: self.service is not None and self.job_state(name) in ENDED, seconds)
-        row = self.coordinator.ledger.row(store.jobs, id=name)
+        row = self.coordinator.ledger.row(tables.jobs, id=name)
         assert row is not None
         assert row["state"] == "finished", row["reason"]
         return name
 
     def digest(self, name: str) -> str:
         """Digest of the last version."""
-        return str(self.coordinator.ledger.rows(store.versions, job=name)[-1]["digest"])
+        return str(self.coordinator.ledger.rows(tables.versions, job=name)[-1]["digest"])

@@ -13,10 +13,10 @@ from federated.peft_format import LOAD_MERGED, head_files, write_adapter
 from profiles.card import read_card
 
 from ..config import CoordinatorConfig
+from ..database import url_of
 from ..job import JobSpec, read_job
-from ..questions import Ledger
+from ..ledger import Ledger
 from ..registry import Registry, Version
-from ..store import url_of
 from .folder import write_folder
 from .weights import Weights, is_transposed
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import msgspec
 
 from bandit.tuner import Tuner
-from coordinator import opening, quality, store
+from coordinator import database, opening, quality, tables
 from coordinator.fleet import Devices
 from coordinator.job import Plan, read_job
 from profiles.card import read_card
@@ -14,9 +14,9 @@ from profiles.card import read_card
 
 def replayed(data_dir: Path, model: Path) -> tuple[int, int]:
     """(arms in the ledger, of which a fresh tuner that is told the same chooses the same)."""
-    ledger = store.Store(f"sqlite:///{data_dir / 'ledger.db'}")
+    ledger = database.Store(f"sqlite:///{data_dir / 'ledger.db'}")
     try:
-        row = ledger.rows(store.jobs)[0]
+        row = ledger.rows(tables.jobs)[0]
         plan = Plan(read_job(row["text"]), read_card(model))
         members = Devices(ledger).eligible(plan)
         tuner = Tuner(
@@ -26,18 +26,18 @@ def replayed(data_dir: Path, model: Path) -> tuple[int, int]:
         total = same = 0
         run = SimpleNamespace(examples={})
         for number in range(plan.spec.rounds):
-            rows = {r["device"]: r for r in ledger.rows(store.assignments, job=row["id"], round=number)}
+            rows = {r["device"]: r for r in ledger.rows(tables.assignments, job=row["id"], round=number)}
             for device, (profile, bits_ms) in sorted(members.items()):
                 tuner.join(device, profile, bits_ms)
             shares = opening.data_shares(run, sorted(rows))  # type: ignore[arg-type]
             choices = tuner.choose(number, [(d, members[d][0], shares[d]) for d in sorted(rows)])
             total += len(rows)
-            same += sum(store.text(msgspec.to_builtins(choices[d].arm)) == r["arm"] for d, r in rows.items())
-            info = ledger.row(store.rounds, job=row["id"], number=number)
-            pull = store.read(info["info"])["pull"] if info else {}
+            same += sum(database.text(msgspec.to_builtins(choices[d].arm)) == r["arm"] for d, r in rows.items())
+            info = ledger.row(tables.rounds, job=row["id"], number=number)
+            pull = database.read(info["info"])["pull"] if info else {}
             outcomes = [quality.outcome(r, members[d][0].name, pull.get(d, 0.0)) for d, r in sorted(rows.items())]
             tuner.observe(outcomes, {d: p for d, (p, _) in members.items()}, {d: b for d, (_, b) in members.items()})
-            run.examples |= {d: float(store.read(r["telemetry"])["examples"]) for d, r in rows.items()}
+            run.examples |= {d: float(database.read(r["telemetry"])["examples"]) for d, r in rows.items()}
         return total, same
     finally:
         ledger.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import store
+from coordinator import tables
 from coordinator.admission import FORGIVEN_S, SLOW_AT, SUSPEND_AT, Admission
 from coordinator.config import Limits
 from edge_agent import identity
@@ -78,7 +78,7 @@ async def test_a_flooding_device_is_suspended_and_the_round_goes_on(tmp_path: Pa
         now = [0.0]
         service.admission._clock = lambda: now[0]
         name = service.jobs.submit(job(rounds=2, deadline_s=0))
-        await world.until(lambda: len(service.ledger.rows(store.assignments, job=name, state="received")) == 2)
+        await world.until(lambda: len(service.ledger.rows(tables.assignments, job=name, state="received")) == 2)
         key = identity.load(tmp_path / "d2").link_key
         while service.devices.enrolled("d2"):
             for _ in range(400):
@@ -86,10 +86,10 @@ async def test_a_flooding_device_is_suspended_and_the_round_goes_on(tmp_path: Pa
             now[0] += 100.0
             assert now[0] < 10_000
         await world.until(lambda: world.job_state(name) == "finished", 30)
-        rows = {r["device"]: r for r in service.ledger.rows(store.assignments, job=name, round=0)}
+        rows = {r["device"]: r for r in service.ledger.rows(tables.assignments, job=name, round=0)}
         assert rows["d2"]["state"] == "refused"
         assert "the device is suspended: more than 10 messages a second" in rows["d2"]["reason"]
-        assert not service.ledger.rows(store.assignments, job=name, device="d2", round=1)
+        assert not service.ledger.rows(tables.assignments, job=name, device="d2", round=1)
         # It stays out over a restart, and comes back when an operator says so, without enrolling again.
         await world.kill_coordinator()
         await world.start_coordinator()
@@ -98,7 +98,7 @@ async def test_a_flooding_device_is_suspended_and_the_round_goes_on(tmp_path: Pa
         assert world.coordinator.devices.suspended("d2")
         world.coordinator.resume("d2")
         again = await world.run(job(rounds=1))
-        assert {r["device"] for r in world.coordinator.ledger.rows(store.assignments, job=again, round=0)} == set(world.names)
+        assert {r["device"] for r in world.coordinator.ledger.rows(tables.assignments, job=again, round=0)} == set(world.names)
 
 
 async def test_rubbish_is_a_strike_and_changes_nothing_for_others(tmp_path: Path, tiny: Path) -> None:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from coordinator import store
+from coordinator import tables
 from federated.states import ALL
 
 ROOT = Path(__file__).parent.parent.parent
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_every_state_fits_its_column() -> None:
     for table, states in ALL.items():
-        assert max(map(len, states)) <= store.meta.tables[table].c.state.type.length
+        assert max(map(len, states)) <= tables.meta.tables[table].c.state.type.length
 
 
 def test_the_ended_states_are_listed_nowhere_else() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from coordinator import store
+from coordinator import tables
 from edge_agent import identity
 from federated.states import ENDED
 
@@ -89,7 +89,7 @@ class Simulation:
         """Has the job ended?"""
         if not self.coordinator.alive:
             return False
-        row = self.ledger.row(store.jobs, id="sim-1")
+        row = self.ledger.row(tables.jobs, id="sim-1")
         return row is not None and row["state"] in ENDED
 
     async def faults(self) -> None:
@@ -170,16 +170,16 @@ class Simulation:
     def judge(self) -> Outcome:
         """What the ledger says, and what is wrong with it on its own."""
         wrong = []
-        row = self.ledger.row(store.jobs, id="sim-1")
+        row = self.ledger.row(tables.jobs, id="sim-1")
         if row is None or row["state"] != "finished":
             wrong.append(f"the job is {row['state'] if row else 'lost'}: {row['reason'] if row else ''}")
-        rows = [(r["round"], r["device"], r["digest"], r["state"]) for r in self.ledger.rows(store.assignments, job="sim-1")]
+        rows = [(r["round"], r["device"], r["digest"], r["state"]) for r in self.ledger.rows(tables.assignments, job="sim-1")]
         wrong += [f"round {r} of {d} is {s}" for r, d, _, s in rows if s != ("received" if r == self.rounds else "counted")]
         wrong += [f"{d.name} still holds {len(d.program.outbox.due())} updates" for d in self.devices if d.program.outbox.due()]
         wrong += [f"{d.name} is {d.program.status['state']} when all is over" for d in self.devices if d.program.status["state"] != "idle"]
         wrong += [f"unexpected: {type(e).__name__}: {e}" for e in self.loop.errors[:3]]
-        closed = [r for r in self.ledger.rows(store.rounds, job="sim-1") if r["closed"]]
-        versions = [r["digest"] for r in self.ledger.rows(store.versions, job="sim-1")]
+        closed = [r for r in self.ledger.rows(tables.rounds, job="sim-1") if r["closed"]]
+        versions = [r["digest"] for r in self.ledger.rows(tables.versions, job="sim-1")]
         spans = [b - a for a, b in zip(self.closings, self.closings[1:], strict=False)]
         if len(closed) != self.rounds + 1:
             wrong.append(f"{len(closed)} rounds are closed, not {self.rounds + 1}")
@@ -188,7 +188,7 @@ class Simulation:
     @property
     def closings(self) -> list[float]:
         """When each round was closed; clocks jump, so this is only as good as they are."""
-        return sorted(float(r["closed"]) for r in self.ledger.rows(store.rounds, job="sim-1") if r["closed"])
+        return sorted(float(r["closed"]) for r in self.ledger.rows(tables.rounds, job="sim-1") if r["closed"])
 
     def close(self) -> None:
         """Let go of files and tasks; whatever their last words are, nobody hears them."""

@@ -9,14 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import (
-    Column,
-    Float,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
     Table,
-    Text,
     create_engine,
     delete,
     event,
@@ -31,126 +24,13 @@ from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
 from federated.errors import ConfigError
 
+from . import tables
 from .config import CoordinatorConfig
 
 Row = Mapping[str, Any]
 """A row of the ledger, by column."""
 DatabaseAway = OperationalError
 """Raised by every question and change while the database does not answer."""
-meta = MetaData()
-SCHEMA = 2
-"""Rises when an older version could not read the tables any more; 2: operators, facts."""
-devices = Table(
-    "devices",
-    meta,
-    Column("id", String(64), primary_key=True),
-    Column("link_key", LargeBinary),
-    Column("public_key", LargeBinary),
-    Column("state", String(16), default="invited"),
-    Column("hello", Text, default="{}"),
-    Column("seen", Float, default=0.0),
-    Column("bytes_in", Integer, default=0),
-    Column("note", Text, default=""),
-)
-claims = Table(
-    "claims",
-    meta,
-    Column("device", String(64), primary_key=True),
-    Column("expires", Float),
-)
-certificates = Table(
-    "certificates",
-    meta,
-    Column("serial", String(48), primary_key=True),
-    Column("device", String(64)),
-    Column("begins", Float),
-    Column("ends", Float),
-    Column("revoked", Float, default=0.0),
-)
-jobs = Table(
-    "jobs",
-    meta,
-    Column("id", String(96), primary_key=True),
-    Column("text", Text),
-    Column("state", String(16)),
-    Column("created", Float),
-    Column("reason", Text, default=""),
-    Column("number", Integer),
-)
-rounds = Table(
-    "rounds",
-    meta,
-    Column("job", String(96), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("state", String(16)),
-    Column("opened", Float),
-    Column("closed", Float),
-    Column("folding", Text, default="[]"),
-    Column("expected_s", Float, default=0.0),
-    Column("info", Text, default="{}"),
-)
-assignments = Table(
-    "assignments",
-    meta,
-    Column("job", String(96), primary_key=True),
-    Column("round", Integer, primary_key=True),
-    Column("device", String(64), primary_key=True),
-    Column("state", String(16)),
-    Column("body", LargeBinary),
-    Column("arm", Text, default="{}"),
-    Column("why", Text, default=""),
-    Column("digest", String(64), default=""),
-    Column("folded", Integer, default=-1),
-    Column("reason", Text, default=""),
-    Column("telemetry", Text, default="{}"),
-    Column("seconds", Float, default=0.0),
-    Column("sent_at", Float, default=0.0),
-    Column("resumed", Integer, default=0),
-)
-versions = Table(
-    "versions",
-    meta,
-    Column("job", String(96), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("state", String(16)),
-    Column("digest", String(64)),
-    Column("created", Float),
-    Column("metrics", Text, default="{}"),
-)
-events = Table(
-    "events",
-    meta,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("at", Float),
-    Column("job", String(96)),
-    Column("device", String(64)),
-    Column("text", Text),
-)
-
-facts = Table(
-    "facts",
-    meta,
-    Column("name", String(32), primary_key=True),
-    Column("value", Text),
-)
-"""`epoch`: which life of this coordinator it is; a restored one begins another. `schema`: the version of these tables."""
-signatures = Table(
-    "signatures",
-    meta,
-    Column("job", String(96), primary_key=True),
-    Column("key", LargeBinary(32), primary_key=True),
-    Column("signature", LargeBinary),
-    Column("at", Float),
-)
-audit = Table(
-    "audit",
-    meta,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("at", Float),
-    Column("operator", String(64)),
-    Column("action", String(16)),
-    Column("text", Text),
-)
 
 
 def url_of(config: CoordinatorConfig) -> str:
@@ -185,26 +65,27 @@ class Store:
         """Tables as this version wants them: new ones are made, columns that came later are added. Raises ConfigError."""
         there = inspect(self.engine)
         known = {name: {c["name"] for c in there.get_columns(name)} for name in there.get_table_names()}
-        if facts.name in known and (row := self.row(facts, name="schema")) is not None and int(row["value"]) > SCHEMA:
+        if tables.facts.name in known and (row := self.row(tables.facts, name="schema")) is not None and int(row["value"]) > tables.SCHEMA:
             raise ConfigError(
-                f"the ledger has schema {row['value']}, this version knows {SCHEMA}", "a newer coordinator wrote it: install that version"
+                f"the ledger has schema {row['value']}, this version knows {tables.SCHEMA}",
+                "a newer coordinator wrote it: install that version",
             )
-        meta.create_all(self.engine)
+        tables.meta.create_all(self.engine)
         with self.engine.begin() as tx:
-            for table in meta.sorted_tables:
+            for table in tables.meta.sorted_tables:
                 for column in table.columns if table.name in known else ():
                     if column.name not in known[table.name]:
                         kind = column.type.compile(self.engine.dialect)
                         tx.execute(text_of(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
                         if isinstance(column.default, ScalarElementColumnDefault):
                             tx.execute(update(table).values({column: column.default.arg}))
-        self.put(facts, {"name": "schema"}, value=str(SCHEMA))
+        self.put(tables.facts, {"name": "schema"}, value=str(tables.SCHEMA))
 
     def epoch(self) -> int:
         """When this coordinator's life began, in seconds; higher after every restore."""
-        row = self.row(facts, name="epoch")
+        row = self.row(tables.facts, name="epoch")
         if row is None:
-            self.put(facts, {"name": "epoch"}, value=str(int(time.time())))
+            self.put(tables.facts, {"name": "epoch"}, value=str(int(time.time())))
             return self.epoch()
         return int(row["value"])
 
@@ -250,7 +131,7 @@ class Store:
 
     def tell(self, job: str, device: str, text: str) -> None:
         """A line in the log of events, as `coordinator rounds` shows it."""
-        self.add(events, at=time.time(), job=job, device=device, text=text)
+        self.add(tables.events, at=time.time(), job=job, device=device, text=text)
 
 
 def _durable(connection: Any, record: Any) -> None:
