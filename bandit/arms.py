@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from profiles.card import ModelCard, Module
+from rankfleet.profiles.card import ModelCard, Module
 
 _TOP = re.compile(r"top\(\s*(\d+)\s*,\s*r\s*=\s*(\d+)\s*\)\Z")
 _RISING = re.compile(r"rising\(\s*(\d+)\s*\.\.\s*(\d+)\s*,\s*total\s*=\s*(\d+)\s*\)\Z")

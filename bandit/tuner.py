@@ -10,18 +10,18 @@ from typing import Any
 
 import msgspec
 
-from profiles.card import ModelCard, Module
-from profiles.cost import price
-from profiles.device import DeviceProfile
-from profiles.kernels import times
-from profiles.memory import StepPlan, adapter_parameters, memory_mb, step_plan
+from rankfleet.profiles.card import ModelCard, Module
+from rankfleet.profiles.cost import price
+from rankfleet.profiles.device import DeviceProfile
+from rankfleet.profiles.kernels import times
+from rankfleet.profiles.memory import StepPlan, adapter_parameters, memory_mb, step_plan
 
 from .arms import Arm, ArmSpace, expand, rank_and_depth
-from .cost_ucb import CostUCB
-from .fedspine import FedSpine
-from .fixed import Fixed
+from .policies.cost_ucb import CostUCB
+from .policies.fedspine import FedSpine
+from .policies.fixed import Fixed
+from .policies.ucb1 import UCB1
 from .policy import Choice, Member, Outcome, Policy, Priced, State
-from .ucb1 import UCB1
 
 POLICIES: dict[str, type[Policy]] = {"cost_ucb": CostUCB, "fedspine": FedSpine, "ucb1": UCB1, "fixed": Fixed}
 PRUNE_EVERY = 5

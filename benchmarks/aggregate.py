@@ -11,11 +11,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the service asks for
 
 import numpy as np
 
-from coordinator import streaming
-from coordinator.aggregate import Term
-from federated.spec import Pair, Spec
-from federated.tensors import Array
-from federated.update import LowRank, Update
+from rankfleet.coordinator.aggregate import streaming
+from rankfleet.coordinator.aggregate.stacked import Term
+from rankfleet.federated.contract.spec import Pair, Spec
+from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.contract.update import LowRank, Update
 
 from .table import interleaved, report
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from coordinator.broker import mosquitto
+from rankfleet.coordinator.broker.child import mosquitto
 from tests.chaos.replay import replayed
 from tests.chaos.run import Result, run
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from federated.codecs.sparse import decode, encode
+from rankfleet.federated.methods.codecs.sparse import decode, encode
 
 from .table import interleaved, report
 

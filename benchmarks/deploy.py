@@ -19,21 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from coordinator import channels
-from coordinator.export.onnx_encoder import write_onnx
-from coordinator.export.weights import Weights
-from coordinator.registry import Version
-from edge_agent.model import Base, as_tensor, importance
-from edge_agent.tasks import engine
-from edge_agent.trainer import Trainer
-from federated.catalogue import build_stack
-from federated.messages import Recipe, Task
-from federated.method import Round
-from federated.spec import Dense, Pair, Spec
-from federated.stack import ClientSide, Stack
-from federated.tensors import Tensors
-from federated.update import LowRank, Masks
-from profiles.card import ModelCard, read_card
+from rankfleet.coordinator.export.onnx_encoder import write_onnx
+from rankfleet.coordinator.export.weights import Weights
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.coordinator.store.versions import Version
+from rankfleet.edge_agent.model import Base, as_tensor, importance
+from rankfleet.edge_agent.tasks import engine
+from rankfleet.edge_agent.worker.trainer import Trainer
+from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.stack import ClientSide, Stack
+from rankfleet.federated.contract.tensors import Tensors
+from rankfleet.federated.contract.update import LowRank, Masks
+from rankfleet.federated.wire.messages import Recipe, Task
+from rankfleet.profiles.card import ModelCard, read_card
 
 from .sides.work import SHARED
 from .table import report

@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from profiles.card import ModelCard, read_card
-from profiles.cost import step_flops
+from rankfleet.profiles.card import ModelCard, read_card
+from rankfleet.profiles.cost import step_flops
 
 from .sides import work as works
 from .table import report

@@ -76,7 +76,7 @@ async def transfer(home: Path) -> dict[str, float]:
 def _blob_bytes(bench: Bench, job: str) -> float:
     import sqlite3
 
-    from federated.messages import read_assignment
+    from rankfleet.federated.wire.messages import read_assignment
 
     with contextlib.closing(sqlite3.connect(bench.home / "c" / "ledger.db")) as ledger:
         body = ledger.execute("select body from assignments where job = ? order by round limit 1", (job,)).fetchone()[0]
@@ -110,7 +110,7 @@ async def idle(home: Path, seconds: float = 130.0) -> dict[str, float]:
             before = relay.up + relay.down
             await asyncio.sleep(seconds)
             payload = relay.up + relay.down - before
-    from edge_agent.config import Link
+    from rankfleet.edge_agent.config import Link
 
     exchanges = payload / 4
     per_month = MONTH_S / Link().keepalive_s

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from profiles.card import ModelCard, read_card
-from profiles.memory import peak_mb
+from rankfleet.profiles.card import ModelCard, read_card
+from rankfleet.profiles.memory import peak_mb
 
 from .table import report
 
@@ -68,9 +68,9 @@ def measured(s: dict[str, Any]) -> float:
 
 def prepare(s: dict[str, Any]) -> None:
     """Cut and pack the base here, so that the measured process only maps it."""
-    from coordinator import channels
-    from edge_agent.model import Base
-    from edge_agent.model.prepared import Shelf
+    from rankfleet.coordinator.planning import importance as channels
+    from rankfleet.edge_agent.model import Base
+    from rankfleet.edge_agent.model.stored.prepared import Shelf
 
     folder = Path(s["folder"])
     card = read_card(folder)

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from edge_agent.order import Order
+from rankfleet.edge_agent.order import Order
 
 WORKERS = 2
 """A worker process for each agent, as shipped, would take 300 MB a hundred times; these hold the workers of all, each with its state."""
@@ -62,11 +62,12 @@ class SharedEngine:
 def _agent(path: Path, engine: Any) -> Any:
     import msgspec
 
-    from edge_agent import identity, probe
-    from edge_agent.config import AgentConfig
-    from edge_agent.service import Agent
-    from federated.loader import load
-    from federated.mqtt import MqttBus
+    from rankfleet.edge_agent.config import AgentConfig
+    from rankfleet.edge_agent.machine import probe
+    from rankfleet.edge_agent.service import Agent
+    from rankfleet.edge_agent.trust import identity
+    from rankfleet.federated.program.loader import load
+    from rankfleet.federated.transport.mqtt import MqttBus
 
     config = load(path, AgentConfig)
     who = identity.load(config.home)
@@ -88,8 +89,8 @@ def main() -> None:
     if args.verb == "fleet":
         asyncio.run(_fleet(args.where))
         return
-    from edge_agent.cli import _serve
-    from edge_agent.engine import ProcessEngine
+    from rankfleet.edge_agent.cli import _serve
+    from rankfleet.edge_agent.supervise.process import ProcessEngine
 
     asyncio.run(_serve(_agent(args.where, ProcessEngine(memory_mb=None, idle_s=300, module="benchmarks.noise_worker"))))
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_agent import rounds, worker
-from edge_agent.order import Order
-from federated.stack import seed_of
-from federated.tensors import Tensors
+from rankfleet.edge_agent.order import Order
+from rankfleet.edge_agent.worker import __main__
+from rankfleet.edge_agent.worker import worker as rounds
+from rankfleet.federated.contract.stack import seed_of
+from rankfleet.federated.contract.tensors import Tensors
 
 _TABLE = np.random.default_rng(0).standard_normal(1 << 19, np.float32) * np.float32(1e-3)
 
@@ -56,4 +57,4 @@ class NoiseWorker(rounds.Worker):
 
 
 if __name__ == "__main__":
-    worker.main(NoiseWorker)
+    __main__.main(NoiseWorker)

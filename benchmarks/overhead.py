@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import yaml
 
-from coordinator.client import Client
-from edge_agent import identity
+from rankfleet.coordinator.verbs.client import Client
+from rankfleet.edge_agent.trust import identity
 
 from .table import report
 

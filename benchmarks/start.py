@@ -6,7 +6,8 @@ import sys
 from .table import interleaved, report
 
 IDLE = (
-    "import edge_agent.service, edge_agent.engine, edge_agent.identity, edge_agent.probe, federated.mqtt, ssl, psutil; "
+    "import rankfleet.edge_agent.service, rankfleet.edge_agent.supervise.process, rankfleet.edge_agent.trust.identity; "
+    "import rankfleet.edge_agent.machine.probe, rankfleet.federated.transport.mqtt, ssl, psutil; "
     "print(psutil.Process().memory_info().rss / 2**20)"
 )
 

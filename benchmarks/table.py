@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from federated.cli import table
+from rankfleet.federated.program.cli import table
 
 OUT = Path(__file__).parent / "out"
 

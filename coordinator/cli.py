@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from federated import cli
+from rankfleet.federated.program import cli
 
 from .verbs import fleet, jobs, results, service
 
@@ -32,7 +32,6 @@ def build() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """Entry point."""
-    cli.check_bandit()
     return cli.main(build(), words)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from federated.metrics import Metrics
+from rankfleet.federated.program.metrics import Metrics
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

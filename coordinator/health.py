@@ -4,11 +4,11 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from federated import metrics
-from federated.health import Condition, Declared, holding
-from federated.states import HELD
+from rankfleet.federated.program import metrics
+from rankfleet.federated.program.health import Condition, Declared, holding
+from rankfleet.federated.wire.states import HELD
 
-from . import database
+from .store import database
 
 if TYPE_CHECKING:
     from .service import Service

@@ -5,21 +5,22 @@ import signal
 import ssl
 import sys
 
-from federated.address import parse_url, tls_context, without_password
-from federated.errors import ConfigError
-from federated.metrics import MetricsServer
-from federated.mqtt import MqttBus
-from federated.notify import alive, notify
-from federated.platform_lock import hold
-from federated.topics import checked
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program.metrics import MetricsServer
+from rankfleet.federated.program.notify import alive, notify
+from rankfleet.federated.program.platform_lock import hold
+from rankfleet.federated.transport.address import parse_url, tls_context, without_password
+from rankfleet.federated.transport.mqtt import MqttBus
+from rankfleet.federated.transport.topics import checked
 
-from . import health, renewal
-from .access import Files
-from .api import Api
-from .authority import Authority, own_names
-from .broker import BrokerChild
+from . import health
+from .broker.access import Files
+from .broker.child import BrokerChild
 from .config import LOOPBACK, CoordinatorConfig
+from .fleet import renewal
+from .fleet.authority import Authority, own_names
 from .service import Service
+from .web.app import Api
 
 
 def refuse_open_link(config: CoordinatorConfig) -> None:

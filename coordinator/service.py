@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 
-from federated.bus import Bus
-from federated.claim import Claim, link_key, write_claim
-from federated.errors import ConfigError, WireError
-from federated.messages import (
+from rankfleet.federated.errors import ConfigError, WireError
+from rankfleet.federated.transport.bus import Bus
+from rankfleet.federated.transport.topics import Topics, checked, device_of
+from rankfleet.federated.trust.claim import Claim, link_key, write_claim
+from rankfleet.federated.wire.messages import (
     Assignment,
     Bundle,
     Done,
@@ -30,24 +31,23 @@ from federated.messages import (
     seal,
     unpack,
 )
-from federated.topics import Topics, checked, device_of
 
-from . import database
-from .admission import Admission
-from .authority import COORDINATOR, Authority
-from .blobs import Blobs
 from .config import CoordinatorConfig
-from .enrolment import Enrolment
-from .fleet import Devices
-from .https_server import HttpsServer
-from .job import Plan
-from .jobs import Jobs
-from .keys import Keys
-from .ledger import Ledger
-from .operators import Operators
-from .pending import Pending
-from .receiving import Receiving
-from .support import Support
+from .exchange.admission import Admission
+from .exchange.downloads import Blobs
+from .exchange.https_server import HttpsServer
+from .exchange.pending import Pending
+from .exchange.receiving import Receiving
+from .exchange.support import Support
+from .fleet.authority import COORDINATOR, Authority
+from .fleet.devices import Devices
+from .fleet.enrolment import Enrolment
+from .fleet.keys import Keys
+from .jobs.spec import Plan
+from .operators.roster_in_force import Operators
+from .queue import Jobs
+from .store import database
+from .store.ledger import Ledger
 
 log = logging.getLogger(__name__)
 FLUSH_S = 5.0

@@ -7,22 +7,24 @@ import msgspec
 import numpy as np
 import torch
 
-from bandit.arms import Arm, expand
-from coordinator import aggregate, apply, channels, views
-from coordinator.job import Plan
-from coordinator.registry import Version
-from edge_agent.config import Dataset
-from edge_agent.data import Shard
-from edge_agent.model import Base, as_tensor
-from edge_agent.tasks import engine
-from edge_agent.trainer import Trainer
-from federated.messages import Assignment, Recipe
-from federated.method import Round
-from federated.spec import Dense, Pair, Spec
-from federated.stack import ClientSide, ServerSide, Stack
-from federated.tensors import Tensors
-from federated.update import Update
-from profiles.card import ModelCard
+from rankfleet.bandit.arms import Arm, expand
+from rankfleet.coordinator.aggregate import combine, stacked
+from rankfleet.coordinator.jobs.spec import Plan
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.coordinator.planning import views
+from rankfleet.coordinator.store.versions import Version
+from rankfleet.edge_agent.config import Dataset
+from rankfleet.edge_agent.model import Base, as_tensor
+from rankfleet.edge_agent.tasks import engine
+from rankfleet.edge_agent.worker.data import Shard
+from rankfleet.edge_agent.worker.trainer import Trainer
+from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.stack import ClientSide, ServerSide, Stack
+from rankfleet.federated.contract.tensors import Tensors
+from rankfleet.federated.contract.update import Update
+from rankfleet.federated.wire.messages import Assignment, Recipe
+from rankfleet.profiles.card import ModelCard
 
 Rows = list[dict[str, Any]]
 
@@ -73,7 +75,7 @@ def local_accuracy(model: str, plan_bytes: tuple[Any, ModelCard], shard: str, ar
     rank = max(_rank(a, plan) for a in arms)
     version = Version(
         0,
-        {m.name: aggregate.balanced(np.zeros((m.out, 1)), np.zeros(1), np.zeros((1, m.in_)), rank) for m in plan.modules},
+        {m.name: stacked.balanced(np.zeros((m.out, 1)), np.zeros(1), np.zeros((1, m.in_)), rank) for m in plan.modules},
         _head(plan),
         {},
         {},
@@ -94,7 +96,7 @@ def _rank(arm: dict[str, Any], plan: Plan) -> int:
 
 
 def _head(plan: Plan) -> Tensors:
-    from federated.stack import seed_of
+    from rankfleet.federated.contract.stack import seed_of
 
     rng = np.random.default_rng(seed_of(plan.spec.seed, "head"))
     return {k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32) for k, s in sorted(plan.heads.items())}
@@ -142,7 +144,7 @@ def _alone(plan: Plan, version: Version, arm: Arm, number: int, base: Base, task
     start = {k: tensors[k] for k in spec.shapes()}
     trained = Trainer(base, task, job, client, examples).run(client.begin(start), {})
     update = Update("alone", 1.0, {k: trained[k] - tensors[k] for k in trained}, spec, {k: tensors[k] for k in tensors}, masks)
-    return apply.next_version(ServerSide(Stack({}), "local", plan.spec.rounds), version, [update], 1, number)[0]
+    return combine.next_version(ServerSide(Stack({}), "local", plan.spec.rounds), version, [update], 1, number)[0]
 
 
 def features(evaluator: Evaluator, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

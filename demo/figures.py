@@ -12,13 +12,13 @@ import msgspec
 import numpy as np
 import torch
 
-from bandit.arms import Arm, expand, rank_and_depth
-from coordinator.config import CoordinatorConfig
-from coordinator.export import load, write
-from coordinator.job import Plan
-from coordinator.registry import Registry
-from profiles.card import read_card
-from profiles.memory import adapter_parameters
+from rankfleet.bandit.arms import Arm, expand, rank_and_depth
+from rankfleet.coordinator.config import CoordinatorConfig
+from rankfleet.coordinator.export import load, write
+from rankfleet.coordinator.jobs.spec import Plan
+from rankfleet.coordinator.store.versions import Registry
+from rankfleet.profiles.card import read_card
+from rankfleet.profiles.memory import adapter_parameters
 
 from . import baselines
 from .fleet import Fleet

@@ -13,8 +13,8 @@ import msgspec
 import psutil
 import yaml
 
-from coordinator.client import Client
-from federated.loader import load
+from rankfleet.coordinator.verbs.client import Client
+from rankfleet.federated.program.loader import load
 
 
 class DeviceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,9 +4,9 @@ import hashlib
 import json
 from typing import Any
 
-from edge_agent.config import Dataset
-from edge_agent.data import rows
-from federated.errors import ConfigError
+from rankfleet.edge_agent.config import Dataset
+from rankfleet.edge_agent.worker.data import rows
+from rankfleet.federated.errors import ConfigError
 
 MAX_LABELS = 64
 

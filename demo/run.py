@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from federated.errors import RankfleetError
-from federated.files import digest_of_file
+from rankfleet.federated.errors import RankfleetError
+from rankfleet.federated.program.files import digest_of_file
 
 from . import corpus, rows
 from .fleet import Fleet

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coordinator.client import Client
-from coordinator.verbs.results import arm_text
-from federated.errors import Unreachable
-from federated.states import ENDED
+from rankfleet.coordinator.verbs.client import Client
+from rankfleet.coordinator.verbs.results import arm_text
+from rankfleet.federated.errors import Unreachable
+from rankfleet.federated.wire.states import ENDED
 
 from .fleet import Fleet
 

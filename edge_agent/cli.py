@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from federated import cli
-from federated.errors import ConfigError
-from federated.logs import begin
-from federated.within import within
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program import cli
+from rankfleet.federated.program.logs import begin
+from rankfleet.federated.program.within import within
 
 DEFAULT = "/etc/edge-agent/agent.yaml"
 
@@ -51,7 +51,7 @@ def build() -> argparse.ArgumentParser:
 
 
 def _config(args: argparse.Namespace) -> Any:
-    from federated.loader import load
+    from rankfleet.federated.program.loader import load
 
     from .config import AgentConfig
 
@@ -59,13 +59,14 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from federated.mqtt import MqttBus
-    from federated.platform_lock import hold
+    from rankfleet.federated.program.platform_lock import hold
+    from rankfleet.federated.transport.mqtt import MqttBus
 
-    from . import identity, probe
-    from .engine import ProcessEngine
-    from .guard import Guard, GuardedEngine, told
+    from .machine import probe
     from .service import Agent
+    from .supervise.guard import Guard, GuardedEngine, told
+    from .supervise.process import ProcessEngine
+    from .trust import identity
 
     config = _config(args)
     begin(config.log, logging.INFO if args.verbose else logging.WARNING)
@@ -86,9 +87,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _tls(config: Any) -> Any:
     """The TLS context that the YAML asks for, or the certificate from enrolment; None: the system's."""
-    from federated.address import tls_context
+    from rankfleet.federated.transport.address import tls_context
 
-    from . import certificate
+    from .trust import certificate
 
     link = config.link
     if link.ca_file or link.cert_file:
@@ -103,7 +104,7 @@ def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
     try:
         profile = msgspec.to_builtins(probe.profile(config))
     except KeyError:
-        from profiles.device import library
+        from rankfleet.profiles.device import library
 
         raise ConfigError(f"profile `{config.profile}` is not known", f"auto, or one of {', '.join(library())}") from None
     saved = config.home / "kernels.json"
@@ -111,8 +112,8 @@ def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 async def _serve(agent: Any) -> None:
-    from federated.metrics import MetricsServer
-    from federated.notify import alive, notify
+    from rankfleet.federated.program.metrics import MetricsServer
+    from rankfleet.federated.program.notify import alive, notify
 
     from . import health
 
@@ -136,7 +137,7 @@ async def _serve(agent: Any) -> None:
 
 
 def _enroll(args: argparse.Namespace) -> int:
-    from . import identity
+    from .trust import identity
 
     config = _config(args)
     who = identity.enroll(args.token, config.home, args.again)
@@ -187,9 +188,9 @@ def _infer(args: argparse.Namespace) -> int:
 
 def _time_kernels(config: Any) -> dict[str, float]:
     """Time a real kernel for every precision and keep the result; jobs take the fastest that fits."""
-    from federated.files import write_atomic
+    from rankfleet.federated.program.files import write_atomic
 
-    from . import probe
+    from .machine import probe
 
     where = config.worker.accelerator if config is not None else "auto"
     found = probe.kernels_in_child(probe.profile(config).threads if config is not None else 1, where)
@@ -199,7 +200,7 @@ def _time_kernels(config: Any) -> dict[str, float]:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from . import probe
+    from .machine import probe
 
     found = probe.facts()
     config = _config(args) if args.config.exists() else None
@@ -233,11 +234,11 @@ def _end_service(home: Path) -> None:
 
 
 def _leave(args: argparse.Namespace) -> int:
-    from federated.messages import Leave, seal
-    from federated.mqtt import MqttBus
-    from federated.topics import Topics
+    from rankfleet.federated.transport.mqtt import MqttBus
+    from rankfleet.federated.transport.topics import Topics
+    from rankfleet.federated.wire.messages import Leave, seal
 
-    from . import identity
+    from .trust import identity
 
     config = _config(args)
     if not args.yes:
@@ -274,7 +275,6 @@ def _leave(args: argparse.Namespace) -> int:
 
 def main(words: list[str] | None = None) -> int:
     """Entry point."""
-    cli.check_bandit()
     return cli.main(build(), words)
 
 

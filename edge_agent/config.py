@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from federated.metrics import Metrics
+from rankfleet.federated.program.metrics import Metrics
 
 from .guard_config import GuardConfig
 

@@ -9,13 +9,14 @@ import ssl
 import time
 from pathlib import Path
 
-from federated.address import parse_url
-from federated.cli import Finding, finding
-from federated.errors import RankfleetError
-from federated.loader import load
+from rankfleet.federated.errors import RankfleetError
+from rankfleet.federated.program.cli import Finding, finding
+from rankfleet.federated.program.loader import load
+from rankfleet.federated.transport.address import parse_url
 
-from . import certificate, identity, probe
 from .config import AgentConfig
+from .machine import probe
+from .trust import certificate, identity
 
 CUDA_HOME = Path("/usr/local")
 

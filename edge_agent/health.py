@@ -4,10 +4,10 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
-from federated import metrics
-from federated.health import Condition, Declared, holding
+from rankfleet.federated.program import metrics
+from rankfleet.federated.program.health import Condition, Declared, holding
 
-from . import certificate
+from .trust import certificate
 
 if TYPE_CHECKING:
     from .service import Agent

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from federated.errors import ConfigError
-from federated.heads import LABELLED
-from federated.messages import Task
-from federated.tensors import Array
+from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.heads import LABELLED
+from rankfleet.federated.wire.messages import Task
 
 from .config import AgentConfig
 
@@ -56,7 +56,7 @@ def _base_of(config: AgentConfig, folder: Path, told: dict[str, Any]) -> Path:
     name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     where = config.models.get(name, "")
     if where.startswith("hub:"):
-        from .bases import from_hub
+        from .exchange.base_models import from_hub
 
         return Path(from_hub(where[4:], name))
     found = config.home / "models" / str(told.get("base_digest")) if where == "coordinator" else Path(where)
@@ -106,7 +106,7 @@ class TorchRuntime:
         import torch
         from safetensors.torch import load_file
 
-        from .accelerator import accelerator
+        from .machine.accelerator import accelerator
         from .model import Base
         from .tasks import engine
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from federated.files import digest_of, write_in_order
-from federated.messages import Blob
+from rankfleet.federated.program.files import digest_of, write_in_order
+from rankfleet.federated.wire.messages import Blob
 
 from .config import Dataset
 
@@ -43,7 +43,7 @@ class Order(msgspec.Struct, frozen=True):
     accelerator: str = "auto"
     """Where to compute: `auto`, `cpu` or `cuda`."""
     kernel_ms: dict[str, float] = {}
-    """What the products took here (`profiles.kernels`): whether few-bit maps are computed with in bf16."""
+    """What the products took here (`rankfleet.profiles.kernels`): whether few-bit maps are computed with in bf16."""
 
 
 MAX_META = 1 << 16

@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from federated.bus import Bus
-from federated.errors import Refused, WireError
-from federated.files import digest_of
-from federated.health import plain
-from federated.messages import (
+from rankfleet.federated.errors import Refused, WireError
+from rankfleet.federated.program.files import digest_of
+from rankfleet.federated.program.health import plain
+from rankfleet.federated.program.within import within
+from rankfleet.federated.transport.bus import Bus
+from rankfleet.federated.transport.topics import Topics
+from rankfleet.federated.version import VERSION
+from rankfleet.federated.wire.messages import (
     Ask,
     Assignment,
     Bundle,
@@ -32,21 +35,19 @@ from federated.messages import (
     seal,
     unpack,
 )
-from federated.topics import Topics
-from federated.version import VERSION
-from federated.within import within
 
-from . import certificate, consent, health, support
-from .bases import Bases
+from . import health, support
 from .config import AgentConfig
-from .disk import Writes
-from .engine import Engine, EngineFailed
-from .fetch import Fetcher
-from .identity import Identity
+from .exchange.base_models import Bases
+from .exchange.downloads import Fetcher
+from .exchange.outbox import Outbox
+from .exchange.sending import Sender
 from .order import Order, result_of
-from .outbox import Outbox
-from .sending import Sender
 from .status import Status
+from .supervise.disk import Writes
+from .supervise.process import Engine, EngineFailed
+from .trust import certificate, consent
+from .trust.identity import Identity
 
 log = logging.getLogger(__name__)
 LOOK_S = 15.0

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from federated.bus import Bus
-from federated.files import write_atomic
+from rankfleet.federated.program.files import write_atomic
+from rankfleet.federated.transport.bus import Bus
 
-from .outbox import Counters
+from .exchange.outbox import Counters
 
 log = logging.getLogger(__name__)
 OFTEN_S = 3.0

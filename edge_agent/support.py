@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from federated.logs import redacted
+from rankfleet.federated.program.logs import redacted
 
 LINES, BYTES = 300, 48 << 10
 DOCTOR_S = 60.0

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from .files import sync_files, write_atomic
-from .tensors import Tensors
-from .update import LowRank
+from .contract.tensors import Tensors
+from .contract.update import LowRank
+from .program.files import sync_files, write_atomic
 
 LOAD = '''"""Loads this adapter with plain transformers and peft: `predict = load("path/to/base")`, `predict(["some text"])`."""
 import json, pathlib, torch

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from federated.method import ClientContext, Method, Round, ServerContext, StepContext, Torch
-from federated.spec import Spec
+from rankfleet.federated.contract.method import ClientContext, Method, Round, ServerContext, StepContext, Torch
+from rankfleet.federated.contract.spec import Spec
 
 CALLED: list[str] = []
 

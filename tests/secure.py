@@ -5,14 +5,14 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from coordinator.access import Files
-from coordinator.authority import Authority, own_names
-from coordinator.broker import BrokerChild
-from coordinator.config import Broker, CoordinatorConfig, Enrolment, Https, Limits
-from coordinator.service import Service
-from edge_agent import certificate, identity
-from federated.address import tls_context
-from federated.mqtt import MqttBus
+from rankfleet.coordinator.broker.access import Files
+from rankfleet.coordinator.broker.child import BrokerChild
+from rankfleet.coordinator.config import Broker, CoordinatorConfig, Enrolment, Https, Limits
+from rankfleet.coordinator.fleet.authority import Authority, own_names
+from rankfleet.coordinator.service import Service
+from rankfleet.edge_agent.trust import certificate, identity
+from rankfleet.federated.transport.address import tls_context
+from rankfleet.federated.transport.mqtt import MqttBus
 
 from .world import World
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import database, tables
-from coordinator.export import load, write
-from coordinator.job import Plan
-from edge_agent.model import Base, as_tensor
-from edge_agent.tasks import engine
-from federated.spec import Pair, Spec
-from profiles.card import read_card
+from rankfleet.coordinator.export import load, write
+from rankfleet.coordinator.jobs.spec import Plan
+from rankfleet.coordinator.store import database, tables
+from rankfleet.edge_agent.model import Base, as_tensor
+from rankfleet.edge_agent.tasks import engine
+from rankfleet.federated.contract.spec import Pair, Spec
+from rankfleet.profiles.card import read_card
 
 from .world import LABELS, World, job, rows
 

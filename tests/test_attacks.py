@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-import coordinator.closing
-import federated.messages
-from coordinator import tables
-from coordinator.broker import mosquitto
-from coordinator.claims import bounds, notes
-from coordinator.job import read_job
-from coordinator.norm_check import Usual
-from edge_agent import rounds
-from federated.errors import WrongVersion
-from federated.messages import Leave, seal, unpack
-from federated.tensors import Tensors
-from federated.update import Update
+import rankfleet.coordinator.rounds.closing
+import rankfleet.federated.wire.messages
+from rankfleet.coordinator.broker.child import mosquitto
+from rankfleet.coordinator.jobs.spec import read_job
+from rankfleet.coordinator.rounds.claimed_examples import bounds, notes
+from rankfleet.coordinator.rounds.usual_norms import Usual
+from rankfleet.coordinator.store import tables
+from rankfleet.edge_agent.worker import worker
+from rankfleet.federated.contract.tensors import Tensors
+from rankfleet.federated.contract.update import Update
+from rankfleet.federated.errors import WrongVersion
+from rankfleet.federated.wire.messages import Leave, seal, unpack
 
 from .secure import SecureWorld
 from .world import WORDS, World, job, tiny_llama
@@ -32,7 +32,7 @@ CHATS = [{"messages": [{"role": "user", "content": "red"}, {"role": "assistant",
 @pytest.mark.parametrize("first", [0, 2])
 async def test_ten_times_the_norm(tmp_path: Path, tiny: Path, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over real Mosquitto; in the first round, when nothing is known yet, and in a later one. The others' round goes on without it."""
-    real = rounds.LocalRound.train
+    real = worker.LocalRound.train
 
     def train(self: Any) -> Tensors:
         sent = real(self)
@@ -40,7 +40,7 @@ async def test_ten_times_the_norm(tmp_path: Path, tiny: Path, first: int, monkey
             sent = {k: 10 * t if k.startswith("d/") and t.dtype == np.float32 else t for k, t in sent.items()}
         return sent
 
-    monkeypatch.setattr(rounds.LocalRound, "train", train)
+    monkeypatch.setattr(worker.LocalRound, "train", train)
     async with SecureWorld(tmp_path, tiny, KIND, devices=5) as world:
         name = await world.run(job(rounds=first + 1, stack=[]))
         states = {(r["round"], r["device"]): r for r in world.coordinator.ledger.rows(tables.assignments, job=name)}
@@ -77,11 +77,11 @@ async def test_jobs_aim_at_tags(tmp_path: Path, tiny: Path) -> None:
 
 def test_the_protocol_before_ours_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     old = seal(Leave(), "d0", KEY)
-    monkeypatch.setattr(federated.messages, "PROTOCOL", 2)
-    assert isinstance(federated.messages.open_up(unpack(old), KEY), Leave)
-    assert isinstance(federated.messages.open_up(unpack(seal(Leave(), "d0", KEY)), KEY), Leave)
-    monkeypatch.setattr(federated.messages, "PROTOCOL", 3)
-    monkeypatch.setattr(federated.messages, "OLDEST", 2)
+    monkeypatch.setattr(rankfleet.federated.wire.messages, "PROTOCOL", 2)
+    assert isinstance(rankfleet.federated.wire.messages.open_up(unpack(old), KEY), Leave)
+    assert isinstance(rankfleet.federated.wire.messages.open_up(unpack(seal(Leave(), "d0", KEY)), KEY), Leave)
+    monkeypatch.setattr(rankfleet.federated.wire.messages, "PROTOCOL", 3)
+    monkeypatch.setattr(rankfleet.federated.wire.messages, "OLDEST", 2)
     with pytest.raises(WrongVersion, match="speaks protocol 1, this side speaks 2 and 3"):
         unpack(old)
 
@@ -154,14 +154,14 @@ async def test_a_coordinator_that_asks_for_less_than_the_device_requires(
 ) -> None:
     """The owner's method is applied whatever the job says; leaving it out of the assignment does not help."""
     used: dict[str, list[str]] = {}
-    real = rounds.LocalRound.train
+    real = worker.LocalRound.train
 
     def train(self: Any) -> Tensors:
         used[self.device] = list(self.client.stack.methods)
         assert list(self.job.stack) == []
         return real(self)
 
-    monkeypatch.setattr(rounds.LocalRound, "train", train)
+    monkeypatch.setattr(worker.LocalRound, "train", train)
     world = SecureWorld(tmp_path, tiny, KIND, devices=2)
     world.agent_changes = {"d1": {"require": ("fedprox",)}}
     async with world:
@@ -182,22 +182,22 @@ def test_claims_out_of_proportion() -> None:
 
 
 async def test_a_device_that_claims_a_million_examples_weighs_ten(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, weights = rounds.LocalRound.train, {}
+    real, weights = worker.LocalRound.train, {}
 
     def train(self: Any) -> Tensors:
         sent = real(self)
         self.told["examples"] = 10**6 if self.device == "d2" else self.told["examples"]
         return sent
 
-    lift = coordinator.closing.lifted
+    lift = rankfleet.coordinator.rounds.closing.lifted
 
     def lifted(*args: Any) -> Any:
         made = lift(*args)
         weights[made.device] = made.weight
         return made
 
-    monkeypatch.setattr(rounds.LocalRound, "train", train)
-    monkeypatch.setattr(coordinator.closing, "lifted", lifted)
+    monkeypatch.setattr(worker.LocalRound, "train", train)
+    monkeypatch.setattr(rankfleet.coordinator.rounds.closing, "lifted", lifted)
     async with World(tmp_path, tiny, devices=3) as world:
         name = await world.run(job(rounds=1))
         told = [e["text"] for e in world.coordinator.ledger.rows(tables.events, job=name) if e["device"] == "d2"]

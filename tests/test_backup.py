@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator import tables
-from coordinator.backup import backup, restore
-from coordinator.config import CoordinatorConfig
-from edge_agent import identity
-from federated.errors import ConfigError
+from rankfleet.coordinator.config import CoordinatorConfig
+from rankfleet.coordinator.store import tables
+from rankfleet.coordinator.store.backup import backup, restore
+from rankfleet.edge_agent.trust import identity
+from rankfleet.federated.errors import ConfigError
 
 from .world import World, job
 

@@ -7,10 +7,10 @@ from typing import Any
 import psutil
 import pytest
 
-from coordinator import cli as coordinator
-from edge_agent import cli as agent
-from federated.claim import Claim, write_claim
-from federated.files import write_atomic
+from rankfleet.coordinator import cli as coordinator
+from rankfleet.edge_agent import cli as agent
+from rankfleet.federated.program.files import write_atomic
+from rankfleet.federated.trust.claim import Claim, write_claim
 
 
 def run(program: Any, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:

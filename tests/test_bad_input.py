@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator import tables
-from edge_agent import identity
-from edge_agent.config import Allow, Dataset
-from federated.errors import ConfigError
-from federated.messages import Envelope, Offer, Want, manifest, seal
-from federated.topics import Topics
-from federated.transfer import blob_of, cut
-from federated.wire import encode
+from rankfleet.coordinator.store import tables
+from rankfleet.edge_agent.config import Allow, Dataset
+from rankfleet.edge_agent.trust import identity
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.transport.topics import Topics
+from rankfleet.federated.wire.frame import encode
+from rankfleet.federated.wire.messages import Envelope, Offer, Want, manifest, seal
+from rankfleet.federated.wire.transfer import blob_of, cut
 
 from .world import LABELS, World, job
 
@@ -166,7 +166,7 @@ async def forged_update(home: Path, model: Path, tensors: dict[str, Any], messag
 
 
 async def test_an_oversized_update_is_refused_before_a_byte_is_sent(tmp_path: Path, tiny: Path) -> None:
-    from federated.messages import Blob
+    from rankfleet.federated.wire.messages import Blob
 
     async with World(tmp_path, tiny) as world:
         agent, _ = world.agents["d0"]

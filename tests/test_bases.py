@@ -9,15 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator import tables
-from coordinator.config import Https
-from coordinator.https_server import HttpsServer
-from edge_agent import bases
-from edge_agent.bases import Bases
-from edge_agent.identity import Identity
-from federated.errors import ConfigError, Refused, WireError
-from federated.messages import ModelSource
-from profiles.card import model_digest
+from rankfleet.coordinator.config import Https
+from rankfleet.coordinator.exchange.https_server import HttpsServer
+from rankfleet.coordinator.store import tables
+from rankfleet.edge_agent.exchange import base_models
+from rankfleet.edge_agent.exchange.base_models import Bases
+from rankfleet.edge_agent.trust.identity import Identity
+from rankfleet.federated.errors import ConfigError, Refused, WireError
+from rankfleet.federated.wire.messages import ModelSource
+from rankfleet.profiles.card import model_digest
 
 from .world import World, job
 
@@ -36,7 +36,7 @@ async def server(tmp_path: Path) -> AsyncIterator[HttpsServer]:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "TRIES", 2)
+    monkeypatch.setattr(base_models, "TRIES", 2)
 
 
 def order(digest: str, source: ModelSource | None) -> Any:

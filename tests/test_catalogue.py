@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator import tables
-from federated.catalogue import build_stack, entries, modules
-from federated.errors import Conflict
-from federated.stack import ServerSide, Stack
-from federated.update import Update
-from federated.wire import freeze
+from rankfleet.coordinator.store import tables
+from rankfleet.federated.contract.catalogue import build_stack, entries, modules
+from rankfleet.federated.contract.stack import ServerSide, Stack
+from rankfleet.federated.contract.update import Update
+from rankfleet.federated.errors import Conflict
+from rankfleet.federated.wire.frame import freeze
 
 from .world import World, job
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from demo import corpus, rows
-from federated.errors import RankfleetError
+from rankfleet.federated.errors import RankfleetError
 
 COUNTS = {(3, 11): 8831}
 """Paragraphs before sampling, by minor version; patch releases may differ by 2%."""

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from coordinator.broker import free_port
-from edge_agent import certificate, doctor, identity
-from edge_agent.doctor import examine
-from federated.claim import Claim, write_claim
+from rankfleet.coordinator.broker.child import free_port
+from rankfleet.edge_agent import doctor
+from rankfleet.edge_agent.doctor import examine
+from rankfleet.edge_agent.trust import certificate, identity
+from rankfleet.federated.trust.claim import Claim, write_claim
 
 
 class Setup:

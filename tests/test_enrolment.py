@@ -9,17 +9,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from coordinator import tables
-from coordinator.authority import Authority, own_names
-from coordinator.broker import mosquitto
-from coordinator.config import Enrolment
-from edge_agent import certificate, identity
-from edge_agent.certificate import Facts
-from federated.address import tls_context
-from federated.claim import read_claim, write_claim
-from federated.errors import ConfigError, Refused, Unreachable, WireError
-from federated.messages import Leave, seal
-from federated.topics import Topics
+from rankfleet.coordinator.broker.child import mosquitto
+from rankfleet.coordinator.config import Enrolment
+from rankfleet.coordinator.fleet.authority import Authority, own_names
+from rankfleet.coordinator.store import tables
+from rankfleet.edge_agent.trust import certificate, identity
+from rankfleet.edge_agent.trust.certificate import Facts
+from rankfleet.federated.errors import ConfigError, Refused, Unreachable, WireError
+from rankfleet.federated.transport.address import tls_context
+from rankfleet.federated.transport.topics import Topics
+from rankfleet.federated.trust.claim import read_claim, write_claim
+from rankfleet.federated.wire.messages import Leave, seal
 
 from .secure import SecureWorld
 from .world import job
@@ -201,7 +201,7 @@ async def test_a_certificate_is_renewed_before_it_ends(tmp_path: Path, tiny: Pat
 async def test_a_renewal_that_fails_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from edge_agent.status import Status
+    from rankfleet.edge_agent.status import Status
 
     monkeypatch.setattr(certificate, "RETRY_S", 0.05)
     folder = tmp_path / "tls"
@@ -221,7 +221,7 @@ async def test_a_renewal_that_fails_is_said_and_tried_again(tmp_path: Path, monk
 async def test_a_device_without_a_clock_waits_for_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from edge_agent.status import Status
+    from rankfleet.edge_agent.status import Status
 
     monkeypatch.setattr(certificate, "CLOCK_S", 0.05)
     (tmp_path / "tls").mkdir()
@@ -242,7 +242,7 @@ async def test_a_device_without_a_clock_waits_for_the_time(tmp_path: Path, monke
 
 
 async def test_a_message_that_is_heard_again_does_nothing(tmp_path: Path, tiny: Path) -> None:
-    from federated.messages import Report
+    from rankfleet.federated.wire.messages import Report
 
     from .world import World
 
@@ -264,7 +264,7 @@ async def test_a_message_that_is_heard_again_does_nothing(tmp_path: Path, tiny: 
 
 
 async def test_an_old_assignment_that_is_heard_again_is_not_carried_out(tmp_path: Path, tiny: Path) -> None:
-    from federated.messages import Report
+    from rankfleet.federated.wire.messages import Report
 
     from .world import World
 
@@ -308,7 +308,7 @@ async def test_an_old_assignment_that_is_heard_again_is_not_carried_out(tmp_path
     ],
 )
 def test_the_doctor_looks_at_the_certificate(begins: float, ends: float, state: str, text: str) -> None:
-    from edge_agent.doctor import _certificate
+    from rankfleet.edge_agent.doctor import _certificate
 
     now, day = time.time(), 86_400
     found = _certificate(Facts("https://c.example", b"", now + begins * day, now + ends * day))
@@ -319,8 +319,8 @@ def test_the_doctor_looks_at_the_certificate(begins: float, ends: float, state: 
 async def test_the_coordinators_own_certificates_are_renewed_while_it_runs(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import coordinator.authority
-    from coordinator import renewal
+    import rankfleet.coordinator.fleet.authority
+    from rankfleet.coordinator.fleet import renewal
 
     async with SecureWorld(tmp_path, tiny, "auto", devices=1) as world:
         service, bus = world.coordinator, world.coordinator.bus
@@ -329,7 +329,7 @@ async def test_the_coordinators_own_certificates_are_renewed_while_it_runs(
         changes: list[int] = []
         renewal.renew(world.authority, own_names(), bus.tls, lambda: changes.append(1))  # type: ignore[attr-defined]
         assert not changes, "nothing is due"
-        monkeypatch.setattr(coordinator.authority, "_old", lambda cert: True)
+        monkeypatch.setattr(rankfleet.coordinator.fleet.authority, "_old", lambda cert: True)
 
         long = service.jobs.submit(job(rounds=500))
         await world.until(lambda: service.jobs.runner is not None)
@@ -357,7 +357,7 @@ async def test_the_coordinators_own_certificates_are_renewed_while_it_runs(
 
 
 async def test_certificates_are_not_made_without_end(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.enrolment.MOST_A_DAY", 3)
+    monkeypatch.setattr("rankfleet.coordinator.fleet.enrolment.MOST_A_DAY", 3)
     async with SecureWorld(tmp_path, tiny, "auto", devices=0) as world:
         token = world.coordinator.invite("a")
         await world.enrolled(token, "a")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.job import Plan, read_job_file
-from edge_agent.config import AgentConfig
-from federated.loader import load
-from profiles.card import ModelCard, Module, read_card
+from rankfleet.coordinator.jobs.spec import Plan, read_job_file
+from rankfleet.edge_agent.config import AgentConfig
+from rankfleet.federated.program.loader import load
+from rankfleet.profiles.card import ModelCard, Module, read_card
 
 FOLDER = Path(__file__).parent.parent / "examples"
 JOBS = sorted(p for p in FOLDER.glob("*.yaml") if p.name != "agent.yaml")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.cli import build
-from coordinator.export import FORMATS, write
-from coordinator.export.gguf_lora import interleaved
-from coordinator.export.weights import to_bf16
+from rankfleet.coordinator.cli import build
+from rankfleet.coordinator.export import FORMATS, write
+from rankfleet.coordinator.export.gguf_lora import interleaved
+from rankfleet.coordinator.export.weights import to_bf16
 
 from . import world as small
 from .world import World, job, questions, rows

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator.export.folder import write_folder
-from coordinator.export.gguf_lora import interleaved
-from coordinator.export.gguf_model import FAMILIES as WRITTEN
-from coordinator.export.gguf_model import turned, write_model
-from coordinator.export.weights import Weights
-from coordinator.registry import Version
-from federated.errors import ConfigError
-from federated.update import LowRank
-from profiles.card import read_card
+from rankfleet.coordinator.export.folder import write_folder
+from rankfleet.coordinator.export.gguf_lora import interleaved
+from rankfleet.coordinator.export.gguf_model import FAMILIES as WRITTEN
+from rankfleet.coordinator.export.gguf_model import turned, write_model
+from rankfleet.coordinator.export.weights import Weights
+from rankfleet.coordinator.store.versions import Version
+from rankfleet.federated.contract.update import LowRank
+from rankfleet.federated.errors import ConfigError
+from rankfleet.profiles.card import read_card
 
 from .edge_agent.families import FAMILIES
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-import coordinator.health
-import edge_agent.health
-from coordinator import tables
-from federated.health import Declared, holding
-from federated.logs import begin, redacted
-from federated.metrics import MetricsServer, text
+import rankfleet.coordinator.health
+import rankfleet.edge_agent.health
+from rankfleet.coordinator.store import tables
+from rankfleet.federated.program.health import Declared, holding
+from rankfleet.federated.program.logs import begin, redacted
+from rankfleet.federated.program.metrics import MetricsServer, text
 
 from .world import World, job
 
@@ -30,7 +30,7 @@ def test_a_cause_hides_what_follows_from_it() -> None:
     assert "cannot be told" in holding(declared, {})[0].text
 
 
-@pytest.mark.parametrize("declared", [coordinator.health.CONDITIONS, edge_agent.health.CONDITIONS])
+@pytest.mark.parametrize("declared", [rankfleet.coordinator.health.CONDITIONS, rankfleet.edge_agent.health.CONDITIONS])
 def test_causes_stand_before_what_follows_from_them(declared: Any) -> None:
     seen: set[str] = set()
     for d in declared:
@@ -52,7 +52,9 @@ async def test_what_prometheus_sees(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
         await world.run(job(rounds=1, stack=["sparse"]))
         agent = world.agents["d0"][0]
-        server = MetricsServer(lambda: coordinator.health.exposition(world.coordinator) + edge_agent.health.exposition(agent))
+        server = MetricsServer(
+            lambda: rankfleet.coordinator.health.exposition(world.coordinator) + rankfleet.edge_agent.health.exposition(agent)
+        )
         await server.start("127.0.0.1", 0)
         said = await fetched(server.port)
         assert said.startswith("HTTP/1.1 200 OK")
@@ -71,7 +73,7 @@ async def test_metrics_while_a_job_runs(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
         name = world.coordinator.jobs.submit(job(rounds=4, stack=["sparse"]))
         await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 3)
-        said = coordinator.health.exposition(world.coordinator)
+        said = rankfleet.coordinator.health.exposition(world.coordinator)
         assert f'rankfleet_heldout_loss{{job="{name}"}}' in said
         assert 'state="counted"' in said
         await world.until(lambda: world.job_state(name) == "finished")
@@ -79,14 +81,14 @@ async def test_metrics_while_a_job_runs(tmp_path: Path, tiny: Path) -> None:
 
 async def test_conditions_of_a_fleet(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with World(tmp_path, tiny, devices=1) as world:
-        codes = lambda: [c.code for c in coordinator.health.conditions(world.coordinator)]  # noqa: E731
+        codes = lambda: [c.code for c in rankfleet.coordinator.health.conditions(world.coordinator)]  # noqa: E731
         agent = world.agents["d0"][0]
-        ours = lambda: [c.code for c in edge_agent.health.conditions(agent)]  # noqa: E731
+        ours = lambda: [c.code for c in rankfleet.edge_agent.health.conditions(agent)]  # noqa: E731
         assert codes() == ours() == []
         world.coordinator.suspend("d0", "a test")
         world.coordinator.jobs.problem = "the ledger waits"
         assert codes() == ["job-waits", "device-suspended"]
-        monkeypatch.setattr(coordinator.health, "_free_mb", lambda service: 50.0)
+        monkeypatch.setattr(rankfleet.coordinator.health, "_free_mb", lambda service: 50.0)
         assert codes() == ["disk-full", "device-suspended"]  # the job waits because of the disk
         agent.bus.connected.clear()
         world.data["d0"].unlink()

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator import database, tables
-from coordinator.export import load
-from federated import catalogue
-from federated.messages import read_assignment
+from rankfleet.coordinator.export import load
+from rankfleet.coordinator.store import database, tables
+from rankfleet.federated.contract import catalogue
+from rankfleet.federated.wire.messages import read_assignment
 
 from . import every_hook
 from .world import World, job
@@ -39,17 +39,17 @@ async def test_every_hook_is_called(tmp_path: Path, tiny: Path, space: str) -> N
 
 
 async def test_what_stays_at_home_is_kept_and_used(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import edge_agent.local_round
-    from federated.wire import thaw
+    import rankfleet.edge_agent.worker.local_round
+    from rankfleet.federated.wire.frame import thaw
 
-    states, real = [], edge_agent.local_round.commit
+    states, real = [], rankfleet.edge_agent.worker.local_round.commit
 
     def commit(result: Path, update: bytes, state: bytes, meta: Any) -> None:
         if "/d0/" in str(result):
             states.append(thaw(state)["\0kept"]["head.bias"])
         real(result, update, state, meta)
 
-    monkeypatch.setattr(edge_agent.local_round, "commit", commit)
+    monkeypatch.setattr(rankfleet.edge_agent.worker.local_round, "commit", commit)
     async with World(tmp_path, tiny, devices=2) as world:
         await world.run(job(rounds=3, stack=["every_hook"], arms={"ranks": [2], "bits": [32], "steps": [5], "batch": 4}))
         assert np.any(states[0] != 0)

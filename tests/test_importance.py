@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import channels, database, tables
-from coordinator.job import Plan, read_job
-from coordinator.planner import SCORE_ROUND, Planner
-from coordinator.registry import Registry
-from edge_agent.model import Base, importance
-from federated.errors import WireError
-from federated.messages import read_assignment
-from profiles.card import read_card
+from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.coordinator.planning.planner import SCORE_ROUND, Planner
+from rankfleet.coordinator.store import database, tables
+from rankfleet.coordinator.store.versions import Registry
+from rankfleet.edge_agent.model import Base, importance
+from rankfleet.federated.errors import WireError
+from rankfleet.federated.wire.messages import read_assignment
+from rankfleet.profiles.card import read_card
 
 from .edge_agent.families import ENCODERS, make
 from .edge_agent.test_families import adapted, batch

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from coordinator.export import write
-from edge_agent import cli
-from edge_agent.config import AgentConfig
-from edge_agent.infer import rows_of, runtime
-from federated.errors import ConfigError
-from federated.messages import Task
+from rankfleet.coordinator.export import write
+from rankfleet.edge_agent import cli
+from rankfleet.edge_agent.config import AgentConfig
+from rankfleet.edge_agent.infer import rows_of, runtime
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.wire.messages import Task
 
 from . import world as small
 from .world import World, job, questions, rows

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_agent import probe, system
-from edge_agent.model import Base
-from profiles.kernels import half, key, times
+from rankfleet.edge_agent.machine import probe, system
+from rankfleet.edge_agent.model import Base
+from rankfleet.profiles.kernels import half, key, times
 
 from .edge_agent.families import make
 

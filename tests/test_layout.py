@@ -16,14 +16,21 @@ MAY = {
     "edge_agent": {"federated", "profiles"},
 }
 
+IDLE = (
+    "import rankfleet.edge_agent.service, rankfleet.edge_agent.supervise.process, "
+    "rankfleet.edge_agent.trust.identity, rankfleet.federated.transport.mqtt"
+)
+"""What an agent that waits has loaded."""
+
 
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {a.name.partition(".")[0] for a in node.names}
+            found |= {a.name.removeprefix("rankfleet.").partition(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found.add(node.module.partition(".")[0])
+            words = node.module.split(".")
+            found |= {words[1]} if words[0] == "rankfleet" and len(words) > 1 else {words[0]}
     return found
 
 
@@ -74,10 +81,10 @@ def loaded_after(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "from edge_agent.cli import build; build()",
-        "from coordinator.cli import build; build()",
-        "import edge_agent.service, edge_agent.engine, edge_agent.identity, edge_agent.probe, federated.mqtt",
-        "import coordinator.client, federated.catalogue; federated.catalogue.entries()",
+        "from rankfleet.edge_agent.cli import build; build()",
+        "from rankfleet.coordinator.cli import build; build()",
+        f"{IDLE}, rankfleet.edge_agent.machine.probe",
+        "import rankfleet.coordinator.verbs.client; from rankfleet.federated.contract import catalogue; catalogue.entries()",
     ],
 )
 def test_programs_start_without_heavy_imports(code: str) -> None:
@@ -87,14 +94,14 @@ def test_programs_start_without_heavy_imports(code: str) -> None:
 
 
 def test_idle_agent_does_without_cryptography() -> None:
-    assert "cryptography" not in loaded_after("import edge_agent.service, edge_agent.engine, edge_agent.identity, federated.mqtt")
+    assert "cryptography" not in loaded_after(IDLE)
 
 
 @pytest.mark.parametrize("program", ["edge_agent", "coordinator"])
 def test_every_verb_has_an_example_and_json(program: str) -> None:
     import importlib
 
-    parse = importlib.import_module(f"{program}.cli").build()
+    parse = importlib.import_module(f"rankfleet.{program}.cli").build()
     verbs = parse._subparsers._group_actions[0].choices
     assert set(verbs) == (
         {"run", "enroll", "status", "infer", "doctor", "probe", "leave"}

@@ -18,13 +18,13 @@ import yaml
 from paho.mqtt.enums import MQTTProtocolVersion
 
 from benchmarks.slow_link import SlowLink
-from coordinator import tables
-from coordinator.broker import free_port, mosquitto
-from coordinator.https_server import make_certificate
-from federated.address import parse_proxy, tls_context, without_password
-from federated.bus import MemoryBroker
-from federated.errors import ConfigError
-from federated.mqtt import MqttBus
+from rankfleet.coordinator.broker.child import free_port, mosquitto
+from rankfleet.coordinator.exchange.https_server import make_certificate
+from rankfleet.coordinator.store import tables
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.transport.address import parse_proxy, tls_context, without_password
+from rankfleet.federated.transport.bus import MemoryBroker
+from rankfleet.federated.transport.mqtt import MqttBus
 
 from .world import World, job
 
@@ -236,8 +236,8 @@ async def test_a_broker_that_caps_packets(tmp_path: Path, tiny: Path) -> None:
 @needs_mosquitto
 async def test_a_cap_of_128_kb_is_kept_by_default(tmp_path: Path) -> None:
     """3.1.1 does not tell; our packets are smaller than the smallest cap that brokers are known to have."""
-    from federated.bus import PACKET
-    from federated.transfer import blob_of, cut
+    from rankfleet.federated.transport.bus import PACKET
+    from rankfleet.federated.wire.transfer import blob_of, cut
 
     async with Mosquitto(tmp_path / "m", "allow_anonymous true", "max_packet_size 131072") as broker:
         url = f"mqtt://127.0.0.1:{broker.port}"

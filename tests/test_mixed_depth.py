@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from coordinator import database, tables
-from coordinator.job import Plan, read_job
-from profiles.card import read_card
+from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.store import database, tables
+from rankfleet.profiles.card import read_card
 
 from . import world as small
 from .world import World, job

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import channels
-from coordinator.export.onnx_encoder import write_onnx
-from coordinator.export.weights import Weights
-from coordinator.registry import Version
-from edge_agent.config import AgentConfig
-from edge_agent.infer import OnnxRuntime, runtime
-from edge_agent.model import Base
-from federated.errors import ConfigError
-from federated.update import LowRank
-from profiles.card import read_card
+from rankfleet.coordinator.export.onnx_encoder import write_onnx
+from rankfleet.coordinator.export.weights import Weights
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.coordinator.store.versions import Version
+from rankfleet.edge_agent.config import AgentConfig
+from rankfleet.edge_agent.infer import OnnxRuntime, runtime
+from rankfleet.edge_agent.model import Base
+from rankfleet.federated.contract.update import LowRank
+from rankfleet.federated.errors import ConfigError
+from rankfleet.profiles.card import read_card
 
 from .edge_agent.families import ENCODERS, make
 
@@ -83,7 +83,7 @@ def test_onnx_runs_without_torch(tmp_path: Path, tiny: Path) -> None:
     made = version(tiny)
     write_onnx(Weights(made, tiny, 0.5, 0.7), tmp_path / "out", made.dense, TASK)
     program = (
-        "import sys; from pathlib import Path; from edge_agent.cli import main; "
+        "import sys; from pathlib import Path; from rankfleet.edge_agent.cli import main; "
         f"code = main(['infer', 'red cat', 'sun', '--json', '--model', {str(tmp_path / 'out')!r}]); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr); sys.exit(code)"
     )

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-import coordinator.uploads
-from coordinator import database, tables
-from coordinator.config import CoordinatorConfig
-from edge_agent import rounds
-from edge_agent.config import Allow
-from federated.errors import ConfigError, Unreachable
+import rankfleet.coordinator.exchange.uploads
+from rankfleet.coordinator.config import CoordinatorConfig
+from rankfleet.coordinator.store import database, tables
+from rankfleet.edge_agent.config import Allow
+from rankfleet.edge_agent.worker import worker
+from rankfleet.federated.errors import ConfigError, Unreachable
 
 from .world import World, job
 
@@ -33,14 +33,14 @@ async def test_a_good_version_goes_to_the_canaries_and_then_to_all(tmp_path: Pat
 
 
 async def test_a_bad_version_stays_with_the_canaries(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = rounds.LocalRound.evaluate
+    real = worker.LocalRound.evaluate
 
     def worse(self: Any, held: Any) -> None:
         real(self, held)
         if self.job.purpose == "install":
             self.told["held"]["loss"] += 50.0 * self.told["held"]["count"]
 
-    monkeypatch.setattr(rounds.LocalRound, "evaluate", worse)
+    monkeypatch.setattr(worker.LocalRound, "evaluate", worse)
     async with World(tmp_path, tiny, devices=3) as world:
         name = await world.run(job(rounds=2, canary=0.1))
         assert len(installed(world, name, 2)) == 1
@@ -66,7 +66,7 @@ async def test_logs_and_doctor_from_afar(tmp_path: Path, tiny: Path) -> None:
         support = world.coordinator.support
         agent = world.agents["d0"][0]
         agent.config_path = tmp_path / "none.yaml"
-        logging.getLogger("edge_agent.service").warning("the token is rf1.abcdefghijkl")
+        logging.getLogger("rankfleet.edge_agent.service").warning("the token is rf1.abcdefghijkl")
         said = await support.ask("d0", "logs")
         assert "the token is (secret)" in said
         assert json.loads(await support.ask("d0", "doctor"))[0]["check"] == "config"
@@ -113,7 +113,7 @@ async def test_with_little_room_left_devices_keep_their_updates(
 ) -> None:
     free = [1e6]
     real = shutil.disk_usage
-    monkeypatch.setattr(coordinator.uploads.shutil, "disk_usage", lambda path: real(path)._replace(free=free[0]))
+    monkeypatch.setattr(rankfleet.coordinator.exchange.uploads.shutil, "disk_usage", lambda path: real(path)._replace(free=free[0]))
     async with World(tmp_path, tiny, devices=2, packet=packet) as world:
         name = world.coordinator.jobs.submit(job(rounds=1))
         await world.until(lambda: all(a.outbox.due() for a, _ in world.agents.values()))
@@ -127,7 +127,7 @@ async def test_raw_updates_go_when_a_job_ends_well_and_stay_otherwise(tmp_path: 
         folder = tmp_path / "coordinator" / "updates"
         good = await world.run(job(rounds=2))
         assert not (folder / good).exists()
-        monkeypatch.setattr("coordinator.closing.is_good", lambda run, number, metrics: False)
+        monkeypatch.setattr("rankfleet.coordinator.rounds.closing.is_good", lambda run, number, metrics: False)
         doubtful = await world.run(job(rounds=6))
         assert sorted(p.name for p in (folder / doubtful).iterdir()) == [f"r{n:06d}" for n in range(6)]
         rows = world.coordinator.ledger.rows(tables.assignments, job=good)

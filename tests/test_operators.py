@@ -11,14 +11,14 @@ import yaml
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from coordinator import tables
-from coordinator.api import Api
-from coordinator.broker import mosquitto
-from coordinator.config import Oidc
-from coordinator.oidc import Issuer
-from coordinator.operator_key import OperatorKey, generate
-from federated.errors import ConfigError, Refused
-from federated.roster import encode_key
+from rankfleet.coordinator.broker.child import mosquitto
+from rankfleet.coordinator.config import Oidc
+from rankfleet.coordinator.operators.oidc import Issuer
+from rankfleet.coordinator.operators.operator_key import OperatorKey, generate
+from rankfleet.coordinator.store import tables
+from rankfleet.coordinator.web.app import Api
+from rankfleet.federated.errors import ConfigError, Refused
+from rankfleet.federated.trust.roster import encode_key
 
 from .secure import SecureWorld
 from .world import World, job

@@ -13,10 +13,10 @@ import msgspec
 import pytest
 import yaml
 
-from coordinator.config import CoordinatorConfig
-from edge_agent.config import AgentConfig
-from federated.loader import load
-from federated.notify import alive, notify, watchdog_s
+from rankfleet.coordinator.config import CoordinatorConfig
+from rankfleet.edge_agent.config import AgentConfig
+from rankfleet.federated.program.loader import load
+from rankfleet.federated.program.notify import alive, notify, watchdog_s
 
 PACKAGING = Path(__file__).parent.parent / "packaging"
 UNITS = sorted((PACKAGING / "systemd").glob("*.service"))

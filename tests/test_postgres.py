@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import tables
-from coordinator.broker import free_port
-from coordinator.database import Store
-from federated.errors import ConfigError
+from rankfleet.coordinator.broker.child import free_port
+from rankfleet.coordinator.store import tables
+from rankfleet.coordinator.store.database import Store
+from rankfleet.federated.errors import ConfigError
 
 from .world import World, job
 
@@ -90,7 +90,7 @@ async def test_a_job_whose_ledger_is_in_postgres_is_the_same_job(tmp_path: Path,
 async def test_a_database_that_goes_away_loses_nothing(
     tmp_path: Path, tiny: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.jobs.RETRY_S", 0.3)
+    monkeypatch.setattr("rankfleet.coordinator.queue.RETRY_S", 0.3)
     world = World(tmp_path / "a", tiny)
     world.database = postgres.url
     async with world:

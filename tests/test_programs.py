@@ -16,11 +16,11 @@ import psutil
 import pytest
 import yaml
 
-from coordinator.broker import BrokerChild, mosquitto
-from coordinator.config import Broker
-from federated.address import parse_url
-from federated.errors import ConfigError
-from federated.mqtt import MqttBus
+from rankfleet.coordinator.broker.child import BrokerChild, mosquitto
+from rankfleet.coordinator.config import Broker
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.transport.address import parse_url
+from rankfleet.federated.transport.mqtt import MqttBus
 
 from .world import job, rows
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import channels
-from coordinator.export.folder import OWN_HEAD_SIZE, write_folder
-from coordinator.registry import Version
-from edge_agent.model import Base
-from federated.errors import ConfigError
-from federated.update import LowRank
-from profiles.card import read_card
+from rankfleet.coordinator.export.folder import OWN_HEAD_SIZE, write_folder
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.coordinator.store.versions import Version
+from rankfleet.edge_agent.model import Base
+from rankfleet.federated.contract.update import LowRank
+from rankfleet.federated.errors import ConfigError
+from rankfleet.profiles.card import read_card
 
 from .edge_agent.families import ENCODERS, FAMILIES, make
 from .edge_agent.test_families import batch, theirs

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import coordinator.enrolment
-import coordinator.jobs
-import coordinator.receiving
-import edge_agent.order
-import federated.files
-from coordinator import tables
-from coordinator.waiting import may_close
+import rankfleet.coordinator.exchange.receiving
+import rankfleet.coordinator.fleet.enrolment
+import rankfleet.coordinator.queue
+import rankfleet.edge_agent.order
+import rankfleet.federated.program.files
+from rankfleet.coordinator.rounds.waiting import may_close
+from rankfleet.coordinator.store import tables
 
 from .world import World, job
 
@@ -79,7 +79,7 @@ class Run:
     """What `may_close` asks for."""
 
     def __init__(self, **changes: Any) -> None:
-        from coordinator.job import read_job
+        from rankfleet.coordinator.jobs.spec import read_job
 
         self.plan = type("Plan", (), {"spec": read_job(job(**changes))})
         self.server = type("Server", (), {"ready": staticmethod(lambda arrived, invited, number: None)})
@@ -108,7 +108,7 @@ def test_when_a_round_may_close(received: int, out: int, waited: float, changes:
 async def test_a_clock_that_jumps_moves_nothing(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, real = random.Random(0), time.time
     monkeypatch.setattr(time, "time", lambda: real() + rng.choice([-86_400 * 365, -3600, 0, 3600, 86_400 * 365]))
-    monkeypatch.setattr(coordinator.enrolment, "DAY_S", 1e9)  # when a claim ends is the one thing that goes by the clock
+    monkeypatch.setattr(rankfleet.coordinator.fleet.enrolment, "DAY_S", 1e9)  # when a claim ends is the one thing that goes by the clock
     async with World(tmp_path, tiny) as world:
         name = world.coordinator.jobs.submit(job(rounds=4, deadline_s=20, quorum=0.5, stack=["sparse"]))
         await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 3)
@@ -134,7 +134,7 @@ def full(calls: list[int], real: Any, times: int) -> Any:
 
 async def test_a_full_disk_at_the_coordinator_pushes_back(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(coordinator.receiving, "_write", full(calls, coordinator.receiving._write, 5))
+    monkeypatch.setattr(rankfleet.coordinator.exchange.receiving, "_write", full(calls, rankfleet.coordinator.exchange.receiving._write, 5))
     async with World(tmp_path, tiny, packet=50_000) as world:
         name = await world.run(job(rounds=2))
         assert states(world, name, 0) == states(world, name, 1) == dict.fromkeys(world.names, "counted")
@@ -143,8 +143,8 @@ async def test_a_full_disk_at_the_coordinator_pushes_back(tmp_path: Path, tiny: 
 
 async def test_a_job_waits_while_versions_cannot_be_written(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(coordinator.jobs, "RETRY_S", 0.2)
-    monkeypatch.setattr("coordinator.registry.write_folder", full(calls, federated.files.write_folder, 3))
+    monkeypatch.setattr(rankfleet.coordinator.queue, "RETRY_S", 0.2)
+    monkeypatch.setattr("rankfleet.coordinator.store.versions.write_folder", full(calls, rankfleet.federated.program.files.write_folder, 3))
     async with World(tmp_path, tiny) as world:
         name = world.coordinator.jobs.submit(job(rounds=2, stack=["sparse"]))
         await world.until(lambda: "No space left on device" in world.coordinator.jobs.problem)
@@ -156,12 +156,12 @@ async def test_a_job_waits_while_versions_cannot_be_written(tmp_path: Path, tiny
 
 async def test_a_full_disk_on_a_device_is_a_reported_failure(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = edge_agent.order.write_in_order
+    real = rankfleet.edge_agent.order.write_in_order
 
     def write(files: dict[Path, bytes]) -> None:
         return full(calls, real, 1)(files) if any("/d0/" in str(p) for p in files) else real(files)
 
-    monkeypatch.setattr(edge_agent.order, "write_in_order", write)
+    monkeypatch.setattr(rankfleet.edge_agent.order, "write_in_order", write)
     async with World(tmp_path, tiny) as world:
         name = await world.run(job(rounds=2))
         row = world.coordinator.ledger.row(tables.assignments, job=name, round=0, device="d0")
@@ -179,7 +179,7 @@ async def test_an_update_that_is_damaged_on_disk_is_trained_again_at_once(tmp_pa
         def add(result: Path) -> None:
             if not broken:
                 broken.append(result)
-                update = edge_agent.order.update_file(result)
+                update = rankfleet.edge_agent.order.update_file(result)
                 update.write_bytes(update.read_bytes()[:-1] + b"?")
             real(result)
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import database, tables
-from coordinator.job import Plan, read_job
-from edge_agent.model import Base
-from edge_agent.tasks import engine
-from edge_agent.tasks.causal_lm import IGNORED
-from federated.errors import ConfigError, Refused
-from federated.messages import Task
-from profiles.card import read_card
+from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.store import database, tables
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.tasks import engine
+from rankfleet.edge_agent.tasks.causal_lm import IGNORED
+from rankfleet.federated.errors import ConfigError, Refused
+from rankfleet.federated.wire.messages import Task
+from rankfleet.profiles.card import read_card
 
 from . import world as small
 from .world import World, job, questions
@@ -178,8 +178,8 @@ def test_values_that_are_no_numbers(tiny: Path, value: Any) -> None:
 
 
 def test_gzipped_lines_are_read(tmp_path: Path) -> None:
-    from edge_agent.config import Dataset
-    from edge_agent.data import Shard
+    from rankfleet.edge_agent.config import Dataset
+    from rankfleet.edge_agent.worker.data import Shard
 
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.write("\n".join(json.dumps(q) for q in questions(30, 0)))

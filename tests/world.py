@@ -11,18 +11,18 @@ from typing import Any
 import msgspec
 import yaml
 
-from coordinator import tables
-from coordinator.config import CoordinatorConfig, Limits
-from coordinator.service import Service
-from edge_agent import identity
-from edge_agent.config import AgentConfig, Dataset, Link
-from edge_agent.engine import EngineFailed
-from edge_agent.order import Order
-from edge_agent.service import Agent
-from federated.bus import MemoryBroker, MemoryBus
-from federated.errors import DoesNotFit, RankfleetError, Refused
-from federated.states import ENDED
-from profiles.device import DeviceProfile, library
+from rankfleet.coordinator.config import CoordinatorConfig, Limits
+from rankfleet.coordinator.service import Service
+from rankfleet.coordinator.store import tables
+from rankfleet.edge_agent.config import AgentConfig, Dataset, Link
+from rankfleet.edge_agent.order import Order
+from rankfleet.edge_agent.service import Agent
+from rankfleet.edge_agent.supervise.process import EngineFailed
+from rankfleet.edge_agent.trust import identity
+from rankfleet.federated.errors import DoesNotFit, RankfleetError, Refused
+from rankfleet.federated.transport.bus import MemoryBroker, MemoryBus
+from rankfleet.federated.wire.states import ENDED
+from rankfleet.profiles.device import DeviceProfile, library
 
 WORDS = ["red", "green", "blue", "sun", "moon", "star", "cat", "dog", "bird", "tree", "rock", "sea"]
 LABELS = ["colour", "sky", "animal", "land"]
@@ -158,7 +158,7 @@ class InlineEngine:
     """The worker's own code in this process. `before` may raise, to play a crash."""
 
     def __init__(self) -> None:
-        from edge_agent.rounds import Worker
+        from rankfleet.edge_agent.worker.worker import Worker
 
         self.worker = Worker()
         self.runs = 0

@@ -17,8 +17,8 @@ def main() -> None:
     import onnxruntime
     import psutil
 
-    import edge_agent.infer as infer
-    from edge_agent.config import AgentConfig
+    import rankfleet.edge_agent.infer as infer
+    from rankfleet.edge_agent.config import AgentConfig
 
     folder, texts, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     plain = onnxruntime.SessionOptions

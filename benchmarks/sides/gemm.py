@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from edge_agent.worker import environment
+from rankfleet.edge_agent.worker.__main__ import environment
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise", "aten::linear")
 BEST_OF = 7

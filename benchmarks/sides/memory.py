@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge_agent.worker import environment
+from rankfleet.edge_agent.worker.__main__ import environment
 
 
 class Peak:
@@ -53,13 +53,13 @@ def main() -> None:
     import psutil
     import torch
 
-    import edge_agent.trainer  # noqa: F401
-    from coordinator import channels
-    from edge_agent.model import Base
-    from edge_agent.model.layout import Layout
-    from edge_agent.model.prepared import Shelf
-    from edge_agent.optimizer import AdamW, Flat
-    from profiles.card import read_card
+    import rankfleet.edge_agent.worker.trainer  # noqa: F401
+    from rankfleet.coordinator.planning import importance as channels
+    from rankfleet.edge_agent.model import Base
+    from rankfleet.edge_agent.model.ops.layout import Layout
+    from rankfleet.edge_agent.model.stored.prepared import Shelf
+    from rankfleet.edge_agent.worker.optimizer import AdamW, Flat
+    from rankfleet.profiles.card import read_card
 
     torch.set_num_threads(2)
     folder = Path(s["folder"])

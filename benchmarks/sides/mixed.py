@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge_agent.worker import environment
+from rankfleet.edge_agent.worker.__main__ import environment
 
 DEPTHS = (3, 2, 1, 2, 3, 2, 3, 2, 3, 2)
 EXAMPLES, STEPS, MAX_DEPTH, FRESH = 320, 12, 3, 2
@@ -21,10 +21,10 @@ def main() -> None:
     environment()
     import torch
 
-    from edge_agent.model import Base
-    from edge_agent.model.activations import example_key
-    from edge_agent.model.prefix import choose
-    from profiles.card import read_card
+    from rankfleet.edge_agent.model import Base
+    from rankfleet.edge_agent.model.cache.activations import example_key
+    from rankfleet.edge_agent.model.cache.prefix import choose
+    from rankfleet.profiles.card import read_card
 
     from . import work as works
     from .ours import adapter, trainer_of

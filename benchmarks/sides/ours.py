@@ -15,10 +15,10 @@ from .work import RANK, SCALE, SEED, Work, depth
 
 def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> tuple[list[float], list[float]]:
     """Seconds and loss of every step."""
-    from coordinator import channels
-    from edge_agent.model import Base
-    from edge_agent.model.prepared import Shelf
-    from profiles.card import read_card
+    from rankfleet.coordinator.planning import importance as channels
+    from rankfleet.edge_agent.model import Base
+    from rankfleet.edge_agent.model.stored.prepared import Shelf
+    from rankfleet.profiles.card import read_card
 
     folder = Path(work.folder)
     card = read_card(folder)
@@ -53,7 +53,7 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
 
 def adapter(base: Any, card: Any, work: Work, first: int) -> tuple[Any, dict[str, Any]]:
     """Spec and fresh tensors of adapters on q and v from layer `first` on, and of the head."""
-    from federated.spec import Dense, Pair, Spec
+    from rankfleet.federated.contract.spec import Dense, Pair, Spec
 
     ends = ("q_proj", "v_proj") if work.causal else ("query", "value")
     modules = [m for m in card.modules if m.layer >= first and m.name.endswith(ends)]
@@ -71,12 +71,12 @@ def adapter(base: Any, card: Any, work: Work, first: int) -> tuple[Any, dict[str
 
 def trainer_of(base: Any, work: Work, spec: Any, steps: int, examples: Any, progress: Any, round: int = 1) -> Any:
     """The worker's trainer for a round of so many steps."""
-    from edge_agent.tasks import engine
-    from edge_agent.trainer import Trainer
-    from federated.catalogue import build_stack
-    from federated.messages import Recipe, Task
-    from federated.method import Round
-    from federated.stack import ClientSide, Stack
+    from rankfleet.edge_agent.tasks import engine
+    from rankfleet.edge_agent.worker.trainer import Trainer
+    from rankfleet.federated.contract.catalogue import build_stack
+    from rankfleet.federated.contract.method import Round
+    from rankfleet.federated.contract.stack import ClientSide, Stack
+    from rankfleet.federated.wire.messages import Recipe, Task
 
     job: Any = SimpleNamespace(job="bench", round=round, rounds=round, recipe=Recipe(32, work.batch, steps, work.lr), seed=SEED)
     stack = Stack(build_stack([]), "product")
@@ -90,7 +90,7 @@ def _warm(base: Any, trainer: Any, work: Work, at: int) -> None:
     """Fill the cache of the layers below `at`, as a first epoch would."""
     import torch
 
-    from edge_agent.model.activations import example_key
+    from rankfleet.edge_agent.model.cache.activations import example_key
 
     for e in work.examples:
         e["key"] = example_key(e["ids"])

@@ -43,7 +43,7 @@ def main() -> None:
     """Run."""
     side, name, key, numerics, steps, home, threads = sys.argv[1:]
     if side == "ours":  # as the worker sets them
-        from edge_agent.worker import environment
+        from rankfleet.edge_agent.worker.__main__ import environment
 
         environment()
     import torch

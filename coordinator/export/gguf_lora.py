@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from federated.errors import ConfigError
-from federated.peft_format import used_pairs
-from federated.tensors import Array
-from federated.update import LowRank
+from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.contract.update import LowRank
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.peft_format import used_pairs
 
 ARCHITECTURES = {"mistral": "llama", "smollm": "llama", "gemma": "gemma", "phi3": "phi3"}
 """Hugging Face model type → GGUF architecture, where the names differ."""

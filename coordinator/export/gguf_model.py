@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from federated.errors import ConfigError
-from federated.tensors import Array
-from profiles.architecture import Architecture, read_architecture
+from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.errors import ConfigError
+from rankfleet.profiles.architecture import Architecture, read_architecture
 
 from .gguf_lora import ARCHITECTURES, file_in, interleaved, package
 from .weights import Place, Weights

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from federated.errors import ConfigError
-from federated.files import sync_folder, write_atomic
-from federated.tensors import Array, Tensors
-from profiles.architecture import Architecture, read_architecture
+from rankfleet.federated.contract.tensors import Array, Tensors
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program.files import sync_folder, write_atomic
+from rankfleet.profiles.architecture import Architecture, read_architecture
 
 from .folder import copy_beside
 from .weights import Weights

@@ -9,15 +9,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from federated.errors import ConfigError
-from federated.peft_format import used_pairs
-from federated.tensors import Array
-from federated.update import LowRank, Masks
-from profiles.card import Entry, ModelCard, entries, read_card
-from profiles.memory import kept_groups
+from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.contract.update import LowRank, Masks
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.peft_format import used_pairs
+from rankfleet.profiles.card import Entry, ModelCard, entries, read_card
+from rankfleet.profiles.memory import kept_groups
 
-from .. import channels
-from ..registry import Version
+from ..planning import importance as channels
+from ..store.versions import Version
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 OTHERS = {"I64": "<i8", "I32": "<i4", "U8": "u1", "I8": "i1", "BOOL": "?"}

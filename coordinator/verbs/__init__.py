@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from federated import cli
+from rankfleet.federated.program import cli
 
 if TYPE_CHECKING:
-    from ..client import Client
     from ..config import CoordinatorConfig
+    from .client import Client
 
 
 class AddVerb(Protocol):
@@ -21,7 +21,7 @@ class AddVerb(Protocol):
 
 def config_of(args: argparse.Namespace) -> "CoordinatorConfig":
     """The coordinator's YAML."""
-    from federated.loader import load
+    from rankfleet.federated.program.loader import load
 
     from ..config import CoordinatorConfig
 
@@ -30,7 +30,7 @@ def config_of(args: argparse.Namespace) -> "CoordinatorConfig":
 
 def client_of(args: argparse.Namespace) -> "Client":
     """The running service, asked with the operator's key where there is one."""
-    from ..client import Client
+    from .client import Client
 
     config = config_of(args)
     return Client(config.home, config.fleet, Path(args.key) if args.key else None)

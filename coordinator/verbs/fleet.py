@@ -4,8 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from federated import cli
-from federated.errors import ConfigError
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program import cli
 
 from . import AddVerb, client_of, config_of
 
@@ -77,7 +77,7 @@ def _invite(args: argparse.Namespace) -> int:
 
 def _operators(args: argparse.Namespace) -> int:
     if args.what == "keygen":
-        from ..operator_key import generate
+        from ..operators.operator_key import generate
 
         if not args.file:
             raise ConfigError("where should the key lie?", "coordinator operators keygen alice.key")
@@ -103,8 +103,8 @@ def _operators(args: argparse.Namespace) -> int:
 
 
 def _broker(args: argparse.Namespace) -> int:
-    from ..authority import Authority
-    from ..broker_files import write
+    from ..broker.own_broker import write
+    from ..fleet.authority import Authority
 
     config = config_of(args)
     written = write(Authority(config.home, config.fleet), args.kind, args.to, args.port, args.name)

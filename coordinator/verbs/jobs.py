@@ -4,8 +4,8 @@ import argparse
 import time
 from pathlib import Path
 
-from federated import cli
-from federated.errors import ConfigError
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program import cli
 
 from . import AddVerb, client_of
 
@@ -28,9 +28,9 @@ def add(verb: AddVerb) -> None:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from federated.loader import read
+    from rankfleet.federated.program.loader import read
 
-    from ..job import read_job_file
+    from ..jobs.spec import read_job_file
 
     read_job_file(Path(args.job))
     job = read(Path(args.job))
@@ -71,7 +71,7 @@ def _change(args: argparse.Namespace) -> int:
 def _methods(args: argparse.Namespace) -> int:
     import msgspec
 
-    from federated.catalogue import entries
+    from rankfleet.federated.contract.catalogue import entries
 
     rows = [e for e in entries() if args.all or e.evidence != "simulation only"]
     cli.show(

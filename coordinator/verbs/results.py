@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from federated import cli
-from federated.errors import ConfigError
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program import cli
 
 from . import AddVerb, client_of, config_of
 
@@ -82,8 +82,8 @@ def _samples(answer: dict[str, Any]) -> str:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from .. import sinks
-    from ..watch import follow
+    from . import sinks
+    from .watch import follow
 
     wanted: list[sinks.Sink] = []
     if args.png:

@@ -6,9 +6,9 @@ import logging
 import os
 from pathlib import Path
 
-from federated import cli
-from federated.errors import ConfigError
-from federated.logs import begin
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program import cli
+from rankfleet.federated.program.logs import begin
 
 from . import AddVerb, client_of, config_of
 
@@ -49,7 +49,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from ..doctor import examine
+    from .doctor import examine
 
     findings = examine(args.config)
     cli.show(args, findings)
@@ -57,7 +57,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _backup(args: argparse.Namespace) -> int:
-    from ..backup import backup
+    from ..store.backup import backup
 
     done = backup(config_of(args), args.to)
     cli.show(
@@ -67,7 +67,7 @@ def _backup(args: argparse.Namespace) -> int:
 
 
 def _restore(args: argparse.Namespace) -> int:
-    from ..backup import restore
+    from ..store.backup import restore
 
     done = restore(config_of(args), Path(args.file))
     cli.show(args, done, f"{done['rows']} rows and {done['files']} files are back; devices find it under the name that they know")

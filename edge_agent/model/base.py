@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from federated.errors import Refused
-from federated.spec import Spec
-from federated.tensors import Tensors
-from federated.update import Masks
-from profiles.architecture import read_architecture
+from rankfleet.federated.contract.spec import Spec
+from rankfleet.federated.contract.tensors import Tensors
+from rankfleet.federated.contract.update import Masks
+from rankfleet.federated.errors import Refused
+from rankfleet.profiles.architecture import read_architecture
 
-from ..quantise import use_bitsandbytes
-from . import foreign, vocabulary
-from .activations import Activations
-from .adapted import Site
-from .checkpoint import Checkpoint
-from .layout import Layout
-from .load import Recipe, assemble
-from .prefix import Prefix, prefix_id
-from .prepared import Shelf, needed
+from . import foreign
+from .cache.activations import Activations
+from .cache.prefix import Prefix, prefix_id
+from .ops import vocabulary
+from .ops.adapted import Site
+from .ops.layout import Layout
+from .ops.quantise import use_bitsandbytes
+from .stored.load import Recipe, assemble
+from .stored.prepared import Shelf, needed
+from .stored.safetensors import Checkpoint
 from .transformer import Transformer
 
 IGNORED = -100

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from federated.errors import Refused
-from federated.update import Masks
+from rankfleet.federated.contract.update import Masks
+from rankfleet.federated.errors import Refused
 
-from .adapted import Site, apply
-from .checkpoint import cut
-from .frozen import Frozen
-from .layout import Layout
+from .ops.adapted import Site, apply
+from .ops.frozen import Frozen
+from .ops.layout import Layout
+from .stored.safetensors import cut
 
 
 class Adapted(nn.Module):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from federated.tensors import Array, Tensors
-from profiles.card import ModelCard, Module
+from rankfleet.federated.contract.tensors import Array, Tensors
+from rankfleet.profiles.card import ModelCard, Module
 
 from .base import Base
 

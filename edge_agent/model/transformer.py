@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm, scaled_dot_product_attention
 
-from federated.errors import Refused
-from profiles.architecture import Architecture
-from profiles.memory import SHORT
+from rankfleet.federated.errors import Refused
+from rankfleet.profiles.architecture import Architecture
+from rankfleet.profiles.memory import SHORT
 
-from .adapted import Site, apply
-from .again import again
-from .attention import attention
-from .layout import Layout
-from .pieces import activated, gated, rms_norm, rotate
-from .words import Words
+from .ops.adapted import Site, apply
+from .ops.attention import attention
+from .ops.checkpointing import again
+from .ops.layout import Layout
+from .ops.steps import activated, gated, rms_norm, rotate
+from .stored.words import Words
 
 Norm = tuple[Tensor, Tensor | None]
 

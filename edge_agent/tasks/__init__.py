@@ -3,9 +3,9 @@
 import importlib
 from typing import Any, Protocol
 
-from federated.errors import Refused
-from federated.heads import KINDS
-from federated.messages import Task
+from rankfleet.federated.errors import Refused
+from rankfleet.federated.heads import KINDS
+from rankfleet.federated.wire.messages import Task
 
 
 class TaskEngine(Protocol):

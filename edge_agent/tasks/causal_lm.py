@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from federated.errors import Refused
-from federated.messages import Task
+from rankfleet.federated.errors import Refused
+from rankfleet.federated.wire.messages import Task
 
 from ..model.base import IGNORED
 from .tokens import Tokens

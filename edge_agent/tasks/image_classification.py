@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from federated.errors import Refused
-from federated.messages import Task
+from rankfleet.federated.errors import Refused
+from rankfleet.federated.wire.messages import Task
 
 
 class Engine:

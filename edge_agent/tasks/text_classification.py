@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from federated.messages import Task
+from rankfleet.federated.wire.messages import Task
 
 from .tokens import Tokens
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from federated.errors import Refused
+from rankfleet.federated.errors import Refused
 
 AS_WRITTEN = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that use `tokenizer.json` as it stands; others, such as Llama's, build a tokenizer of their own from it."""

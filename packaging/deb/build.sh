@@ -15,7 +15,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out" "$work/wheels"
 
-cp -r "$root/pyproject.toml" "$root/README.md" "$root/LICENSE" "$root/edge_agent" "$root/coordinator" "$root/profiles" "$root/bandit" \
+cp -r "$root/pyproject.toml" "$root/README.md" "$root/LICENSE" "$root/rankfleet" "$root/edge_agent" "$root/coordinator" "$root/profiles" "$root/bandit" \
     "$root/federated" "$work/"
 sed -i "s/^VERSION = .*/VERSION = \"$version\"/" "$work/federated/version.py"
 "$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$work/wheels" "$work"

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandit.arms import Arm, ArmSpace, expand, rank_and_depth, targets
-from bandit.cost_ucb import CostUCB, sweep
-from bandit.policy import Member, Outcome, Priced
-from bandit.tuner import POLICIES, NoArm, Tuner
-from profiles.card import ModelCard, Module
-from profiles.cost import price
-from profiles.device import SOURCES, DeviceProfile, generic, library, match
-from profiles.memory import memory_mb
+from rankfleet.bandit.arms import Arm, ArmSpace, expand, rank_and_depth, targets
+from rankfleet.bandit.policies.cost_ucb import CostUCB, sweep
+from rankfleet.bandit.policy import Member, Outcome, Priced
+from rankfleet.bandit.tuner import POLICIES, NoArm, Tuner
+from rankfleet.profiles.card import ModelCard, Module
+from rankfleet.profiles.cost import price
+from rankfleet.profiles.device import SOURCES, DeviceProfile, generic, library, match
+from rankfleet.profiles.memory import memory_mb
 
 
 def card(layers: int = 6, h: int = 384, f: int = 1536) -> ModelCard:

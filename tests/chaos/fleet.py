@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
-from coordinator.broker import free_port, mosquitto
+from rankfleet.coordinator.broker.child import free_port, mosquitto
 from tests.world import job, rows
 
 from .proxy import Proxy
@@ -80,7 +80,7 @@ class Machine:
 
     def kill_worker(self) -> bool:
         """Only the training process."""
-        workers = [p for p in self.everything()[1:] if "edge_agent.worker" in " ".join(_words(p))]
+        workers = [p for p in self.everything()[1:] if "rankfleet.edge_agent.worker" in " ".join(_words(p))]
         for p in workers:
             p.kill()
         return bool(workers)

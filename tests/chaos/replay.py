@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import msgspec
 
-from bandit.tuner import Tuner
-from coordinator import database, opening, quality, tables
-from coordinator.fleet import Devices
-from coordinator.job import Plan, read_job
-from profiles.card import read_card
+from rankfleet.bandit.tuner import Tuner
+from rankfleet.coordinator.fleet.devices import Devices
+from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.rounds import opening, verdict
+from rankfleet.coordinator.store import database, tables
+from rankfleet.profiles.card import read_card
 
 
 def replayed(data_dir: Path, model: Path) -> tuple[int, int]:
@@ -35,7 +36,7 @@ def replayed(data_dir: Path, model: Path) -> tuple[int, int]:
             same += sum(database.text(msgspec.to_builtins(choices[d].arm)) == r["arm"] for d, r in rows.items())
             info = ledger.row(tables.rounds, job=row["id"], number=number)
             pull = database.read(info["info"])["pull"] if info else {}
-            outcomes = [quality.outcome(r, members[d][0].name, pull.get(d, 0.0)) for d, r in sorted(rows.items())]
+            outcomes = [verdict.outcome(r, members[d][0].name, pull.get(d, 0.0)) for d, r in sorted(rows.items())]
             tuner.observe(outcomes, {d: p for d, (p, _) in members.items()}, {d: b for d, (_, b) in members.items()})
             run.examples |= {d: float(database.read(r["telemetry"])["examples"]) for d, r in rows.items()}
         return total, same

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from coordinator.aggregate import FLOOR
-from federated.spec import Dense, Pair, Spec
-from federated.tensors import Array
-from federated.update import Update
+from rankfleet.coordinator.aggregate.stacked import FLOOR
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.contract.update import Update
 
 OUT, IN, SCALE = 40, 24, 2.0
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from coordinator.access import Files, allowed, emqx_config, emqx_rules, mosquitto_config
-from coordinator.authority import Authority, own_names
-from coordinator.broker import BrokerChild, mosquitto
-from coordinator.broker_files import write
-from coordinator.config import Broker, CoordinatorConfig
-from coordinator.serve import refuse_open_link
-from federated.address import tls_context
-from federated.errors import ConfigError, WireError
-from federated.mqtt import MqttBus
+from rankfleet.coordinator.broker.access import Files, allowed, emqx_config, emqx_rules, mosquitto_config
+from rankfleet.coordinator.broker.child import BrokerChild, mosquitto
+from rankfleet.coordinator.broker.own_broker import write
+from rankfleet.coordinator.config import Broker, CoordinatorConfig
+from rankfleet.coordinator.fleet.authority import Authority, own_names
+from rankfleet.coordinator.serve import refuse_open_link
+from rankfleet.federated.errors import ConfigError, WireError
+from rankfleet.federated.transport.address import tls_context
+from rankfleet.federated.transport.mqtt import MqttBus
 
 
 async def test_signing_requests_that_are_none(tmp_path: Path) -> None:
@@ -152,9 +152,9 @@ async def test_where_devices_find_the_door(
 ) -> None:
     from aiohttp import web
 
-    from coordinator.config import Https
-    from coordinator.service import Service
-    from federated.bus import MemoryBroker, MemoryBus
+    from rankfleet.coordinator.config import Https
+    from rankfleet.coordinator.service import Service
+    from rankfleet.federated.transport.bus import MemoryBroker, MemoryBus
 
     asked: list[tuple[str, int]] = []
 

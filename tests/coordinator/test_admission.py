@@ -6,12 +6,12 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator import tables
-from coordinator.admission import FORGIVEN_S, SLOW_AT, SUSPEND_AT, Admission
-from coordinator.config import Limits
-from edge_agent import identity
-from federated.messages import Report, seal
-from federated.topics import Topics
+from rankfleet.coordinator.config import Limits
+from rankfleet.coordinator.exchange.admission import FORGIVEN_S, SLOW_AT, SUSPEND_AT, Admission
+from rankfleet.coordinator.store import tables
+from rankfleet.edge_agent.trust import identity
+from rankfleet.federated.transport.topics import Topics
+from rankfleet.federated.wire.messages import Report, seal
 
 from ..world import World, job
 

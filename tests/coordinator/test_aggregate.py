@@ -5,12 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import aggregate, apply
-from coordinator.aggregate import FLOOR, Operator, Term, balanced, factor_mean, merge
-from coordinator.registry import Version
-from coordinator.views import view
-from federated.stack import ServerSide, Stack
-from federated.update import LowRank, Update
+from rankfleet.coordinator.aggregate import combine
+from rankfleet.coordinator.aggregate import stacked as aggregate
+from rankfleet.coordinator.aggregate.stacked import FLOOR, Operator, Term, balanced, factor_mean, merge
+from rankfleet.coordinator.planning.views import view
+from rankfleet.coordinator.store.versions import Version
+from rankfleet.federated.contract.stack import ServerSide, Stack
+from rankfleet.federated.contract.update import LowRank, Update
 
 from .arrays import IN, OUT, SCALE, moved, reference, relative, update
 
@@ -142,7 +143,7 @@ def test_long_run_with_unequal_ranks_does_not_drift() -> None:
                 b, a = b - 0.02 * SCALE * error @ a.T, a - 0.02 * SCALE * b.T @ error
             template = update(f"d{i}", rng, r, modules=("up",), size=(n, n), view={"up.A": shown.A, "up.B": shown.B})
             updates.append(Update(f"d{i}", 1.0, {"up.B": b - shown.B, "up.A": a - shown.A}, template.spec, template.view, origin=f"d{i}"))
-        pair = apply.next_version(server, Version(0, {"up": pair}, {"head": np.zeros((3, 5))}, {}, {}), updates, 6, 0)[0].pairs["up"]
+        pair = combine.next_version(server, Version(0, {"up": pair}, {"head": np.zeros((3, 5))}, {}, {}), updates, 6, 0)[0].pairs["up"]
         distances.append(relative(SCALE * pair.B @ pair.A, goal))
     assert distances[-1] <= 1.05 * min(distances)
     assert distances[-1] < 0.5

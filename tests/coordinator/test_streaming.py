@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator import streaming
-from coordinator.incoming import Decoded, Keeper
-from federated.tensors import Array
-from federated.update import LowRank, Update
+from rankfleet.coordinator.aggregate import streaming
+from rankfleet.coordinator.aggregate.lifting import Decoded, Keeper
+from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.contract.update import LowRank, Update
 
 from .arrays import SCALE, reference, relative, update
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from coordinator.config import Limits
-from coordinator.uploads import Upload, Uploads, first
-from federated.messages import Grant, Offer
-from federated.transfer import blob_of, cut, numbers
+from rankfleet.coordinator.config import Limits
+from rankfleet.coordinator.exchange.uploads import Upload, Uploads, first
+from rankfleet.federated.wire.messages import Grant, Offer
+from rankfleet.federated.wire.transfer import blob_of, cut, numbers
 
 
 class Desk:
@@ -123,7 +123,7 @@ def test_an_offer_after_a_kill_is_granted_only_what_is_missing(tmp_path: Path) -
 
 
 def test_absurd_offers_are_refused(tmp_path: Path) -> None:
-    from federated.messages import Blob
+    from rankfleet.federated.wire.messages import Blob
 
     desk = Desk(tmp_path, update_mb=1)
     for blob in (Blob("ab" * 32, 2_000_000, 1000), Blob("../../etc", 100, 1000), Blob("ab" * 32, 100, 1), Blob("ab" * 32, 0, 1000)):

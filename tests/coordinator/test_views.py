@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from coordinator.aggregate import Operator, merge, product
-from coordinator.views import fill_empty, fresh_factors, grow, view
-from federated.update import LowRank, Update
+from rankfleet.coordinator.aggregate.stacked import Operator, merge, product
+from rankfleet.coordinator.planning.views import fill_empty, fresh_factors, grow, view
+from rankfleet.federated.contract.update import LowRank, Update
 
 from .arrays import IN, OUT, relative, update
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from coordinator import sinks
-from coordinator.sinks import Figures, MLflow, Picture, TensorBoard
-from coordinator.watch import follow, screen
-from federated.errors import ConfigError, Unreachable
+from rankfleet.coordinator.verbs import sinks
+from rankfleet.coordinator.verbs.sinks import Figures, MLflow, Picture, TensorBoard
+from rankfleet.coordinator.verbs.watch import follow, screen
+from rankfleet.federated.errors import ConfigError, Unreachable
 
 ROWS = [Figures(n, 1e9 + n, 2.5, 3, 4, 1.0 / (n + 1), 0.9 / (n + 1), 0.5 + n / 20) for n in range(4)]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edge_agent import accelerator
-from edge_agent.model import Base
-from edge_agent.optimizer import AdamW, Flat
-from edge_agent.tasks.causal_lm import _means
-from federated.errors import Refused
+from rankfleet.edge_agent.machine import accelerator
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.tasks.causal_lm import _means
+from rankfleet.edge_agent.worker.optimizer import AdamW, Flat
+from rankfleet.federated.errors import Refused
 
 from .families import ENCODERS, FAMILIES, make
 

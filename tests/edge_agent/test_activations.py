@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from edge_agent.model import Base
-from edge_agent.model.activations import Activations, example_key
-from edge_agent.model.prefix import choose
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.model.cache.activations import Activations, example_key
+from rankfleet.edge_agent.model.cache.prefix import choose
 
 from .families import ENCODERS, make
 

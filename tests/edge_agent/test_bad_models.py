@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edge_agent.model import Base
-from edge_agent.model.prepared import LIST, Shelf
-from federated.errors import Refused
-from profiles.card import read_card
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.model.stored.prepared import LIST, Shelf
+from rankfleet.federated.errors import Refused
+from rankfleet.profiles.card import read_card
 
 from .families import make
 from .test_families import batch

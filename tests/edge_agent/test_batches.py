@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edge_agent.batches import order
+from rankfleet.edge_agent.worker.batches import order
 
 
 def sizes(count: int) -> list[int]:

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from coordinator import channels
-from edge_agent import quantise
-from edge_agent.config import Dataset
-from edge_agent.data import Shard
-from edge_agent.model import Base
-from edge_agent.model.adapted import Site, apply
-from edge_agent.model.frozen import Frozen
-from edge_agent.model.layout import Layout
-from edge_agent.order import Meta, commit, last_state, read_update, result_of, state_file, update_file
-from edge_agent.outbox import Counters, Outbox
-from edge_agent.quantise import NF4, pack_nf4, packed_bytes, unpack_nf4
-from federated.errors import Refused
-from federated.messages import Blob
-from federated.spec import Pair, Spec
-from federated.transfer import blob_of
-from profiles.card import read_card
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.edge_agent.config import Dataset
+from rankfleet.edge_agent.exchange.outbox import Counters, Outbox
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.model.ops import quantise
+from rankfleet.edge_agent.model.ops.adapted import Site, apply
+from rankfleet.edge_agent.model.ops.frozen import Frozen
+from rankfleet.edge_agent.model.ops.layout import Layout
+from rankfleet.edge_agent.model.ops.quantise import NF4, pack_nf4, packed_bytes, unpack_nf4
+from rankfleet.edge_agent.order import Meta, commit, last_state, read_update, result_of, state_file, update_file
+from rankfleet.edge_agent.worker.data import Shard
+from rankfleet.federated.contract.spec import Pair, Spec
+from rankfleet.federated.errors import Refused
+from rankfleet.federated.wire.messages import Blob
+from rankfleet.federated.wire.transfer import blob_of
+from rankfleet.profiles.card import read_card
 
 
 def test_nf4_levels_are_normal_quantiles() -> None:
@@ -248,8 +248,8 @@ def test_counters_survive_and_forgive(tmp_path: Path) -> None:
 
 
 async def test_a_worker_over_its_memory_is_stopped_and_the_next_order_gets_a_new_one(tmp_path: Path) -> None:
-    from edge_agent.engine import EngineFailed, ProcessEngine
-    from edge_agent.order import Order
+    from rankfleet.edge_agent.order import Order
+    from rankfleet.edge_agent.supervise.process import EngineFailed, ProcessEngine
 
     order = Order(str(tmp_path), b"", {}, str(tmp_path / "r000000"), Dataset("x"), "m", 1, 10.0, 1000)
     engine = ProcessEngine(memory_mb=None, idle_s=60)
@@ -282,7 +282,7 @@ def test_slots_are_shared_and_given_back() -> None:
     import threading
     import time
 
-    from edge_agent import system
+    from rankfleet.edge_agent.machine import system
 
     inside, most = 0, 0
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from edge_agent.model import Base, transformer
-from edge_agent.model.base import IGNORED
-from edge_agent.model.prepared import Shelf
+from rankfleet.edge_agent.model import Base, transformer
+from rankfleet.edge_agent.model.base import IGNORED
+from rankfleet.edge_agent.model.stored.prepared import Shelf
 
 from .families import ENCODERS, FAMILIES, make
 

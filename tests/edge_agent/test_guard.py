@@ -12,22 +12,22 @@ import numpy as np
 import psutil
 import pytest
 
-from edge_agent import disk, guard
-from edge_agent.checkpoint import Checkpoint, Halted
-from edge_agent.config import Disk
-from edge_agent.engine import EngineFailed
-from edge_agent.guard import Guard, GuardConfig, GuardedEngine
-from edge_agent.model import Base
-from edge_agent.order import Order
-from edge_agent.tasks import engine
-from edge_agent.trainer import Trainer
-from federated.catalogue import build_stack
-from federated.loader import loads
-from federated.messages import Recipe, Task
-from federated.method import Round
-from federated.spec import Dense, Pair, Spec
-from federated.stack import ClientSide, Stack
-from profiles.card import read_card
+from rankfleet.edge_agent.config import Disk
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.order import Order
+from rankfleet.edge_agent.supervise import disk, guard
+from rankfleet.edge_agent.supervise.guard import Guard, GuardConfig, GuardedEngine
+from rankfleet.edge_agent.supervise.process import EngineFailed
+from rankfleet.edge_agent.tasks import engine
+from rankfleet.edge_agent.worker.resume import Checkpoint, Halted
+from rankfleet.edge_agent.worker.trainer import Trainer
+from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.stack import ClientSide, Stack
+from rankfleet.federated.program.loader import loads
+from rankfleet.federated.wire.messages import Recipe, Task
+from rankfleet.profiles.card import read_card
 
 ORDER: Any = SimpleNamespace(name="order")
 
@@ -177,8 +177,8 @@ async def test_an_order_that_somebody_else_ended_is_not_begun_again(calm: pytest
 
 
 async def test_a_real_worker_stops_goes_on_and_leaves(tmp_path: Path) -> None:
-    from edge_agent.config import Dataset
-    from edge_agent.engine import ProcessEngine
+    from rankfleet.edge_agent.config import Dataset
+    from rankfleet.edge_agent.supervise.process import ProcessEngine
 
     engine = ProcessEngine(memory_mb=None, idle_s=60)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edge_agent.optimizer import AdamW, Flat, optimizer
+from rankfleet.edge_agent.worker.optimizer import AdamW, Flat, optimizer
 
 from .families import make
 
@@ -15,9 +15,9 @@ STEP = """
 import sys
 from pathlib import Path
 import torch
-from edge_agent import trainer, rounds
-from edge_agent.model import Base
-from edge_agent.optimizer import AdamW, Flat
+from rankfleet.edge_agent.worker import trainer, worker
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.worker.optimizer import AdamW, Flat
 base = Base(Path(sys.argv[1]), [], 32, {})
 for site in base.sites.values():
     site.place(torch.randn(2, site.base.in_), torch.zeros(site.base.out, 2), 1.0, True)

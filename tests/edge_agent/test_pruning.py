@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import channels
-from edge_agent.model import Base
-from profiles.card import ModelCard, read_card
-from profiles.memory import kept, kept_groups, shape
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.edge_agent.model import Base
+from rankfleet.profiles.card import ModelCard, read_card
+from rankfleet.profiles.memory import kept, kept_groups, shape
 
 from .families import ENCODERS, FAMILIES, make
 from .test_families import adapted, batch

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.tasks.tokens import Tokens
-from federated.errors import Refused
+from rankfleet.edge_agent.tasks.tokens import Tokens
+from rankfleet.federated.errors import Refused
 
 TEXTS = [
     "red green sun",
@@ -48,8 +48,9 @@ def test_the_worker_does_without_transformers(tiny: Path) -> None:
     import sys
 
     code = (
-        "import sys; from pathlib import Path; from federated.messages import Task; from edge_agent.tasks import engine; "
-        "from edge_agent.model import Base; import edge_agent.trainer; "
+        "import sys; from pathlib import Path; from rankfleet.federated.wire.messages import Task; "
+        "from rankfleet.edge_agent.tasks import engine; "
+        "from rankfleet.edge_agent.model import Base; import rankfleet.edge_agent.worker.trainer; "
         f"task = engine(Task('d', 'text_classification', ['a', 'b'], 8), {str(tiny)!r}); base = Base(Path({str(tiny)!r}), [], 8, {{}}); "
         "base.hidden(task.collate(task.encode([{'text': 'red sun', 'label': 0}]))); sys.exit('transformers' in sys.modules)"
     )

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from coordinator import channels
-from edge_agent.model import Base
-from profiles.card import read_card
-from profiles.memory import shape, step_plan
+from rankfleet.coordinator.planning import importance as channels
+from rankfleet.edge_agent.model import Base
+from rankfleet.profiles.card import read_card
+from rankfleet.profiles.memory import shape, step_plan
 
 from ..world import tiny_vit
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from edge_agent.model import Base
-from edge_agent.model.words import Words
+from rankfleet.edge_agent.model import Base
+from rankfleet.edge_agent.model.stored.words import Words
 
 from .families import make
 from .test_activations import adapted, batch, examples

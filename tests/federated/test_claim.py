@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federated.claim import Claim, link_key, read_claim, write_claim
-from federated.errors import ConfigError
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.trust.claim import Claim, link_key, read_claim, write_claim
 
 CLAIM = Claim("main", "nano", "mqtt://h:1883", b"s" * 32, b"p" * 32)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federated.errors import ConfigError
-from federated.loader import load, loads, parse
+from rankfleet.federated.errors import ConfigError
+from rankfleet.federated.program.loader import load, loads, parse
 
 
 class Inner(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

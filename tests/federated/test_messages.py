@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federated.errors import ConfigError, TooLarge, WireError, WrongVersion
-from federated.messages import Blob, Envelope, Grant, Hello, Offer, Want, open_down, open_up, seal, unpack
-from federated.topics import Topics, checked, device_of, matches
+from rankfleet.federated.errors import ConfigError, TooLarge, WireError, WrongVersion
+from rankfleet.federated.transport.topics import Topics, checked, device_of, matches
+from rankfleet.federated.wire.messages import Blob, Envelope, Grant, Hello, Offer, Want, open_down, open_up, seal, unpack
 
 KEY = b"k" * 32
 
@@ -49,7 +49,7 @@ def test_hostile_bytes(data: bytes) -> None:
 
 @given(st.binary(max_size=300))
 def test_hostile_bodies(data: bytes) -> None:
-    from federated.messages import _mac
+    from rankfleet.federated.wire.messages import _mac
 
     envelope = Envelope(1, "nano", 1, data, _mac(KEY, 1, "nano", 1, data))
     try:

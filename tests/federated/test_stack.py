@@ -5,12 +5,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from federated.catalogue import build, build_stack, entries, modules
-from federated.errors import ConfigError, Conflict, UnknownMethod
-from federated.method import EXCLUSIVE, HOOKS, ClientContext, Method, Round, overrides
-from federated.spec import Dense, Pair, Spec
-from federated.stack import ClientSide, Stack, seed_of
-from federated.tensors import Tensors
+from rankfleet.federated.contract.catalogue import build, build_stack, entries, modules
+from rankfleet.federated.contract.method import EXCLUSIVE, HOOKS, ClientContext, Method, Round, overrides
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.stack import ClientSide, Stack, seed_of
+from rankfleet.federated.contract.tensors import Tensors
+from rankfleet.federated.errors import ConfigError, Conflict, UnknownMethod
 
 
 def spec(rank: int = 2, view: str = "v", kept: int = 6) -> Spec:

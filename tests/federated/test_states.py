@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from coordinator import tables
-from federated.states import ALL
+from rankfleet.coordinator.store import tables
+from rankfleet.federated.wire.states import ALL
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federated.errors import WireError
-from federated.messages import Blob
-from federated.transfer import Assembly, blob_of, cut, numbers, ranges, read_piece, stored
+from rankfleet.federated.errors import WireError
+from rankfleet.federated.wire.messages import Blob
+from rankfleet.federated.wire.transfer import Assembly, blob_of, cut, numbers, ranges, read_piece, stored
 
 
 @given(st.sets(st.integers(0, 300)))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 
-from federated.errors import NotFinite, TooLarge, WireError
-from federated.wire import DTYPES, decode, encode, freeze, open_frame, save, thaw
+from rankfleet.federated.errors import NotFinite, TooLarge, WireError
+from rankfleet.federated.wire.frame import DTYPES, decode, encode, freeze, open_frame, save, thaw
 
 arrays = st.sampled_from(sorted(DTYPES.values())).flatmap(
     lambda d: hn.arrays(np.dtype(d), hn.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from federated.within import within
+from rankfleet.federated.program.within import within
 
 
 async def test_result_and_deadline() -> None:

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federated.catalogue import build
-from federated.codecs.sparse import decode, encode
-from federated.errors import WireError
-from federated.method import ClientContext, Round, ServerContext
-from federated.spec import Dense, Pair, Spec
-from federated.update import Update
+from rankfleet.federated.contract.catalogue import build
+from rankfleet.federated.contract.method import ClientContext, Round, ServerContext
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.update import Update
+from rankfleet.federated.errors import WireError
+from rankfleet.federated.methods.codecs.sparse import decode, encode
 
 RNG = np.random.default_rng
 

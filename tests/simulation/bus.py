@@ -5,8 +5,8 @@ import contextvars
 import random
 from collections.abc import Callable
 
-from federated.bus import PACKET, Handler
-from federated.topics import matches
+from rankfleet.federated.transport.bus import PACKET, Handler
+from rankfleet.federated.transport.topics import matches
 
 
 class Broker:

@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import coordinator.closing
-import coordinator.jobs
-import coordinator.opening
-import coordinator.receiving
-import coordinator.registry
-import coordinator.waiting
-import edge_agent.fetch
-import edge_agent.order
-import edge_agent.outbox
-import edge_agent.sending
-import federated.transfer
-from coordinator.blobs import Blobs
-from coordinator.pending import Pending
-from coordinator.receiving import Receiving
-from federated.messages import Receipt
-from federated.states import ARRIVED
+import rankfleet.coordinator.exchange.receiving
+import rankfleet.coordinator.queue
+import rankfleet.coordinator.rounds.closing
+import rankfleet.coordinator.rounds.opening
+import rankfleet.coordinator.rounds.waiting
+import rankfleet.coordinator.store.versions
+import rankfleet.edge_agent.exchange.downloads
+import rankfleet.edge_agent.exchange.outbox
+import rankfleet.edge_agent.exchange.sending
+import rankfleet.edge_agent.order
+import rankfleet.federated.wire.transfer
+from rankfleet.coordinator.exchange.downloads import Blobs
+from rankfleet.coordinator.exchange.pending import Pending
+from rankfleet.coordinator.exchange.receiving import Receiving
+from rankfleet.federated.wire.messages import Receipt
+from rankfleet.federated.wire.states import ARRIVED
 
 DEFECTS: "dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]" = {}
 
@@ -50,7 +50,10 @@ def lazy_write(path: Path, data: bytes, *args: Any, **options: Any) -> None:
 
 @defect("an update is on disk before its receipt")
 def update_not_synced() -> Iterator[None]:
-    with patch.object(coordinator.receiving, "_write", lazy_write), patch.object(coordinator.receiving, "sync_folder", lambda p: None):
+    with (
+        patch.object(rankfleet.coordinator.exchange.receiving, "_write", lazy_write),
+        patch.object(rankfleet.coordinator.exchange.receiving, "sync_folder", lambda p: None),
+    ):
         yield
 
 
@@ -68,22 +71,22 @@ def receipt_first() -> Iterator[None]:
 
 @defect("a device keeps an update until the receipt, whatever the broker acknowledges")
 def dropped_at_puback() -> Iterator[None]:
-    real = edge_agent.sending.Sender._pieces
+    real = rankfleet.edge_agent.exchange.sending.Sender._pieces
 
     async def pieces(self: Any, data: bytes, meta: Any, wanted: list[int]) -> bool:
         sent = await real(self, data, meta, wanted)
         if sent:
-            self.outbox.drop(edge_agent.order.result_of(self.outbox.jobs, meta.job, meta.round))
+            self.outbox.drop(rankfleet.edge_agent.order.result_of(self.outbox.jobs, meta.job, meta.round))
         return sent
 
-    with patch.object(edge_agent.sending.Sender, "_pieces", pieces):
+    with patch.object(rankfleet.edge_agent.exchange.sending.Sender, "_pieces", pieces):
         yield
 
 
 @defect("a version and what went into it change together")
 def settled_apart() -> Iterator[None]:
     later: list[Any] = []
-    settle, close = coordinator.closing.settle, Pending.close
+    settle, close = rankfleet.coordinator.rounds.closing.settle, Pending.close
 
     def closed(self: Pending, job: str, number: int) -> None:
         if later:
@@ -93,14 +96,14 @@ def settled_apart() -> Iterator[None]:
         close(self, job, number)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(coordinator.closing, "settle", lambda run, tx, *rest: later.append((run, *rest))))
+        stack.enter_context(patch.object(rankfleet.coordinator.rounds.closing, "settle", lambda run, tx, *rest: later.append((run, *rest))))
         stack.enter_context(patch.object(Pending, "close", closed))
         yield
 
 
 @defect("methods' state on the server is part of a version")
 def state_forgotten() -> Iterator[None]:
-    real = coordinator.registry.Registry.save
+    real = rankfleet.coordinator.store.versions.Registry.save
 
     def save(self: Any, version: Any) -> str:
         whole, version.state = version.state, {}
@@ -109,21 +112,21 @@ def state_forgotten() -> Iterator[None]:
         finally:
             version.state = whole
 
-    with patch.object(coordinator.registry.Registry, "save", save):
+    with patch.object(rankfleet.coordinator.store.versions.Registry, "save", save):
         yield
 
 
 @defect("what arrives is checked against its digest")
 def digest_unchecked() -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(patch.object(federated.transfer.Assembly, "_wrong", lambda self: None))
-        stack.enter_context(patch.object(federated.transfer.zlib, "crc32", lambda *data: 0))
+        stack.enter_context(patch.object(rankfleet.federated.wire.transfer.Assembly, "_wrong", lambda self: None))
+        stack.enter_context(patch.object(rankfleet.federated.wire.transfer.zlib, "crc32", lambda *data: 0))
         yield
 
 
 @defect("a device that is silent is sent its assignment again")
 def no_nudges() -> Iterator[None]:
-    with patch.object(coordinator.waiting.Nudges, "send", lambda self, run, number: None):
+    with patch.object(rankfleet.coordinator.rounds.waiting.Nudges, "send", lambda self, run, number: None):
         yield
 
 
@@ -134,19 +137,19 @@ async def patient(seconds: float, work: Any) -> Any:
 
 @defect("an offer that is not answered is made again")
 def offered_once() -> Iterator[None]:
-    with patch.object(edge_agent.sending, "within", patient):
+    with patch.object(rankfleet.edge_agent.exchange.sending, "within", patient):
         yield
 
 
 @defect("pieces that do not come are asked for again")
 def wanted_once() -> Iterator[None]:
-    with patch.object(edge_agent.fetch, "within", patient):
+    with patch.object(rankfleet.edge_agent.exchange.downloads, "within", patient):
         yield
 
 
 @defect("work of a job that is over is not begun again")
 def done_again() -> Iterator[None]:
-    with patch.object(edge_agent.outbox.Outbox, "over", lambda self, job: False):
+    with patch.object(rankfleet.edge_agent.exchange.outbox.Outbox, "over", lambda self, job: False):
         yield
 
 
@@ -156,25 +159,25 @@ def version_not_synced() -> Iterator[None]:
         for name, data in files.items():
             lazy_write(target / name, data)
 
-    with patch.object(coordinator.registry, "write_folder", folder):
+    with patch.object(rankfleet.coordinator.store.versions, "write_folder", folder):
         yield
 
 
 @defect("the state of an open round is on disk before devices hear of it")
 def opening_not_synced() -> Iterator[None]:
-    with patch.object(coordinator.opening, "write_atomic", lazy_write):
+    with patch.object(rankfleet.coordinator.rounds.opening, "write_atomic", lazy_write):
         yield
 
 
 @defect("a finished round's update is on disk before its state")
 def state_before_update() -> Iterator[None]:
-    real = edge_agent.order.write_in_order
+    real = rankfleet.edge_agent.order.write_in_order
 
     def write(files: dict[Path, bytes]) -> None:
         for path, data in reversed(files.items()):
             real({path: data})
 
-    with patch.object(edge_agent.order, "write_in_order", write):
+    with patch.object(rankfleet.edge_agent.order, "write_in_order", write):
         yield
 
 
@@ -198,7 +201,7 @@ def blobs_forgotten() -> Iterator[None]:
 
 @defect("a full disk makes a job wait")
 def full_disk_ends_it() -> Iterator[None]:
-    with patch.object(coordinator.jobs, "PASSING", ()):
+    with patch.object(rankfleet.coordinator.queue, "PASSING", ()):
         yield
 
 
@@ -207,5 +210,5 @@ def stale_download() -> Iterator[None]:
     def stored(folder: Path, digest: str) -> Path | None:
         return folder / digest if (folder / digest).exists() else None
 
-    with patch.object(edge_agent.fetch, "stored", stored):
+    with patch.object(rankfleet.edge_agent.exchange.downloads, "stored", stored):
         yield

@@ -12,22 +12,23 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from coordinator.config import CoordinatorConfig, Limits
-from coordinator.service import Service
-from edge_agent import identity, order
-from edge_agent.config import AgentConfig, Dataset, Link
-from edge_agent.order import Order
-from edge_agent.service import Agent
-from federated.catalogue import build_stack
-from federated.files import digest_of
-from federated.messages import Assignment, manifest, read_assignment, unpack
-from federated.method import Round
-from federated.spec import Spec
-from federated.stack import ClientSide, Stack, seed_of
-from federated.tensors import Tensors
-from federated.transfer import blob_of
-from federated.wire import encode, freeze, open_frame, thaw
-from profiles.device import library
+from rankfleet.coordinator.config import CoordinatorConfig, Limits
+from rankfleet.coordinator.service import Service
+from rankfleet.edge_agent import order
+from rankfleet.edge_agent.config import AgentConfig, Dataset, Link
+from rankfleet.edge_agent.order import Order
+from rankfleet.edge_agent.service import Agent
+from rankfleet.edge_agent.trust import identity
+from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.spec import Spec
+from rankfleet.federated.contract.stack import ClientSide, Stack, seed_of
+from rankfleet.federated.contract.tensors import Tensors
+from rankfleet.federated.program.files import digest_of
+from rankfleet.federated.wire.frame import encode, freeze, open_frame, thaw
+from rankfleet.federated.wire.messages import Assignment, manifest, read_assignment, unpack
+from rankfleet.federated.wire.transfer import blob_of
+from rankfleet.profiles.device import library
 
 from .bus import Broker, SimulatedBus
 from .disk import Disk

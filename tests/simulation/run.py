@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import yaml
 
-from coordinator import tables
-from edge_agent import identity
-from federated.states import ENDED
+from rankfleet.coordinator.store import tables
+from rankfleet.edge_agent.trust import identity
+from rankfleet.federated.wire.states import ENDED
 
 from .bus import Broker
 from .disk import attached

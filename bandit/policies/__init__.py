@@ -1,0 +1,1 @@
+"""One policy, one file; the file's name is its registration."""

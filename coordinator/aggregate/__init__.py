@@ -1,0 +1,1 @@
+"""From updates to the next version: lift, weigh, reduce, step."""

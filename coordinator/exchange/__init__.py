@@ -1,0 +1,1 @@
+"""All that devices touch: messages, uploads, downloads, HTTPS."""

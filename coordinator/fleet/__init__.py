@@ -1,0 +1,1 @@
+"""Devices: who is enrolled, with which keys and certificates."""

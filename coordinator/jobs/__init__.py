@@ -1,0 +1,1 @@
+"""A job as it is written, and everything that follows from it."""

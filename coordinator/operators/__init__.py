@@ -1,0 +1,1 @@
+"""Who may decide, and with which signature."""

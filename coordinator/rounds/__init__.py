@@ -1,0 +1,1 @@
+"""A job's life: open a round, wait, close it; then install the result."""

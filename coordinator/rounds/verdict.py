@@ -1,0 +1,68 @@
+"""What devices report, summed: held-out loss of a version, whether it is good, and what an arm brought."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from rankfleet.bandit.arms import Arm
+from rankfleet.bandit.policy import Outcome
+from rankfleet.federated.wire.states import USABLE
+
+from ..store.database import Row, read
+
+
+def of_version(rows: Iterable[Row]) -> dict[str, Any]:
+    """Mean held-out loss, its standard error and accuracy, over every device that measured the version it was given."""
+    total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
+    by_device: dict[str, float] = {}
+    for row in rows:
+        held = read(row["telemetry"]).get("held")
+        if not isinstance(held, dict) or not held.get("count"):
+            continue
+        for key in total:
+            total[key] += float(held[key])
+        by_device[row["device"]] = round(float(held["correct"]) / float(held["count"]), 4)
+    n = total["count"]
+    if not n:
+        return {}
+    mean = total["loss"] / n
+    variance = max(0.0, total["square"] / n - mean**2)
+    return {"loss": mean, "se": math.sqrt(variance / n), "accuracy": total["correct"] / n, "count": n, "devices": by_device}
+
+
+def good_enough(now: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
+    """Not worse than the last good version by two standard errors. What nobody measured is not good."""
+    if not now:
+        return False
+    if not last:
+        return True
+    return bool(now["loss"] <= last["loss"] + 2 * math.hypot(now["se"], last["se"]))
+
+
+def outcome(row: Row, kind: str, norm_share: float = 0.0) -> Outcome:
+    """What came of an arm, for the tuner."""
+    told = read(row["telemetry"])
+    failed = "" if row["state"] in USABLE else str(told.get("code") or "crash")
+    return Outcome(
+        row["device"],
+        kind,
+        msgspec.convert(read(row["arm"]), Arm),
+        float(told.get("loss_before", 0.0)),
+        float(told.get("loss_after", 0.0)),
+        float(row["seconds"]),
+        norm_share,
+        failed,
+    )
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """One line per round for tables and plots."""
+    told = {r["device"]: read(r["telemetry"]) for r in rows}
+    losses = [t["loss_after"] for t in told.values() if "loss_after" in t]
+    return {
+        "loss": sum(losses) / len(losses) if losses else None,
+        "arrived": sum(r["state"] in USABLE for r in rows),
+        "invited": len(rows),
+    }

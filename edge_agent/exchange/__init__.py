@@ -1,0 +1,1 @@
+"""What goes up and what comes down."""

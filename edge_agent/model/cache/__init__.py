@@ -1,0 +1,1 @@
+"""What unchanging lower layers put out, kept."""

@@ -1,0 +1,1 @@
+"""The pieces of a forward and a backward pass."""

@@ -1,0 +1,1 @@
+"""The worker process and what it may use of the machine."""

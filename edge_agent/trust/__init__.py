@@ -1,0 +1,1 @@
+"""Who this device is, whom it obeys, and what its owner allows."""

@@ -1,0 +1,1 @@
+"""The process that trains: it gets an order and leaves a folder."""

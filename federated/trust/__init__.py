@@ -1,0 +1,1 @@
+"""Claims, certificates, rosters: what both sides sign and check."""

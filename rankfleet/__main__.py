@@ -1,0 +1,7 @@
+"""`python -m rankfleet` is `rankfleet`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
