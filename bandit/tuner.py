@@ -17,13 +17,8 @@ from rankfleet.profiles.kernels import times
 from rankfleet.profiles.memory import StepPlan, adapter_parameters, memory_mb, step_plan
 
 from .arms import Arm, ArmSpace, expand, rank_and_depth
-from .policies.cost_ucb import CostUCB
-from .policies.fedspine import FedSpine
-from .policies.fixed import Fixed
-from .policies.ucb1 import UCB1
 from .policy import Choice, Member, Outcome, Policy, Priced, State
 
-POLICIES: dict[str, type[Policy]] = {"cost_ucb": CostUCB, "fedspine": FedSpine, "ucb1": UCB1, "fixed": Fixed}
 PRUNE_EVERY = 5
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.federated.errors import ConfigError, RankfleetError
 from rankfleet.federated.wire.messages import ModelSource
 from rankfleet.federated.wire.states import HELD, JobState
@@ -16,8 +17,9 @@ from .config import CoordinatorConfig
 from .exchange.downloads import Blobs
 from .exchange.https_server import HttpsServer
 from .exchange.pending import Pending
-from .jobs.spec import JobSpec, Plan, read_job
+from .jobs.spec import JobSpec, read_job
 from .operators.roster_in_force import Operators
+from .rounds.loop import run_job
 from .rounds.run import Fleet as Members
 from .rounds.run import JobRunner
 from .store import database
@@ -115,7 +117,7 @@ class Jobs:
                 warrant=self.operators.warrant(job, text),
                 model_folder=Path(self.config.models[plan.spec.model]),
             )
-            await self.runner.run()
+            await run_job(self.runner)
         except asyncio.CancelledError:
             row = self.ledger.job(job)
             if row is None or row["state"] != "cancelled":

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.federated.errors import ConfigError, WireError
 from rankfleet.federated.transport.bus import Bus
 from rankfleet.federated.transport.topics import Topics, checked, device_of
@@ -43,7 +44,6 @@ from .fleet.authority import COORDINATOR, Authority
 from .fleet.devices import Devices
 from .fleet.enrolment import Enrolment
 from .fleet.keys import Keys
-from .jobs.spec import Plan
 from .operators.roster_in_force import Operators
 from .queue import Jobs
 from .store import database

@@ -9,7 +9,7 @@ import torch
 
 from rankfleet.bandit.arms import Arm, expand
 from rankfleet.coordinator.aggregate import combine, stacked
-from rankfleet.coordinator.jobs.spec import Plan
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.coordinator.planning import importance as channels
 from rankfleet.coordinator.planning import views
 from rankfleet.coordinator.store.versions import Version

@@ -15,7 +15,7 @@ import torch
 from rankfleet.bandit.arms import Arm, expand, rank_and_depth
 from rankfleet.coordinator.config import CoordinatorConfig
 from rankfleet.coordinator.export import load, write
-from rankfleet.coordinator.jobs.spec import Plan
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.coordinator.store.versions import Registry
 from rankfleet.profiles.card import read_card
 from rankfleet.profiles.memory import adapter_parameters

@@ -117,6 +117,7 @@ async def _serve(agent: Any) -> None:
 
     from . import health
 
+    agent.conditions = lambda: health.conditions(agent)
     metrics = MetricsServer(lambda: health.exposition(agent))
     if agent.config.metrics.port is not None:
         await metrics.start(agent.config.metrics.host, agent.config.metrics.port)

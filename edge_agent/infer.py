@@ -14,12 +14,11 @@ import numpy as np
 
 from rankfleet.federated.contract.tensors import Array
 from rankfleet.federated.errors import ConfigError
-from rankfleet.federated.heads import LABELLED
+from rankfleet.federated.tasks import task_kind
 from rankfleet.federated.wire.messages import Task
 
 from .config import AgentConfig
 
-FIELD = {"causal_lm": "instruction", "image_classification": "pixels"}
 """What a row's input is called, where it is not `text`."""
 BATCH, TOP = 16, 3
 Rows = list[dict[str, Any]]
@@ -115,7 +114,7 @@ class TorchRuntime:
         weights = load_file(adapter / "adapter_model.safetensors") if adapter else {}
         names = sorted({k.removeprefix("base_model.model.").rpartition(".lora_")[0] for k in weights})
         device = accelerator(config.worker.accelerator)
-        self.base = Base(base, names, bits, {}, task.kind == "causal_lm", device=device)
+        self.base = Base(base, names, bits, {}, task_kind(task.kind).causal, device=device)
         if adapter:
             told = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             for name in names:
@@ -129,7 +128,7 @@ class TorchRuntime:
 
     def answers(self, rows: Rows) -> list[dict[str, Any]]:
         """One answer a row."""
-        if self.task.kind == "causal_lm":
+        if task_kind(self.task.kind).causal:
             return [{"answer": a} for a in self.engine.samples(self.base, [str(r["instruction"]) for r in rows])]
         examples = self.engine.encode([{"label": 0, "value": 0.0, **r} for r in rows])
         found = []
@@ -142,7 +141,7 @@ class TorchRuntime:
 
 def said(task: Task, scores: Array) -> dict[str, Any]:
     """What scores (labels,) mean: the likeliest labels with their shares, a number, or the embedding itself."""
-    if task.kind not in LABELLED:
+    if not task_kind(task.kind).labelled:
         return {"value": float(scores[0])}
     if len(scores) != len(task.labels):
         return {"embedding": [float(s) for s in scores]}
@@ -153,7 +152,7 @@ def said(task: Task, scores: Array) -> dict[str, Any]:
 
 def rows_of(task: Task, lines: Sequence[str]) -> Rows:
     """Lines as rows: JSON objects as they are, anything else as the task's input. Raises ConfigError for an object without it."""
-    field, found = FIELD.get(task.kind, "text"), []
+    field, found = task_kind(task.kind).field, []
     for line in lines:
         try:
             row = json.loads(line) if line.lstrip().startswith("{") else {field: line}

@@ -8,12 +8,13 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from rankfleet.federated.errors import Refused, WireError
 from rankfleet.federated.program.files import digest_of
-from rankfleet.federated.program.health import plain
+from rankfleet.federated.program.health import Condition, plain
 from rankfleet.federated.program.within import within
 from rankfleet.federated.transport.bus import Bus
 from rankfleet.federated.transport.topics import Topics
@@ -36,7 +37,7 @@ from rankfleet.federated.wire.messages import (
     unpack,
 )
 
-from . import health, support
+from . import support
 from .config import AgentConfig
 from .exchange.base_models import Bases
 from .exchange.downloads import Fetcher
@@ -88,6 +89,8 @@ class Agent:
         self._asked = False
         self.config_path: Path | None = None
         """The YAML that this was started with, for `doctor`."""
+        self.conditions: Callable[[], list[Condition]] = list
+        """What is wrong now (`health.conditions`); nothing until the program says how to look."""
         self.last_lines = support.LastLines()
         logging.getLogger().addHandler(self.last_lines)
 
@@ -404,7 +407,7 @@ class Agent:
             if self.status.count():
                 self.status.write(resumed_down=self.fetcher.resumed)
             if self.status.every(LOOK_S):
-                found = plain(health.conditions(self))
+                found = plain(self.conditions())
                 if found != self.status.get("conditions", []):
                     self.status.write(conditions=found)
             self.status.flush()

@@ -11,13 +11,34 @@ import msgspec
 from rankfleet.federated.program.files import write_atomic
 from rankfleet.federated.transport.bus import Bus
 
-from .exchange.outbox import Counters
-
 log = logging.getLogger(__name__)
 OFTEN_S = 3.0
 """Status is for people: cards wear out, and a journal that is busy makes every write wait."""
 SAVE_BYTES, SAVE_S = 16 << 20, 10.0
 """Counters go to disk when so much was counted, or so long ago: a kill forgets no more."""
+
+
+class Counters(msgspec.Struct):
+    """Bytes of MQTT payload since enrolment, and today's."""
+
+    up: int = 0
+    down: int = 0
+    day: str = ""
+    today: int = 0
+    jobs_done: int = 0
+    done_at: float = 0.0
+
+    @staticmethod
+    def load(path: Path) -> "Counters":
+        """From disk; zeros where there is nothing readable."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Counters)
+        except (OSError, msgspec.MsgspecError):
+            return Counters()
+
+    def save(self, path: Path) -> None:
+        """Safe against a kill; a power cut may lose the last minute's count."""
+        write_atomic(path, msgspec.json.encode(self), durable=False)
 
 
 class Status:

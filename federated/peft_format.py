@@ -14,6 +14,7 @@ from safetensors.numpy import save
 from .contract.tensors import Tensors
 from .contract.update import LowRank
 from .program.files import sync_files, write_atomic
+from .tasks import modules, task_kind
 
 LOAD = '''"""Loads this adapter with plain transformers and peft: `predict = load("path/to/base")`, `predict(["some text"])`."""
 import json, pathlib, torch
@@ -89,7 +90,8 @@ def write_adapter(
     `transposed`: the base keeps its linear maps as (in, out), as GPT-2 does.
     """
     used = used_pairs(pairs)
-    causal = task.get("kind") == "causal_lm"
+    kind = str(task.get("kind", ""))
+    causal = kind in modules() and task_kind(kind).causal
     ranks = {m: int(p.A.shape[0]) for m, p in used.items()}
     top = max(ranks.values())
     config = {

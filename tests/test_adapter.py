@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rankfleet.coordinator.export import load, write
-from rankfleet.coordinator.jobs.spec import Plan
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.coordinator.store import database, tables
 from rankfleet.edge_agent.model import Base, as_tensor
 from rankfleet.edge_agent.tasks import engine

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rankfleet.coordinator.jobs.spec import Plan, read_job_file
+from rankfleet.coordinator.jobs.plan import Plan
+from rankfleet.coordinator.jobs.spec import read_job_file
 from rankfleet.edge_agent.config import AgentConfig
 from rankfleet.federated.program.loader import load
 from rankfleet.profiles.card import ModelCard, Module, read_card

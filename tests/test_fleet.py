@@ -9,7 +9,7 @@ import pytest
 from rankfleet.coordinator.export import load
 from rankfleet.coordinator.store import database, tables
 from rankfleet.coordinator.store.versions import Registry
-from rankfleet.federated.transport.bus import MemoryBroker
+from rankfleet.federated.transport.memory import MemoryBroker
 from rankfleet.federated.wire.frame import open_frame
 from rankfleet.federated.wire.messages import read_assignment
 
@@ -217,7 +217,7 @@ async def test_a_paused_job_opens_no_round_until_it_is_resumed(tmp_path: Path, t
 
 async def test_a_single_device_is_followed_exactly(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 1 is what the device ended with, and what it is shown next is that too: s is in neither twice."""
-    monkeypatch.setattr("rankfleet.coordinator.rounds.closing.is_latest_good", lambda run: False)  # raw updates stay, to be looked at
+    monkeypatch.setattr("rankfleet.coordinator.rounds.verdict.is_latest_good", lambda run: False)  # raw updates stay, to be looked at
     arms = {"ranks": [4], "depths": [2], "bits": [32], "steps": [4], "batch": 4}
     async with World(tmp_path, tiny, devices=1) as world:
         name = await world.run(job(rounds=2, arms=arms))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.jobs.plan import Plan
+from rankfleet.coordinator.jobs.spec import read_job
 from rankfleet.coordinator.planning import importance as channels
 from rankfleet.coordinator.planning.planner import SCORE_ROUND, Planner
 from rankfleet.coordinator.store import database, tables

@@ -41,6 +41,82 @@ def test_import_arrows(room: str) -> None:
         assert ours <= MAY[room] | {room}, f"{path.relative_to(ROOT)} imports {sorted(ours - MAY[room] - {room})}"
 
 
+INSIDE = {
+    "federated": {
+        "errors": "", "version": "", "contract": "errors", "program": "errors", "tasks": "errors",
+        "transport": "errors program", "methods": "contract errors", "peft_format": "contract program tasks",
+        "wire": "contract errors program", "trust": "errors program transport",
+    },
+    "bandit": {"arms": "", "policy": "arms", "reward": "policy", "policies": "policy reward", "tuner": "arms policies policy"},
+    "coordinator": {
+        "config": "", "jobs": "", "store": "config", "operators": "config store", "fleet": "config jobs store",
+        "broker": "config fleet", "exchange": "config fleet store", "planning": "exchange jobs store",
+        "aggregate": "exchange store", "export": "config jobs planning store",
+        "rounds": "aggregate config exchange jobs planning store",
+        "queue": "config exchange jobs operators rounds store",
+        "service": "config exchange fleet jobs operators queue store", "health": "service store",
+        "web": "health jobs operators service store", "serve": "broker config fleet health service web",
+        "verbs": "broker config export fleet jobs operators serve store", "cli": "verbs", "__main__": "cli",
+    },
+    "edge_agent": {
+        "guard_config": "", "support": "", "model": "", "status": "", "tasks": "model", "config": "guard_config",
+        "order": "config", "supervise": "config guard_config order", "machine": "config model", "trust": "config",
+        "exchange": "order status trust", "doctor": "config machine trust",
+        "worker": "config machine model order tasks trust", "infer": "config exchange machine model tasks",
+        "service": "config exchange order status supervise support trust", "health": "service trust",
+        "cli": "config doctor health infer machine service supervise trust", "__main__": "cli",
+    },
+}  # fmt: skip
+"""Room → what is inside it → what of the same room that may import. Written from the ground up: no arrow runs back."""
+
+
+def room_of(module: str, room: str) -> str:
+    """The inner room (or file) that a module of `room` belongs to; empty where it is of another room."""
+    words = module.removeprefix("rankfleet.").split(".")
+    return words[1] if words[0] == room and len(words) > 1 else ""
+
+
+def inner_imports(path: Path, room: str) -> set[str]:
+    """Rooms beside its own that a file of `room` imports, also where only types are checked."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    targets = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(x for x in (base, node.module) if x)
+            targets |= {f"{module}.{a.name}" for a in node.names}
+    here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts), room)
+    return {r for t in targets if (r := room_of(t, room))} - {here}
+
+
+@pytest.mark.parametrize("room", sorted(INSIDE))
+def test_arrows_inside_a_room(room: str) -> None:
+    order = list(INSIDE[room])
+    for at, (inner, allowed) in enumerate(INSIDE[room].items()):
+        assert set(allowed.split()) <= set(order[:at]), f"{room}/{inner} may import what stands above it"
+    for path in (ROOT / room).rglob("*.py"):
+        here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts), room)
+        if here == "__init__":
+            continue
+        assert here in INSIDE[room], f"{path.relative_to(ROOT)}: `{here}` has no place in the order of rooms"
+        back = inner_imports(path, room) - set(INSIDE[room][here].split())
+        assert not back, f"{path.relative_to(ROOT)} imports {sorted(back)}"
+
+
+def test_one_import_name() -> None:
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] in {".venv", ".venv-oldest", "rankfleet", "dist", "runs"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            bare = [n for n in names if n.partition(".")[0] in {*MAY, "simulator"}]
+            assert not bare, f"{path.relative_to(ROOT)} imports {bare}: a module under two names is two modules"
+
+
 def test_packaging_holds_no_python() -> None:
     assert not list((ROOT / "packaging").rglob("*.py"))
 

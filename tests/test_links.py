@@ -23,7 +23,7 @@ from rankfleet.coordinator.exchange.https_server import make_certificate
 from rankfleet.coordinator.store import tables
 from rankfleet.federated.errors import ConfigError
 from rankfleet.federated.transport.address import parse_proxy, tls_context, without_password
-from rankfleet.federated.transport.bus import MemoryBroker
+from rankfleet.federated.transport.memory import MemoryBroker
 from rankfleet.federated.transport.mqtt import MqttBus
 
 from .world import World, job

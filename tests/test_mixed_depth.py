@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.jobs.plan import Plan
+from rankfleet.coordinator.jobs.spec import read_job
 from rankfleet.coordinator.store import database, tables
 from rankfleet.profiles.card import read_card
 

@@ -127,7 +127,7 @@ async def test_raw_updates_go_when_a_job_ends_well_and_stay_otherwise(tmp_path: 
         folder = tmp_path / "coordinator" / "updates"
         good = await world.run(job(rounds=2))
         assert not (folder / good).exists()
-        monkeypatch.setattr("rankfleet.coordinator.rounds.closing.is_good", lambda run, number, metrics: False)
+        monkeypatch.setattr("rankfleet.coordinator.rounds.verdict.is_good", lambda run, number, metrics: False)
         doubtful = await world.run(job(rounds=6))
         assert sorted(p.name for p in (folder / doubtful).iterdir()) == [f"r{n:06d}" for n in range(6)]
         rows = world.coordinator.ledger.rows(tables.assignments, job=good)

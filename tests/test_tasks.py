@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.jobs.plan import Plan
+from rankfleet.coordinator.jobs.spec import read_job
 from rankfleet.coordinator.store import database, tables
 from rankfleet.edge_agent.model import Base
 from rankfleet.edge_agent.tasks import engine

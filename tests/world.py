@@ -20,7 +20,7 @@ from rankfleet.edge_agent.service import Agent
 from rankfleet.edge_agent.supervise.process import EngineFailed
 from rankfleet.edge_agent.trust import identity
 from rankfleet.federated.errors import DoesNotFit, RankfleetError, Refused
-from rankfleet.federated.transport.bus import MemoryBroker, MemoryBus
+from rankfleet.federated.transport.memory import MemoryBroker, MemoryBus
 from rankfleet.federated.wire.states import ENDED
 from rankfleet.profiles.device import DeviceProfile, library
 

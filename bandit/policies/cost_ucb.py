@@ -12,6 +12,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from ..policy import Choice, Member, Outcome, Policy, Priced, State
+from ..reward import rate
 
 
 class CostUCB(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,12 +62,6 @@ class CostUCB(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def key(kind: str, arm: Priced) -> str:
     """Where the statistics of an arm lie."""
     return f"{kind}|{arm.arm.placement}|{arm.arm.prune:g}|{arm.arm.steps}"
-
-
-def rate(o: Outcome) -> float:
-    """Relative loss drop per second, never negative."""
-    drop = (o.loss_before - o.loss_after) / (abs(o.loss_before) + 1e-9)
-    return max(0.0, drop) / max(o.seconds, 1e-3) if math.isfinite(drop) else 0.0
 
 
 def sweep(members: Sequence[Member]) -> float:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 
 from ..policy import Choice, Member, Outcome, Policy, State
-from .cost_ucb import rate
+from ..reward import rate
 
 
 class UCB1(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):

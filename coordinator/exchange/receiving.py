@@ -18,11 +18,11 @@ from rankfleet.federated.trust.roster import signed_by
 from rankfleet.federated.wire.messages import Message, Offer, Receipt, Report, manifest
 from rankfleet.federated.wire.states import ARRIVED
 
-from ..aggregate import lifting
 from ..config import Limits
 from ..fleet.devices import Devices
 from ..store import database
 from ..store.ledger import Ledger
+from . import checks
 from .pending import Key, Pending
 from .uploads import Upload, Uploads
 
@@ -211,13 +211,13 @@ class Receiving:
         if not public or not signed_by(public, offer.signature, manifest(job, round, device, offer.blob.digest)):
             raise WireError("the update is not signed by this device's key")
         data = arrival.data or (arrival.path.read_bytes() if arrival.path else b"")
-        told = {**lifting.check(data), "cost": lifting.bounded(offer.cost)}
+        told = {**checks.check(data), "cost": checks.bounded(offer.cost)}
         asked = self.pending.get(arrival.key)
         if asked is None:
             row = self.ledger.answer(job, round, device)
             if row is None:
                 raise WireError(f"no assignment of round {round} is known")
-            seconds, purpose = max(0.001, time.time() - float(row["sent_at"])), lifting.purpose(row["body"])
+            seconds, purpose = max(0.001, time.time() - float(row["sent_at"])), checks.purpose(row["body"])
         else:
             seconds, purpose = asked.seconds(), asked.purpose
         if purpose == "install":

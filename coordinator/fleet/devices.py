@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.federated.wire.messages import Hello
 from rankfleet.federated.wire.states import GONE
 from rankfleet.profiles.device import DeviceProfile
 
-from ..jobs.spec import Plan
 from ..store.ledger import Ledger
 
 

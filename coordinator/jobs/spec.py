@@ -6,17 +6,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from rankfleet.bandit.arms import ArmSpace, expand, targets
-from rankfleet.bandit.policy import Policy
-from rankfleet.bandit.tuner import POLICIES
-from rankfleet.federated.contract.catalogue import StackItem, build_stack
-from rankfleet.federated.contract.stack import Stack
-from rankfleet.federated.errors import ConfigError
-from rankfleet.federated.heads import head_shapes
+from rankfleet.bandit.arms import ArmSpace
+from rankfleet.federated.contract.catalogue import StackItem
 from rankfleet.federated.program.loader import loads
 from rankfleet.federated.transport.topics import checked
-from rankfleet.federated.wire.messages import Task
-from rankfleet.profiles.card import ModelCard, Module
 
 Rate = Annotated[float, Meta(gt=0, le=1)]
 
@@ -94,71 +87,6 @@ class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frozen_every: Annotated[int, Meta(ge=1)] = 5
     """Rounds between refreshes of the adapted layers below a device's boundary (docs/specification.md)."""
     seed: int = 0
-
-
-class Plan:
-    """A validated job with everything that follows from it."""
-
-    def __init__(self, spec: JobSpec, card: ModelCard) -> None:
-        self.spec, self.card = spec, card
-        self.stack = Stack(build_stack(list(spec.stack)), spec.space)
-        self.modules: list[Module] = targets(card, list(spec.adapter.targets))
-        if not self.modules:
-            raise ConfigError(
-                f"no module of `{card.name}` ends with {', '.join(spec.adapter.targets)}",
-                f"its modules are {', '.join(sorted({m.name.rpartition('.')[2] for m in card.modules}))}",
-            )
-        self.max_depth = min(card.layers, spec.adapter.max_depth or max(1, card.layers // 2))
-        self.heads = head_shapes(spec.task.kind, len(spec.task.labels), card.hidden)
-        self.head_size = sum(_product(s) for s in self.heads.values())
-        self.policy = _policy(spec.policy)
-        self.keep = float(getattr(self.stack.methods.get("sparse"), "keep", 1.0))
-        self._check_arms()
-        placed = {name for rule in spec.arms.rules(self.max_depth) for name in expand(rule, card, self.modules)}
-        self.floor = min((m.layer for m in self.modules if m.name in placed), default=0)
-        """The lowest layer that any arm adapts: what lies below never changes in this job."""
-
-    def _check_arms(self) -> None:
-        arms = self.spec.arms
-        for rule in arms.placements:
-            try:
-                expand(rule, self.card, self.modules)
-            except ValueError as error:
-                raise ConfigError(f"arms.placements: {error}") from None
-        if bad := [b for b in arms.precisions if b not in (32, 16, 8, 4)]:
-            raise ConfigError(f"arms.bits: {bad[0]} is not one of 32, 16, 8, 4")
-        if not arms.rules(self.max_depth):
-            raise ConfigError(f"arms.depths {list(arms.depths)}: none is within max_depth {self.max_depth}")
-        if self.spec.task.kind == "causal_lm" and not self.card.causal:
-            raise ConfigError(f"task `causal_lm` needs a causal language model, `{self.card.name}` is a {self.card.family} encoder")
-        if len(set(self.spec.task.labels)) != len(self.spec.task.labels):
-            raise ConfigError("task.labels holds a label twice")
-        if self.stack.space == "factors" and (max(arms.prune) > 0):
-            raise ConfigError(
-                "the stack needs factors that keep their coordinates, and `arms.prune` would cut them",
-                "set `arms: {prune: [0]}` or use product space",
-            )
-
-    def task(self) -> Task:
-        """What devices are told of the task."""
-        t = self.spec.task
-        return Task(t.dataset, t.kind, list(t.labels), t.max_length, t.template, t.tolerance, list(t.samples))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
-
-
-def _policy(spec: PolicySpec) -> Policy:
-    if spec.name not in POLICIES:
-        raise ConfigError(f"policy `{spec.name}` is not known", f"one of {', '.join(POLICIES)}")
-    try:
-        return msgspec.convert(spec.settings, POLICIES[spec.name])
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"policy `{spec.name}`: {error}") from None
 
 
 def read_job(text: str, name: str = "job.yaml") -> JobSpec:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rankfleet.bandit.arms import Arm, expand
 from rankfleet.bandit.policy import Choice
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
 from rankfleet.federated.contract.stack import ServerSide, seed_of
 from rankfleet.federated.contract.tensors import Array, Tensors
@@ -19,7 +20,6 @@ from rankfleet.profiles.card import Module
 from rankfleet.profiles.memory import memory_mb
 
 from ..exchange.downloads import Blobs
-from ..jobs.spec import Plan
 from ..store.versions import Registry, Version
 from . import importance as channels
 from . import views

@@ -11,24 +11,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rankfleet.coordinator.aggregate.kept import Keeper
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.errors import ConfigError, Refused, WireError
 from rankfleet.federated.wire.messages import read_assignment
 
 from ..aggregate import combine
-from ..aggregate.lifting import IMPORTANCE, Keeper, Lifter
+from ..aggregate.lifting import IMPORTANCE, Lifter
 from ..planning import importance
 from ..store import database
 from ..store.database import Row
 from ..store.ledger import Transaction
 from ..store.versions import Version
 from . import claimed_examples, usual_norms, verdict
+from .run import KEEP
 
 if TYPE_CHECKING:
     from .run import JobRunner
 
-KEEP = 3
-"""Versions whose views are kept for late updates."""
 LATE_DISCOUNT = 0.5
 Folding = list[list[Any]]
 """[device, round] of every update that goes into a version."""
@@ -48,9 +48,9 @@ async def close(run: "JobRunner", number: int) -> None:
         if examples := database.read(row["telemetry"]).get("examples"):
             run.examples[row["device"]] = float(examples)
     with run.ledger.write() as tx:
-        judge(run, tx, number, verdict.of_version(rows))
-        record(run, tx, version)
-        mark_closed(run, tx, number, rows, pull)
+        verdict.judge(run, tx, number, verdict.of_version(rows))
+        run.record(tx, version)
+        verdict.mark_closed(run, tx, number, rows, pull)
         settle(run, tx, number, folding)
     run.pending.close(run.job, number)
     run.adopt(version)
@@ -145,35 +145,6 @@ def observe(run: "JobRunner", rows: Sequence[Row], pull: Mapping[str, float]) ->
         if r["device"] in known and r["state"] != "assigned"
     ]
     run.tuner.observe(outcomes, known, bits)
-
-
-def record(run: "JobRunner", tx: Transaction, version: Version) -> None:
-    """The version's files, then its row."""
-    version.state = run.state()
-    digest = run.registry.save(version)
-    tx.record_version(run.job, version.number, digest, run.clock())
-
-
-def is_good(run: "JobRunner", number: int, metrics: dict[str, Any]) -> bool:
-    """Is what was measured of a version not worse than the last good one before it?"""
-    older = [r for r in run.ledger.versions(run.job, "good") if r["number"] < number]
-    return verdict.good_enough(metrics, database.read(older[-1]["metrics"]) if older else {})
-
-
-def is_latest_good(run: "JobRunner") -> bool:
-    """Did devices find the newest version good?"""
-    row = run.ledger.version(run.job, run.version.number)
-    return row is not None and row["state"] == "good"
-
-
-def judge(run: "JobRunner", tx: Transaction, number: int, metrics: dict[str, Any]) -> None:
-    """What devices measured of this version on their own held-out tenth decides whether it is `good`."""
-    tx.judge_version(run.job, number, "good" if is_good(run, number, metrics) else "candidate", metrics)
-
-
-def mark_closed(run: "JobRunner", tx: Transaction, number: int, rows: Sequence[Row], pull: Mapping[str, float] | None = None) -> None:
-    """The round's row."""
-    tx.close_round(run.job, number, run.clock(), {**verdict.summary(rows), "pull": dict(pull or {})})
 
 
 def settle(run: "JobRunner", tx: Transaction, number: int, folding: Folding) -> None:

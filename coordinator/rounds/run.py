@@ -1,4 +1,4 @@
-"""A job's life: open a round, wait, close it, again; then install the result.
+"""What a running job holds and knows; the phases of its life (`loop.py`) work on it.
 
 Everything that a restart needs is in the ledger and in files before anybody is told, so a kill at any instant changes nothing:
 the same assignments are sent again, and a round that was being closed is closed again from the same updates.
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rankfleet.bandit.tuner import NoArm, Tuner
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.federated.contract.stack import ServerSide
 from rankfleet.federated.program.within import within
 from rankfleet.federated.wire.messages import Assignment, ModelSource, read_assignment
@@ -22,14 +23,15 @@ from rankfleet.profiles.device import DeviceProfile
 from ..config import Limits
 from ..exchange.downloads import Blobs
 from ..exchange.pending import Pending
-from ..jobs.spec import Plan
 from ..planning import importance
 from ..planning.planner import Planner
-from ..store.ledger import Ledger
+from ..store.ledger import Ledger, Transaction
 from ..store.versions import Registry, Version
-from . import closing, opening, waiting
+from .nudges import Nudges
 
 log = logging.getLogger(__name__)
+KEEP = 3
+"""Versions whose views are kept for late updates."""
 Members = dict[str, tuple[DeviceProfile, dict[str, float]]]
 """Device → profile and measured milliseconds by bits."""
 
@@ -76,7 +78,7 @@ class JobRunner:
         self.limits, self.pending = limits, pending
         # `clock` is written down; all waiting goes by `ticks`, which no correction of the clock can move.
         self.ticks = ticks
-        self.nudges = waiting.Nudges(limits.nudge_s)
+        self.nudges = Nudges(limits.nudge_s)
         self.norms: list[list[float]] = []
         """Norms of the updates of the last rounds, each for one step."""
         self.examples: dict[str, float] = {}
@@ -98,36 +100,17 @@ class JobRunner:
             head=plan.head_size, keep=plan.keep, seed=spec.seed, state=state or None,
         )  # fmt: skip
 
-    async def run(self) -> None:
-        """Until the job is finished. Raises ConfigError where it cannot go on."""
-        await self._begin()
-        while self.version.number < self.plan.spec.rounds:
-            number = self.version.number
-            await self._while_paused()
-            if self.ledger.round(self.job, number) is None:
-                await opening.open_round(self, number)
-            else:
-                opening.reopen(self, number)
-            await waiting.until_closable(self, number)
-            await closing.close(self, number)
-        await opening.install_everywhere(self)
-
-    async def _begin(self) -> None:
-        done = self.ledger.versions(self.job)
-        if done:
-            self.load(max(r["number"] for r in done))
-            return
-        await self.members()
-        first = self.planner.first_version(self.server_rank())
-        with self.ledger.write() as tx:
-            closing.record(self, tx, first)
-        self.load(first.number)
+    def record(self, tx: Transaction, version: Version) -> None:
+        """The version's files, then its row."""
+        version.state = self.state()
+        digest = self.registry.save(version)
+        tx.record_version(self.job, version.number, digest, self.clock())
 
     def load(self, number: int) -> None:
         """Go on from a version on disk, with the state that methods and tuner had after it."""
         self._version = self.registry.load(number)
         self.restore(self._version.state)
-        for row in self.ledger.answers_since(self.job, number - closing.KEEP, "body", "round"):
+        for row in self.ledger.answers_since(self.job, number - KEEP, "body", "round"):
             self.note_blobs(row["round"], read_assignment(row["body"]))
 
     def adopt(self, version: Version) -> None:
@@ -187,7 +170,8 @@ class JobRunner:
         except asyncio.TimeoutError:
             return
 
-    async def _while_paused(self) -> None:
+    async def while_paused(self) -> None:
+        """Until an operator lets the job go on."""
         while (row := self.ledger.job(self.job)) is not None and row["state"] == "paused":
             await self.change(2.0)
 

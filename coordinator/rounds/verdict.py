@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -11,6 +11,10 @@ from rankfleet.bandit.policy import Outcome
 from rankfleet.federated.wire.states import USABLE
 
 from ..store.database import Row, read
+from ..store.ledger import Transaction
+
+if TYPE_CHECKING:
+    from .run import JobRunner
 
 
 def of_version(rows: Iterable[Row]) -> dict[str, Any]:
@@ -66,3 +70,25 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "arrived": sum(r["state"] in USABLE for r in rows),
         "invited": len(rows),
     }
+
+
+def is_good(run: "JobRunner", number: int, metrics: dict[str, Any]) -> bool:
+    """Is what was measured of a version not worse than the last good one before it?"""
+    older = [r for r in run.ledger.versions(run.job, "good") if r["number"] < number]
+    return good_enough(metrics, read(older[-1]["metrics"]) if older else {})
+
+
+def is_latest_good(run: "JobRunner") -> bool:
+    """Did devices find the newest version good?"""
+    row = run.ledger.version(run.job, run.version.number)
+    return row is not None and row["state"] == "good"
+
+
+def judge(run: "JobRunner", tx: Transaction, number: int, metrics: dict[str, Any]) -> None:
+    """What devices measured of this version on their own held-out tenth decides whether it is `good`."""
+    tx.judge_version(run.job, number, "good" if is_good(run, number, metrics) else "candidate", metrics)
+
+
+def mark_closed(run: "JobRunner", tx: Transaction, number: int, rows: Sequence[Row], pull: Mapping[str, float] | None = None) -> None:
+    """The round's row."""
+    tx.close_round(run.job, number, run.clock(), {**summary(rows), "pull": dict(pull or {})})

@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from rankfleet.bandit.tuner import NoArm, Tuner
+from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.federated.errors import ConfigError, RankfleetError
 from rankfleet.federated.program.files import write_atomic
 from rankfleet.federated.program.health import plain
@@ -16,7 +17,7 @@ from rankfleet.federated.trust.roster import decode_key, encode_key
 from rankfleet.federated.wire.states import ENDED, HELD
 
 from ..health import conditions
-from ..jobs.spec import Plan, read_job
+from ..jobs.spec import read_job
 from ..operators.roster_in_force import Operators, role_for
 from ..service import Service
 from ..store import database

@@ -120,26 +120,3 @@ class Outbox:
         shutil.rmtree(self.jobs / job, ignore_errors=True)
         if self._due is not None:
             self._due = {f: m for f, m in self._due.items() if m.job != job}
-
-
-class Counters(msgspec.Struct):
-    """Bytes of MQTT payload since enrolment, and today's."""
-
-    up: int = 0
-    down: int = 0
-    day: str = ""
-    today: int = 0
-    jobs_done: int = 0
-    done_at: float = 0.0
-
-    @staticmethod
-    def load(path: Path) -> "Counters":
-        """From disk; zeros where there is nothing readable."""
-        try:
-            return msgspec.json.decode(path.read_bytes(), type=Counters)
-        except (OSError, msgspec.MsgspecError):
-            return Counters()
-
-    def save(self, path: Path) -> None:
-        """Safe against a kill; a power cut may lose the last minute's count."""
-        write_atomic(path, msgspec.json.encode(self), durable=False)

@@ -4,7 +4,7 @@ import importlib
 from typing import Any, Protocol
 
 from rankfleet.federated.errors import Refused
-from rankfleet.federated.heads import KINDS
+from rankfleet.federated.tasks import modules, task_kind
 from rankfleet.federated.wire.messages import Task
 
 
@@ -32,7 +32,8 @@ class TaskEngine(Protocol):
 
 def engine(task: Task, folder: str) -> TaskEngine:
     """The engine of a task for a base model in `folder`. Raises Refused for an unknown kind."""
-    if task.kind not in KINDS:
-        raise Refused(f"task `{task.kind}` is not known to this agent", f"it knows {', '.join(KINDS)}")
-    made: TaskEngine = importlib.import_module(f"{__package__}.{task.kind}").Engine(task, folder)
+    if task.kind not in modules():
+        raise Refused(f"task `{task.kind}` is not known to this agent", f"it knows {', '.join(modules())}")
+    path = task_kind(task.kind).engine or f"{__package__}.{task.kind}"
+    made: TaskEngine = importlib.import_module(path).Engine(task, folder)
     return made

@@ -12,7 +12,7 @@ import ssl
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from rankfleet.federated.transport.bus import Bus
 
-    from ..status import Status
 
 log = logging.getLogger(__name__)
 LOOK_S, RETRY_S, CLOCK_S = 3600.0, 600.0, 5.0
@@ -60,7 +59,17 @@ def context(home: Path) -> ssl.SSLContext | None:
     return tls_context(str(folder / "ca.pem"), str(folder / "device.pem")) if (folder / "device.pem").exists() else None
 
 
-async def keep(home: Path, bus: "Bus", status: "Status") -> None:
+class Shown(Protocol):
+    """Where people look: the agent's status."""
+
+    def write(self, **facts: Any) -> None:
+        """Facts by name, on disk at once."""
+
+    def fail(self, reason: str) -> None:
+        """The last thing that went wrong."""
+
+
+async def keep(home: Path, bus: "Bus", status: Shown) -> None:
     """Connect once the clock can be right, and renew in time, for ever."""
     known = facts(home)
     while known is not None and time.time() < known.begins:

@@ -12,6 +12,7 @@ import torch
 from rankfleet.federated.contract.spec import Spec
 from rankfleet.federated.errors import DoesNotFit, Refused, WireError
 from rankfleet.federated.program.files import digest_of
+from rankfleet.federated.tasks import task_kind
 from rankfleet.federated.trust.roster import signed_by
 from rankfleet.federated.wire.messages import Assignment, read_assignment, unpack
 from rankfleet.profiles.card import ModelCard, read_card
@@ -141,8 +142,9 @@ class Worker:
             else [m.name for m in self._card(Path(order.model)).modules]
         )
         masks = Path(order.blobs["masks"]).name if "masks" in order.blobs else ""
+        causal = task_kind(job.task.kind).causal
         in_half = half(order.kernel_ms, self._card(Path(order.model)).hidden)
-        key = f"{job.model_digest} {job.recipe.bits} {masks} {names} {job.task.kind == 'causal_lm'} {in_half}"
+        key = f"{job.model_digest} {job.recipe.bits} {masks} {names} {causal} {in_half}"
         if self._base is None or self._base[0] != key:
             self._base = None
             self._base = (key, self._opened(order, job, names, view, in_half))
@@ -150,7 +152,7 @@ class Worker:
 
     def _opened(self, order: Order, job: Assignment, names: list[str], view: View, in_half: bool) -> Base:
         """From the shelf of prepared bases, where the disk has room for one; else made in memory."""
-        args = (Path(order.model), names, job.recipe.bits, view.masks, job.task.kind == "causal_lm")
+        args = (Path(order.model), names, job.recipe.bits, view.masks, task_kind(job.task.kind).causal)
         device = accelerator(order.accelerator)
         if order.shelf_mb > 0:
             shelf = Shelf(Path(order.home) / "bases", order.shelf_mb, order.writes_mb)

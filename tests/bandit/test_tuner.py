@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfleet.bandit.arms import Arm, ArmSpace, expand, rank_and_depth, targets
+from rankfleet.bandit.policies import modules, policy_class
 from rankfleet.bandit.policies.cost_ucb import CostUCB, sweep
 from rankfleet.bandit.policy import Member, Outcome, Priced
-from rankfleet.bandit.tuner import POLICIES, NoArm, Tuner
+from rankfleet.bandit.tuner import NoArm, Tuner
 from rankfleet.profiles.card import ModelCard, Module
 from rankfleet.profiles.cost import price
 from rankfleet.profiles.device import SOURCES, DeviceProfile, generic, library, match
@@ -34,7 +35,7 @@ SPACE = ArmSpace(ranks=(4, 8, 16), prune=(0.0, 0.1, 0.2), bits=(32, 8, 4), steps
 
 def tuner(policy: str = "cost_ucb", state: Any = None, **settings_: Any) -> Tuner:
     return Tuner(
-        POLICIES[policy](**settings_),
+        policy_class(policy)(**settings_),
         CARD,
         targets(CARD, ["auto"]),
         SPACE,
@@ -109,7 +110,7 @@ def test_bits_are_chosen_once_by_what_fits_and_is_fastest() -> None:
         tuner().join("tiny", device("raspberry-pi-5-8gb", 5.0), {})
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", sorted(modules()))
 def test_no_policy_ever_picks_what_does_not_fit_and_replays_the_same(policy: str) -> None:
     def play(made: Tuner, restart: bool) -> list[dict[str, str]]:
         joined(made)
@@ -221,7 +222,7 @@ def test_profiles_match_what_a_probe_sees(tmp_path: Path) -> None:
 
 def test_auto_takes_what_a_device_measured_fastest_and_never_assumes_bf16() -> None:
     space = msgspec.convert({"bits": "auto"}, ArmSpace)
-    made = Tuner(POLICIES["fixed"](), CARD, targets(CARD, ["auto"]), space, max_depth=3, length=32, head=4000, keep=0.25, seed=1)
+    made = Tuner(policy_class("fixed")(), CARD, targets(CARD, ["auto"]), space, max_depth=3, length=32, head=4000, keep=0.25, seed=1)
     roomy = device("laptop-x86-16gb", 4000.0)
     assert made.join("avx2", roomy, {"32": 4.0, "16": 120.0, "8": 5.0, "4": 6.0}) == 32
     assert made.join("bf16", roomy, {"32": 4.0, "16": 2.0, "8": 2.5, "4": 2.6}) == 16

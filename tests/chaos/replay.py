@@ -7,7 +7,8 @@ import msgspec
 
 from rankfleet.bandit.tuner import Tuner
 from rankfleet.coordinator.fleet.devices import Devices
-from rankfleet.coordinator.jobs.spec import Plan, read_job
+from rankfleet.coordinator.jobs.plan import Plan
+from rankfleet.coordinator.jobs.spec import read_job
 from rankfleet.coordinator.rounds import opening, verdict
 from rankfleet.coordinator.store import database, tables
 from rankfleet.profiles.card import read_card

@@ -154,7 +154,7 @@ async def test_where_devices_find_the_door(
 
     from rankfleet.coordinator.config import Https
     from rankfleet.coordinator.service import Service
-    from rankfleet.federated.transport.bus import MemoryBroker, MemoryBus
+    from rankfleet.federated.transport.memory import MemoryBroker, MemoryBus
 
     asked: list[tuple[str, int]] = []
 

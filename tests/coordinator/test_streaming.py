@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfleet.coordinator.aggregate import streaming
-from rankfleet.coordinator.aggregate.lifting import Decoded, Keeper
+from rankfleet.coordinator.aggregate.kept import Decoded, Keeper
 from rankfleet.federated.contract.tensors import Array
 from rankfleet.federated.contract.update import LowRank, Update
 

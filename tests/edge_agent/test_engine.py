@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfleet.coordinator.planning import importance as channels
 from rankfleet.edge_agent.config import Dataset
-from rankfleet.edge_agent.exchange.outbox import Counters, Outbox
+from rankfleet.edge_agent.exchange.outbox import Outbox
 from rankfleet.edge_agent.model import Base
 from rankfleet.edge_agent.model.ops import quantise
 from rankfleet.edge_agent.model.ops.adapted import Site, apply
@@ -19,6 +19,7 @@ from rankfleet.edge_agent.model.ops.frozen import Frozen
 from rankfleet.edge_agent.model.ops.layout import Layout
 from rankfleet.edge_agent.model.ops.quantise import NF4, pack_nf4, packed_bytes, unpack_nf4
 from rankfleet.edge_agent.order import Meta, commit, last_state, read_update, result_of, state_file, update_file
+from rankfleet.edge_agent.status import Counters
 from rankfleet.edge_agent.worker.data import Shard
 from rankfleet.federated.contract.spec import Pair, Spec
 from rankfleet.federated.errors import Refused

@@ -1,0 +1,11 @@
+"""What a round brought, as a number that policies learn from."""
+
+import math
+
+from .policy import Outcome
+
+
+def rate(o: Outcome) -> float:
+    """Relative loss drop per second, never negative."""
+    drop = (o.loss_before - o.loss_after) / (abs(o.loss_before) + 1e-9)
+    return max(0.0, drop) / max(o.seconds, 1e-3) if math.isfinite(drop) else 0.0

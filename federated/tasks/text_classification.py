@@ -1,0 +1,5 @@
+"""One label for one text."""
+
+from . import TaskKind
+
+TASK = TaskKind(rows=-1)

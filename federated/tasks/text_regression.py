@@ -1,0 +1,5 @@
+"""One number for one text."""
+
+from . import TaskKind
+
+TASK = TaskKind(rows=1)
