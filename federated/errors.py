@@ -3,7 +3,8 @@
 RankfleetError
 ├── ConfigError            a file or a job that cannot be meant
 │   ├── UnknownMethod      no such method in the catalogue
-│   └── Conflict           two methods of a stack that exclude each other
+│   ├── Conflict           two methods of a stack that exclude each other
+│   └── BadMethod          a method whose hook gives what the contract does not allow
 ├── WireError              bytes that are not what they claim to be
 │   ├── TooLarge           over a limit, refused before it is read
 │   ├── WrongVersion       another protocol version
@@ -36,6 +37,10 @@ class UnknownMethod(ConfigError):
 
 class Conflict(ConfigError):
     """Two methods of a stack exclude each other."""
+
+
+class BadMethod(ConfigError):
+    """A method's hook gave what the contract does not allow; the message names method and hook."""
 
 
 class WireError(RankfleetError):

@@ -45,7 +45,7 @@ INSIDE = {
     "federated": {
         "errors": "", "version": "", "contract": "errors", "program": "errors", "tasks": "errors",
         "transport": "errors program", "methods": "contract errors", "peft_format": "contract program tasks",
-        "wire": "contract errors program", "trust": "errors program transport",
+        "wire": "contract errors program", "trust": "contract errors program transport",
     },
     "bandit": {"arms": "", "policy": "arms", "reward": "policy", "policies": "policy reward", "tuner": "arms policies policy"},
     "coordinator": {

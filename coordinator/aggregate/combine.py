@@ -18,15 +18,23 @@ Change = dict[str, Array | Operator]
 
 
 def next_version(server: ServerSide, old: Version, updates: Iterable[Update], devices: int, number: int) -> tuple[Version, list[Update]]:
-    """The version after `updates` (in device order), and those that went in. Raises WireError where a method's result fits nothing."""
+    """The version after `updates` (in device order), and those that went in.
+
+    Where no update came it is the old version itself; where methods admitted none of them, its tensors under the next number.
+    Raises WireError where a method's result fits nothing, BadMethod where a method admits what it was not given.
+    """
+    server.left_out = {}
     if streams(server):
         pairs, means, used = streaming.product(updates, old.pairs, devices)
         dense = {k: (old.dense[k] + means[k]).astype(np.float32) if k in means else t for k, t in old.dense.items()}
         return Version(old.number + 1, {**old.pairs, **pairs}, dense, {}, {}), used
-    found = list(updates)
-    if not found:
+    arrived = list(updates)
+    if not arrived:
         return old, []
-    return step(old, reduce(server, server.admit(found, number) or found, number)), found
+    admitted = server.admit(arrived, number)
+    if not admitted:
+        return Version(old.number + 1, old.pairs, old.dense, {}, {}), []
+    return step(old, reduce(server, admitted, number)), admitted
 
 
 def streams(server: ServerSide) -> bool:

@@ -7,26 +7,15 @@ import msgspec
 from msgspec import Meta
 
 from rankfleet.bandit.arms import ArmSpace
-from rankfleet.federated.contract.catalogue import StackItem
 from rankfleet.federated.program.loader import loads
 from rankfleet.federated.transport.topics import checked
+from rankfleet.federated.trust.signed_job import SignedJob, SignedTask, SignedTraining
 
 Rate = Annotated[float, Meta(gt=0, le=1)]
 
 
-class TaskSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is learnt. Devices map `dataset` to a file of their own."""
-
-    dataset: str
-    kind: str = "text_classification"
-    labels: tuple[str, ...] = ()
-    max_length: Annotated[int, Meta(ge=4, le=8192)] = 128
-    template: str = ""
-    """`{text}` on classifiers; `{instruction}` and `{input}`, or `chat`, on causal language models."""
-    tolerance: Annotated[float, Meta(gt=0)] = 0.5
-    """Regression: how far off still counts as right."""
-    samples: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
-    """Causal language models: prompts that are answered with the first and the last version, for the report."""
+class TaskSpec(SignedTask, frozen=True, forbid_unknown_fields=True):
+    """What is learnt."""
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,11 +29,10 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Deepest placement of the fleet; None: half of the layers, so that a common frozen prefix exists."""
 
 
-class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Training(SignedTraining, frozen=True, forbid_unknown_fields=True):
     """The local loop."""
 
     lr: Annotated[float, Meta(gt=0, le=1)] = 1e-3
-    optimizer: Literal["adamw", "sgd"] = "adamw"
     probe: Annotated[int, Meta(ge=1)] = 32
     evaluate: Annotated[int, Meta(ge=0)] = 128
 
@@ -56,19 +44,15 @@ class PolicySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, Any] = {}
 
 
-class JobSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class JobSpec(SignedJob, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`job.yaml`."""
 
-    name: str
-    model: str
     task: TaskSpec
-    rounds: Annotated[int, Meta(ge=1, le=100_000)] = 10
-    stack: tuple[StackItem, ...] = ("sparse",)
+    training: Training = Training()
     space: Literal["", "factors", "product"] = ""
     adapter: AdapterSpec = AdapterSpec()
     arms: ArmSpace = ArmSpace()
     policy: PolicySpec = PolicySpec()
-    training: Training = Training()
     devices: tuple[str, ...] = ("*",)
     where: dict[str, str] = {}
     """Tags that a device must have, with patterns: `{site: lab, gpu: "*"}`."""

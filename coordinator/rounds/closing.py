@@ -100,8 +100,11 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
             yield u
 
     version, used = combine.next_version(run.server, run.version, updates(), len(folding), number)
-    if not used:
+    left_out(run, number)
+    if not used and not run.server.left_out:
         raise ConfigError(f"round {number}: no update could be used; `coordinator rounds {run.job}` says why")
+    if not used:
+        run.ledger.tell(run.job, "", f"round {number}: no update was admitted; version {version.number} is what version {number} was")
     run.norms = usual.remembered()
     if run.planner.prunes and any(told for _, told in scores):
         run.planner.rank(importance.agreed(run.plan.card, run.planner.scores, scores))
@@ -110,6 +113,13 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     pull = {d: n / total for d, n in sorted(norms.items())}
     observe(run, [r for (_, of), r in sorted(rows.items()) if of == number], pull)
     return version, pull
+
+
+def left_out(run: "JobRunner", number: int) -> None:
+    """Updates that methods did not admit are dropped, each with the name of the method."""
+    for (device, age), method in sorted(run.server.left_out.items()):
+        run.ledger.drop(run.job, number - age, device, f"`{method}` did not admit it")
+        run.ledger.tell(run.job, device, f"round {number}: `{method}` did not admit its update of round {number - age}")
 
 
 def lifted(run: "JobRunner", lifter: Lifter, row: Row, allowed: Mapping[str, float]) -> Update | None:

@@ -17,16 +17,14 @@ from ..planning.views import grow
 from ..store import database, tables
 
 if TYPE_CHECKING:
-    from .run import JobRunner
+    from .run import JobRunner, Members
 
 
 async def open_round(run: "JobRunner", number: int) -> None:
     """Everything is on disk and in the ledger before the first device hears of it."""
-    members = await run.members()
-    run.server.fleet = len(members)
+    members, chosen = await invited(run, number)
     rank = run.server_rank()
     grow_to(run, rank)
-    chosen = run.server.select(sorted(members), number) or sorted(members)
     shares = data_shares(run, chosen)
     choices = run.tuner.choose(number, [(d, members[d][0], shares[d]) for d in chosen])
     expected = slowest(run, choices, {d: members[d][0] for d in chosen}, number)
@@ -35,6 +33,25 @@ async def open_round(run: "JobRunner", number: int) -> None:
     run.registry.save_views(run.version)
     write_atomic(run.registry.opened(number), freeze({**run.state(), "fleet": run.server.fleet, "rank": rank}))
     tell(run, number, made, {d: c.arm for d, c in choices.items()}, {d: c.why for d, c in choices.items()}, expected)
+
+
+LOOK_S = 5.0
+"""Between two questions to methods that select nobody."""
+
+
+async def invited(run: "JobRunner", number: int) -> "tuple[Members, list[str]]":
+    """The eligible devices, and those of them that methods select; waits as long as they select nobody."""
+    told = False
+    while True:
+        members = await run.members()
+        run.server.fleet = len(members)
+        if chosen := run.server.select(sorted(members), number):
+            return members, chosen
+        if not told:
+            text = f"round {number} waits: `{run.server.emptied}` selects none of {len(members)} devices"
+            run.ledger.tell(run.job, "", text)
+            told = True
+        await run.change(LOOK_S)
 
 
 def tell(

@@ -8,7 +8,7 @@ import msgspec
 
 from rankfleet.bandit.arms import Arm
 from rankfleet.bandit.policy import Outcome
-from rankfleet.federated.wire.states import USABLE
+from rankfleet.federated.wire.states import ARRIVED, USABLE
 
 from ..store.database import Row, read
 from ..store.ledger import Transaction
@@ -48,7 +48,7 @@ def good_enough(now: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
 def outcome(row: Row, kind: str, norm_share: float = 0.0) -> Outcome:
     """What came of an arm, for the tuner."""
     told = read(row["telemetry"])
-    failed = "" if row["state"] in USABLE else str(told.get("code") or "crash")
+    failed = "" if row["state"] in ARRIVED else str(told.get("code") or "crash")
     return Outcome(
         row["device"],
         kind,

@@ -59,7 +59,7 @@ class Transaction:
         and what lies there from the round `oldest` or before is dropped."""
         a = tables.assignments
         if folded:
-            key = (a.c.job == job, a.c.round == bindparam("of"), a.c.device == bindparam("who"), a.c.state != "refused")
+            key = (a.c.job == job, a.c.round == bindparam("of"), a.c.device == bindparam("who"), a.c.state == "received")
             counted = update(a).where(*key).values(state="counted", folded=number)
             self._connection.execute(counted, [{"who": device, "of": of} for device, of in folded])
         silent = (a.c.job == job, a.c.round == number, a.c.state == "assigned")
@@ -169,6 +169,11 @@ class Ledger(Store):
         """An answer that is not used, with the reason; `before`: only from that state."""
         where = {"job": job, "round": number, "device": device, **({"state": before} if before else {})}
         return bool(self.change(tables.assignments, where, state="refused", reason=reason))
+
+    def drop(self, job: str, number: int, device: str, reason: str) -> None:
+        """An update that came and goes into no version, with the reason."""
+        where = {"job": job, "round": number, "device": device, "state": "received"}
+        self.change(tables.assignments, where, state="dropped", reason=reason)
 
     def failed(self, job: str, number: int, device: str, state: AnswerState, reason: str, code: str, seconds: float) -> None:
         """A device could not carry out its assignment, or would not."""

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
-from rankfleet.federated.errors import Refused
+from rankfleet.federated.errors import ConfigError, Refused
 from rankfleet.federated.program.files import write_atomic
+from rankfleet.federated.program.loader import loads
 from rankfleet.federated.trust.roster import Warrant, check_warrant
+from rankfleet.federated.trust.signed_job import SignedJob, SignedTask
 from rankfleet.federated.wire.messages import Assignment
 
 from .identity import Identity
@@ -39,24 +40,25 @@ def check(who: Identity, home: Path, blobs: dict[str, str], job: Assignment) -> 
 
 def _same(text: str, job: Assignment) -> None:
     """The assignment says what the signed job says; arms, views and seeds are the coordinator's to choose."""
-    signed: Any = yaml.safe_load(text)
-    if not isinstance(signed, dict) or not isinstance(task := signed.get("task"), dict):
-        raise Refused("the signed job is not a job")
-    training = signed.get("training") or {}
+    try:
+        signed = loads(text, SignedJob, "the signed job")
+    except ConfigError as error:
+        raise Refused(str(error)) from None
     pairs = {
-        "name": (signed.get("name"), job.job.rpartition("-")[0]),
-        "model": (signed.get("model"), job.model),
-        "rounds": (signed.get("rounds", 10), job.rounds),
-        "stack": (list(signed.get("stack", ["sparse"])), list(job.stack)),
-        "dataset": (task.get("dataset"), job.task.dataset),
-        "kind": (task.get("kind", "text_classification"), job.task.kind),
-        "labels": (list(task.get("labels", [])), list(job.task.labels)),
-        "template": (task.get("template", ""), job.task.template),
-        "samples": (list(task.get("samples", [])), list(job.task.samples)),
-        "max_length": (task.get("max_length", 128), job.task.max_length),
+        "name": (signed.name, job.job.rpartition("-")[0]),
+        "model": (signed.model, job.model),
+        "rounds": (signed.rounds, job.rounds),
+        "stack": (list(signed.stack), list(job.stack)),
     }
-    for what, (wanted, told) in pairs.items():
-        if wanted != told:
-            raise Refused(f"the assignment's {what} is {str(told)[:60]!r}, the operators signed {str(wanted)[:60]!r}")
-    if job.purpose == "train" and job.recipe.optimizer != training.get("optimizer", "adamw"):
-        raise Refused(f"the assignment's optimizer is {job.recipe.optimizer!r}, the operators signed another")
+    for field in msgspec.structs.fields(SignedTask):
+        pairs[f"task.{field.name}"] = _plain(getattr(signed.task, field.name)), _plain(getattr(job.task, field.name))
+    if job.purpose == "train":
+        pairs["optimizer"] = signed.training.optimizer, job.recipe.optimizer
+    for what, (wanted, asked) in pairs.items():
+        if wanted != asked:
+            raise Refused(f"the assignment's {what} is {str(asked)[:60]!r}, the operators signed {str(wanted)[:60]!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples are the same on the wire."""
+    return list(value) if isinstance(value, tuple) else value

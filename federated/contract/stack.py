@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Conflict
+from ..errors import BadMethod, Conflict
 from .method import EXCLUSIVE, HOOKS, ClientContext, Method, Round, ServerContext, overrides
 from .spec import Spec, coordinates
 from .tensors import Array, Tensors
@@ -78,6 +78,10 @@ class ServerSide:
         self.stack, self.job, self.total = stack, job, total
         self.state: dict[str, dict[str, Any]] = {n: (state or {}).get(n, {}) for n in stack.methods}
         self.fleet = 0
+        self.emptied = ""
+        """The method that selected nobody, if one did."""
+        self.left_out: dict[tuple[str, int], str] = {}
+        """(device, age) of every update that was not admitted → the method that dropped it."""
 
     def context(self, name: str, number: int, device: str = "") -> ServerContext:
         """The context of one method in one round; its generator depends on nothing else."""
@@ -85,9 +89,15 @@ class ServerSide:
         return ServerContext(Round(number, self.total), self.state.setdefault(name, {}), rng, self.fleet, self.stack.space)
 
     def select(self, devices: Sequence[str], number: int) -> list[str]:
-        """Who takes part."""
+        """Who takes part. Empty where a method selects nobody, which `emptied` then names. Raises BadMethod for strangers."""
+        self.emptied = ""
         for n, m in self.stack.using("select"):
-            devices = m.select(devices, self.context(n, number))
+            chosen = m.select(devices, self.context(n, number))
+            if strange := sorted(set(chosen) - set(devices)):
+                raise BadMethod(f"`{n}` selects `{strange[0]}`, which is not among the devices that it was given")
+            if devices and not chosen:
+                self.emptied = n
+            devices = chosen
         return list(devices)
 
     def plan(self, job: dict[str, Any], device: str, number: int) -> dict[str, Any]:
@@ -119,9 +129,17 @@ class ServerSide:
         return replace(update, delta=delta)
 
     def admit(self, updates: list[Update], number: int) -> list[Update]:
-        """Drop, clip and reweigh."""
+        """Drop, clip and reweigh; `left_out` then says which method dropped whose update. Raises BadMethod for strangers."""
+        self.left_out = {}
         for n, m in self.stack.using("admit"):
-            updates = m.admit(updates, self.context(n, number))
+            given = {(u.device, u.age) for u in updates}
+            admitted = m.admit(updates, self.context(n, number))
+            kept = {(u.device, u.age) for u in admitted}
+            if len(kept) < len(admitted) or not kept <= given:
+                strange = next((u.device for u in admitted if (u.device, u.age) not in given), "one of them twice")
+                raise BadMethod(f"`{n}` admits an update that it was not given: {strange}")
+            self.left_out |= dict.fromkeys(given - kept, n)
+            updates = admitted
         return updates
 
     def reduce(self, updates: list[Update], number: int) -> Change | None:
@@ -154,6 +172,7 @@ class ClientSide:
     ) -> None:
         self.stack, self.round, self.device, self.spec = stack, round, device, spec
         kept = _still_valid(state or {}, spec)
+        self._coordinates = {**(state or {}).get("\0coordinates", {}), **coordinates(spec)}
         self.state: dict[str, dict[str, Any]] = {n: kept.get(n, {}) for n in stack.methods}
         self.up: dict[str, Tensors] = {n: {} for n in stack.methods}
         self._job, self._down, self._steps, self._lr = job, down, steps, lr
@@ -205,8 +224,17 @@ class ClientSide:
         return adapter
 
     def saved(self) -> dict[str, Any]:
-        """State to keep, with the coordinates that it lives in."""
-        return {**{n: s for n, s in self.state.items() if s}, "\0kept": self.kept, "\0coordinates": coordinates(self.spec)}
+        """State to keep, with the coordinates that it lives in: also those of layers that this round left alone, whose state
+        waits for them and must not outlive their next change."""
+        state = {**{n: s for n, s in self.state.items() if s}, "\0kept": self.kept}
+        named = _names(state)
+        known = {k: c for k, c in self._coordinates.items() if k in named or k in self.spec.shapes()}
+        return {**state, "\0coordinates": known}
+
+
+def _names(tree: Mapping[str, Any]) -> set[str]:
+    """Every key at any depth of a state."""
+    return set(tree).union(*(_names(v) for v in tree.values() if isinstance(v, dict)))
 
 
 def _still_valid(state: dict[str, Any], spec: Spec) -> dict[str, Any]:
