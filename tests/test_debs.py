@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,10 +114,29 @@ def built(out: Path, version: str, program: str, source: Path = ROOT) -> Path:
     return next(out.glob(f"{program}_{version}_*.deb"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
+@pytest.mark.parametrize("program", ["coordinator", "edge-agent"])
+def test_a_package_unpacks_into_its_own_places_and_asks_for_its_wheels_python(tmp_path: Path, program: str) -> None:
+    package = built(tmp_path, "0.1.0", program)
+    listed = subprocess.run(["dpkg-deb", "-c", str(package)], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[5] for line in listed.splitlines()]
+    assert {n.split("/")[1] for n in names if n != "./"} <= {"etc", "lib", "opt", "usr"}
+    wheels = [n for n in names if n.endswith(".whl")]
+    pythons = {tag for n in wheels for tag in n.split("-")[-3].split(".") if tag.startswith("cp")}
+    abis = {n.split("-")[-2] for n in wheels}
+    asked = subprocess.run(["dpkg-deb", "-f", str(package), "Depends"], capture_output=True, text=True, check=True).stdout
+    low, high = re.search(r"python3 \(>= 3\.(\d+)\), python3 \(<< 3\.(\d+)\)", asked).groups()  # type: ignore[union-attr]
+    assert int(high) == int(low) + 1
+    assert any(a == f"cp3{low}" for a in abis), "no wheel is compiled for one Python alone"
+    assert {a for a in abis if a.startswith("cp")} == {f"cp3{low}"}
+    assert f"cp3{low}" in pythons
+
+
 def broken(folder: Path) -> Path:
     """Our sources, with an agent that does not start."""
-    for name in ("edge_agent", "coordinator", "profiles", "bandit", "federated", "packaging"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("rankfleet", "edge_agent", "coordinator", "profiles", "bandit", "federated", "packaging"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     service = folder / "edge_agent" / "service.py"

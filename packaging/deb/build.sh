@@ -13,12 +13,16 @@ version=${3:-$(sed -n 's/^VERSION = "\(.*\)"/\1/p' "$root/federated/version.py")
 arch=$(dpkg --print-architecture)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$out" "$work/wheels"
+mkdir -p "$out" "$work/source" "$work/trees" "$work/wheels"
 
-cp -r "$root/pyproject.toml" "$root/README.md" "$root/LICENSE" "$root/rankfleet" "$root/edge_agent" "$root/coordinator" "$root/profiles" "$root/bandit" \
-    "$root/federated" "$work/"
-sed -i "s/^VERSION = .*/VERSION = \"$version\"/" "$work/federated/version.py"
-"$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$work/wheels" "$work"
+for part in pyproject.toml README.md LICENSE rankfleet edge_agent coordinator profiles bandit federated; do
+    cp -r "$root/$part" "$work/source/"
+done
+sed -i "s/^VERSION = .*/VERSION = \"$version\"/" "$work/source/federated/version.py"
+"$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$work/wheels" "$work/source"
+# The wheels beside ours are compiled for one version of Python, which the package therefore asks for.
+this=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+next=$("$python" -c 'import sys; print("%d.%d" % (sys.version_info[0], sys.version_info[1] + 1))')
 
 # What each program imports beside torch and transformers.
 need() {
@@ -29,7 +33,7 @@ need() {
 }
 
 package() {
-    name=$1 config=$2 place=$3 tree=$work/$1
+    name=$1 config=$2 place=$3 tree=$work/trees/$1
     mkdir -p "$tree/DEBIAN" "$tree/usr/lib/$name/wheels" "$tree/usr/bin" "$tree/lib/systemd/system" "$tree$place" "$tree/usr/share/doc/$name"
     "$python" -m pip wheel -q --disable-pip-version-check -w "$tree/usr/lib/$name/wheels" "$(echo "$work"/wheels/rankfleet-*.whl)[$(need "$name")]"
     cp "$root/packaging/install-torch.sh" "$here/venv.sh" "$here/switch.sh" "$tree/usr/lib/$name/"
@@ -46,7 +50,7 @@ Version: $version
 Architecture: $arch
 Maintainer: The rankfleet authors <rankfleet@invalid>
 Installed-Size: $size
-Depends: python3 (>= 3.10), python3-venv, adduser
+Depends: python3 (>= $this), python3 (<< $next), python3-venv, adduser
 $recommends
 Section: science
 Priority: optional
