@@ -1,7 +1,7 @@
 """A bad link: 1 Mbit/s, 300 ms, a stall of two seconds every twenty, a cut every minute; one real agent behind it.
 
 `make bench-link` writes benchmarks/out/link.json. Bytes are counted on the wire, at the relay. Training is noise (benchmarks/
-noise.py) and, for `overhead_fraction`, a pause of 60 s.
+noise.py) and, for `overhead_fraction`, a pause of 60 s. SCALE=quick: one round of each, a pause of 5 s.
 """
 
 import argparse
@@ -47,18 +47,18 @@ def _relay(**changes: float) -> SlowLink:
     return SlowLink(("127.0.0.1", 0), **{**usual, **changes})
 
 
-async def transfer(home: Path) -> dict[str, float]:
+async def transfer(home: Path, rounds: int = 4) -> dict[str, float]:
     """Dense rounds of 1.3 MB each way, one after the other, for two minutes and more: how much of the link is used, how much repeated."""
     async with _relay() as relay:
         with contextlib.ExitStack() as stack:
             bench = await asyncio.to_thread(stack.enter_context, LinkBench(home, [], relay))
-            job = await asyncio.to_thread(bench.job, 6)
+            job = await asyncio.to_thread(bench.job, rounds + 2)
             await _until(lambda: len(bench.closed(job)) >= 1)
-            rounds, start, up, down = len(bench.closed(job)), time.time(), relay.up, relay.down
-            await _until(lambda: len(bench.closed(job)) >= rounds + 4)
+            before, start, up, down = len(bench.closed(job)), time.time(), relay.up, relay.down
+            await _until(lambda: len(bench.closed(job)) >= before + rounds)
             took, up, down = time.time() - start, relay.up - up, relay.down - down
             blob = _blob_bytes(bench, job)
-            done = len(bench.closed(job)) - rounds
+            done = len(bench.closed(job)) - before
     useful = done * blob
     # The device sends while it does not receive and the other way round, so one direction's rate is what there is to use.
     open_share = 1 - STALL / STALL_EVERY
@@ -83,9 +83,9 @@ def _blob_bytes(bench: Bench, job: str) -> float:
     return float(read_assignment(body).blobs["view"].size)
 
 
-async def overhead(home: Path, targets: list[str], rounds: int = 2) -> dict[str, float]:
-    """Seconds that a round takes beyond its 60 s of training, sparse uploads."""
-    os.environ["RANKFLEET_NOISE_S"] = "60"
+async def overhead(home: Path, targets: list[str], rounds: int = 2, training_s: float = 60.0) -> dict[str, float]:
+    """Share of a round beside its `training_s` of training, sparse uploads."""
+    os.environ["RANKFLEET_NOISE_S"] = str(training_s)
     try:
         async with _relay() as relay:
             with contextlib.ExitStack() as stack:
@@ -96,7 +96,7 @@ async def overhead(home: Path, targets: list[str], rounds: int = 2) -> dict[str,
                 times = [t for t, _ in bench.closed(job)]
     finally:
         del os.environ["RANKFLEET_NOISE_S"]
-    return {"overhead_fraction": (times[-1] - times[0]) / rounds / 60 - 1}
+    return {"overhead_fraction": (times[-1] - times[0]) / rounds / training_s - 1}
 
 
 async def idle(home: Path, seconds: float = 130.0) -> dict[str, float]:
@@ -141,6 +141,12 @@ def main() -> None:
         "overhead_all_maps": lambda h: overhead(h, ["all"]),
         "idle": lambda h: idle(h),
     }
+    if os.environ.get("SCALE") == "quick":
+        work = {
+            "transfer": lambda h: transfer(h, 1),
+            "overhead": lambda h: overhead(h, ["auto"], 1, 5.0),
+            "idle": lambda h: idle(h, 35.0),
+        }
     found: dict[str, float] = {}
     for name, run in work.items():
         if args.only and name not in args.only:
@@ -149,8 +155,8 @@ def main() -> None:
         figures = asyncio.run(run(home / name))
         found |= {(k if name in ("transfer", "overhead", "idle") else f"{k}_all_maps"): round(v, 4) for k, v in figures.items()}
         print(name, figures, flush=True)
-    report("link", [{"figure": k, "value": v} for k, v in found.items()], **found)
     shutil.rmtree(home, ignore_errors=True)
+    report("link", [{"figure": k, "value": v} for k, v in found.items()], **found)
 
 
 if __name__ == "__main__":

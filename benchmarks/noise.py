@@ -8,11 +8,14 @@ Identity, signatures, codecs, outbox, fsync, receipts: the code that is shipped.
 
 import argparse
 import asyncio
+import contextlib
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from rankfleet.edge_agent.machine import system
 from rankfleet.edge_agent.order import Order
 
 WORKERS = 2
@@ -43,7 +46,7 @@ class SharedEngine:
 
     def __init__(self, number: int) -> None:
         if not self.pools:
-            self.pools.extend(ProcessPoolExecutor(1, get_context("spawn")) for _ in range(WORKERS))
+            self.pools.extend(ProcessPoolExecutor(1, get_context("spawn"), initializer=system.die_with_parent) for _ in range(WORKERS))
         self.pool = self.pools[number % WORKERS]
         self.later: asyncio.TimerHandle | None = None
 
@@ -77,7 +80,19 @@ def _agent(path: Path, engine: Any) -> Any:
 
 
 async def _fleet(folder: Path) -> None:
-    await asyncio.gather(*(_agent(p, SharedEngine(n)).run() for n, p in enumerate(sorted(folder.glob("*.yaml")))))
+    """Until SIGTERM; the worker processes end with it."""
+    agents = [_agent(p, SharedEngine(n)) for n, p in enumerate(sorted(folder.glob("*.yaml")))]
+    work = asyncio.ensure_future(asyncio.gather(*(a.run() for a in agents)))
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, work.cancel)
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+    finally:
+        for pool in SharedEngine.pools:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import os
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,6 +38,20 @@ class NoiseTrainer:
         return {"loss": 1.0, "square": 1.0, "correct": 0.0, "count": 1.0}
 
 
+class NoBase:
+    """Stands where `Base` stands: a model that is not there, as far as a round looks at it."""
+
+    core = prefix = model = None
+    transposed, device = False, "cpu"
+    sites: ClassVar[dict[str, Any]] = {}
+
+    def place(self, spec: Any, tensors: Any) -> None:
+        """No map takes an adapter."""
+
+    def lighten(self) -> None:
+        """Nothing lies in memory."""
+
+
 class NoiseRound(rounds.LocalRound):
     """A round with the stand-in."""
 
@@ -50,7 +64,7 @@ class NoiseWorker(rounds.Worker):
     round = NoiseRound
 
     def _prepared(self, order: Order, job: Any, view: Any) -> Any:
-        return SimpleNamespace(place=lambda spec, tensors: None, model=None)
+        return NoBase()
 
     def _examples(self, order: Order, job: Any) -> Any:
         return None, [{}] * 32, [{}], SimpleNamespace(unknown=0)

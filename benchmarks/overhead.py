@@ -2,10 +2,12 @@
 
 `make bench-overhead` writes benchmarks/out/overhead.json. Two agents are real processes; 100 and 1,000 are coroutines of one
 process, each with its own connection, outbox and codec state. flwr stands beside in its own environment, if it can be had.
+SCALE=quick: 10 and 20 agents, a few rounds, no flwr.
 """
 
 import argparse
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from rankfleet.edge_agent.trust import identity
 from .table import report
 
 MIN_ROUNDS, MIN_S = 10, 20.0
+QUICK = os.environ.get("SCALE") == "quick"
 
 
 def model(folder: Path) -> Path:
@@ -68,7 +72,14 @@ class Bench:
         return self.processes[-1]
 
     def __enter__(self) -> "Bench":
-        self.coordinator = self.start("coordinator", "serve", "--config", str(self.config))
+        try:
+            return self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _begin(self) -> "Bench":
+        self.coordinator = self.start("rankfleet.coordinator", "serve", "--config", str(self.config))
         while True:
             with contextlib.suppress(Exception):
                 self.client = Client(self.home / "c")
@@ -91,7 +102,7 @@ class Bench:
             self.prepare(path)
         if self.count <= 4:
             files = [str(p) for p in sorted((self.home / "fleet").glob("*.yaml"))]
-            real = self.program == "edge_agent"
+            real = self.program == "rankfleet.edge_agent"
             self.agents = [self.start(self.program, "run", *(["--config"] if real else []), f) for f in files]
         else:
             self.agents = [self.start("benchmarks.noise", "fleet", str(self.home / "fleet"))]
@@ -99,13 +110,7 @@ class Bench:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in reversed(self.processes):
-            process.send_signal(signal.SIGTERM)
-        for process in self.processes:
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        end(self.processes)
 
     def prepare(self, path: Path) -> None:
         """Last changes to an agent's YAML."""
@@ -151,6 +156,27 @@ class Bench:
         return took / (len(done) - 2), sum(n for _, n in done[2:]) / took
 
 
+def end(processes: list[subprocess.Popen[bytes]], patience_s: float = 20.0) -> None:
+    """End programs, the last that was started first, and whatever they started and leave behind."""
+    everything: list[psutil.Process] = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            everything += psutil.Process(process.pid).children(recursive=True)
+    for process in reversed(processes):
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    _, alive = psutil.wait_procs(everything, timeout=2)
+    for child in alive:
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
 class Watch(threading.Thread):
     """Peak resident memory of a process tree without its broker."""
 
@@ -185,7 +211,7 @@ def memory(home: Path, count: int) -> float:
 
 def idle(home: Path) -> float:
     """MB of one real agent that has nothing to do."""
-    with Bench(home, 1, "auto", [], program="edge_agent") as bench:
+    with Bench(home, 1, "auto", [], program="rankfleet.edge_agent") as bench:
         time.sleep(2)
         return psutil.Process(bench.agents[0].pid).memory_info().rss / (1 << 20)
 
@@ -193,7 +219,22 @@ def idle(home: Path) -> float:
 def throughput(home: Path, count: int, broker: str, stack: list[str]) -> tuple[float, float]:
     """See `Bench.measure`."""
     with Bench(home, count, broker, stack) as bench:
-        return bench.measure()
+        return bench.measure(3.0, 3) if QUICK else bench.measure()
+
+
+def figures() -> dict[str, Callable[[Path], float]]:
+    """What is measured, by name; at quick scale with a tenth of the agents."""
+    many, most = (10, 20) if QUICK else (100, 1000)
+    rows: dict[str, Callable[[Path], float]] = {
+        "agent_idle_rss_mb": idle,
+        "round_s_2_agents": lambda h: throughput(h, 2, "auto", ["sparse"])[0],
+        f"updates_per_s_{many}_agents": lambda h: throughput(h, many, "auto", ["sparse"])[1],
+        f"updates_per_s_{many}_agents_dense": lambda h: throughput(h, many, "auto", [])[1],
+        f"updates_per_s_{many}_agents_amqtt": lambda h: throughput(h, many, "amqtt", ["sparse"])[1],
+        "coordinator_rss_mb_10_agents": lambda h: memory(h, 10),
+        f"coordinator_rss_mb_{most}_agents": lambda h: memory(h, most),
+    }
+    return rows
 
 
 def main() -> None:
@@ -203,17 +244,8 @@ def main() -> None:
     parse.add_argument("--keep", type=Path, help="work in this folder and keep it")
     args = parse.parse_args()
     home = args.keep or Path(tempfile.mkdtemp(prefix="rankfleet-overhead-"))
-    work: dict[str, Any] = {
-        "agent_idle_rss_mb": lambda h: idle(h),
-        "round_s_2_agents": lambda h: throughput(h, 2, "auto", ["sparse"])[0],
-        "updates_per_s_100_agents": lambda h: throughput(h, 100, "auto", ["sparse"])[1],
-        "updates_per_s_100_agents_dense": lambda h: throughput(h, 100, "auto", [])[1],
-        "updates_per_s_100_agents_amqtt": lambda h: throughput(h, 100, "amqtt", ["sparse"])[1],
-        "coordinator_rss_mb_10_agents": lambda h: memory(h, 10),
-        "coordinator_rss_mb_1000_agents": lambda h: memory(h, 1000),
-    }
     found: dict[str, Any] = {}
-    for name, run in work.items():
+    for name, run in figures().items():
         if args.only and not any(o in name for o in args.only):
             continue
         shutil.rmtree(home / name, ignore_errors=True)
@@ -225,13 +257,13 @@ def main() -> None:
             found[name] = None
             found[f"{name}_error"] = str(error)[-500:]
         print(found[name], flush=True)
-    if not args.only or "flwr" in args.only:
+    if "flwr" in args.only or not (args.only or QUICK):
         from .flwr_peer import measure
 
         found |= measure(home / "flwr")
-    report("overhead", [{"figure": k, "value": v} for k, v in found.items()], **{k: v for k, v in found.items() if v is not None})
     if not args.keep:
         shutil.rmtree(home, ignore_errors=True)
+    report("overhead", [{"figure": k, "value": v} for k, v in found.items()], **{k: v for k, v in found.items() if v is not None})
 
 
 if __name__ == "__main__":

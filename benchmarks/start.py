@@ -21,9 +21,9 @@ def main() -> None:
     times = interleaved(
         {
             "python": lambda: run("-c", ""),
-            "edge-agent": lambda: run("-m", "edge_agent", "--help"),
-            "coordinator": lambda: run("-m", "coordinator", "--help"),
-            "coordinator methods": lambda: run("-m", "coordinator", "methods"),
+            "edge-agent": lambda: run("-m", "rankfleet.edge_agent", "--help"),
+            "coordinator": lambda: run("-m", "rankfleet.coordinator", "--help"),
+            "coordinator methods": lambda: run("-m", "rankfleet.coordinator", "methods"),
         }
     )
     rows = [{"program": k, "seconds": round(t, 3)} for k, t in times.items()]

@@ -1,4 +1,4 @@
-"""`python -m coordinator` is `coordinator`."""
+"""`python -m rankfleet.coordinator` is `coordinator`."""
 
 import sys
 

@@ -75,7 +75,7 @@ class Fleet:
             },
         )
         api = self.home / "coordinator" / "api.json"
-        self.coordinator = self.start("coordinator", "coordinator", "serve", "--config", str(self.config))
+        self.coordinator = self.start("coordinator", "rankfleet.coordinator", "serve", "--config", str(self.config))
         for _ in range(300):
             if api.exists():
                 with contextlib.suppress(Exception):
@@ -105,11 +105,11 @@ class Fleet:
                 },
             )
             token = client.post(f"/devices/{d.name}/invite")["token"]
-            self.run("edge_agent", "enroll", token, "--no-probe", "--config", str(config))
+            self.run("rankfleet.edge_agent", "enroll", token, "--no-probe", "--config", str(config))
 
     def agent(self, name: str) -> None:
         """Start one agent."""
-        self.agents[name] = self.start(name, "edge_agent", "run", "--config", str(self.home / name / "agent.yaml"))
+        self.agents[name] = self.start(name, "rankfleet.edge_agent", "run", "--config", str(self.home / name / "agent.yaml"))
 
     def kill_agent(self, name: str) -> None:
         """kill -9, no farewell."""

@@ -1,4 +1,4 @@
-"""`python -m edge_agent` is `edge-agent`."""
+"""`python -m rankfleet.edge_agent` is `edge-agent`."""
 
 import sys
 

@@ -36,7 +36,7 @@ def bounded(text: str) -> str:
 
 async def doctor(config: Path | None) -> str:
     """What `edge-agent doctor --json` says, from a process of its own: the idle service stays small."""
-    command = [sys.executable, "-m", "edge_agent", "doctor", "--json", *(["--config", str(config)] if config else [])]
+    command = [sys.executable, "-m", "rankfleet.edge_agent", "doctor", "--json", *(["--config", str(config)] if config else [])]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
     reading = asyncio.ensure_future(process.communicate())
     await asyncio.wait({reading}, timeout=DOCTOR_S)

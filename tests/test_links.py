@@ -385,7 +385,17 @@ async def test_an_agent_in_a_network_of_its_own(tmp_path: Path, tiny: Path, far_
                 "datasets": {"words": {"path": str(world.data["d1"])}}, "link": {"broker": f"mqtt://{here}:{port}", "answer_s": 2},
             }  # fmt: skip
             (tmp_path / "d1.yaml").write_text(yaml.safe_dump(agent))
-            command = [*run_there, sys.executable, "-W", "ignore", "-m", "edge_agent", "run", "--config", str(tmp_path / "d1.yaml")]
+            command = [
+                *run_there,
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "rankfleet.edge_agent",
+                "run",
+                "--config",
+                str(tmp_path / "d1.yaml"),
+            ]
             process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
             try:
                 name = await world.run(job(rounds=2, stack=["sparse"]), 120)

@@ -72,7 +72,7 @@ class Programs:
         return done.stdout if code == 0 else done.stderr
 
     def coordinator(self, *words: str, code: int = 0) -> str:
-        return self.run("coordinator", *words, "--config", str(self.config), code=code)
+        return self.run("rankfleet.coordinator", *words, "--config", str(self.config), code=code)
 
     def json(self, *words: str) -> Any:
         return json.loads(self.coordinator(*words, "--json"))
@@ -94,12 +94,12 @@ class Programs:
 def programs(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path) -> Iterator[Programs]:
     made = Programs(tmp_path, tiny, request.param)
     try:
-        made.start("coordinator", "serve", "--config", str(made.config))
+        made.start("rankfleet.coordinator", "serve", "--config", str(made.config))
         made.until(lambda: (tmp_path / "c" / "api.json").exists())
         for name, config in made.agents.items():
             token = made.coordinator("invite", name).strip()
-            made.run("edge_agent", "enroll", token, "--config", str(config))
-            made.start("edge_agent", "run", "--config", str(config))
+            made.run("rankfleet.edge_agent", "enroll", token, "--config", str(config))
+            made.start("rankfleet.edge_agent", "run", "--config", str(config))
         made.until(lambda: all(d["state"] == "enrolled" for d in made.json("devices")))
         yield made
     finally:
@@ -132,15 +132,15 @@ def test_a_job_from_the_command_line(programs: Programs, tmp_path: Path) -> None
     assert (tmp_path / "job.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tb" / "toy-1").iterdir())
     assert "another coordinator runs with" in programs.coordinator("serve", code=1)
-    assert "another edge-agent runs with" in programs.run("edge_agent", "run", "--config", str(programs.agents["d0"]), code=1)
+    assert "another edge-agent runs with" in programs.run("rankfleet.edge_agent", "run", "--config", str(programs.agents["d0"]), code=1)
     assert "no job `nope`" in programs.coordinator("rounds", "nope", code=1)
     assert "is finished" in programs.coordinator("cancel", "toy-1", code=1)
-    status = json.loads(programs.run("edge_agent", "status", "--config", str(programs.agents["d0"]), "--json"))
+    status = json.loads(programs.run("rankfleet.edge_agent", "status", "--config", str(programs.agents["d0"]), "--json"))
     assert status["running"]
     assert status["bytes_up"] > 0
-    assert '"error"' not in programs.run("edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json")
+    assert '"error"' not in programs.run("rankfleet.edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json")
     assert '"error"' not in programs.coordinator("doctor", "--json")
-    programs.run("edge_agent", "leave", "--yes", "--config", str(programs.agents["d0"]))
+    programs.run("rankfleet.edge_agent", "leave", "--yes", "--config", str(programs.agents["d0"]))
     assert not list((tmp_path / "d0").iterdir())
     programs.until(lambda: programs.json("devices")[0]["state"] == "left")
 
@@ -153,7 +153,7 @@ def test_mutual_tls_from_the_command_line(programs: Programs, tmp_path: Path) ->
     programs.until(lambda: programs.json("jobs")[0]["state"] in ("finished", "failed"))
     assert programs.json("jobs")[0]["state"] == "finished", programs.json("jobs")
     assert "until 2" in programs.coordinator("devices")
-    doctor = json.loads(programs.run("edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json"))
+    doctor = json.loads(programs.run("rankfleet.edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json"))
     assert next(f for f in doctor if f["check"] == "broker")["text"].endswith("is of this fleet")
     assert "which device, to revoke?" in programs.coordinator("devices", "revoke", code=1)
     assert "suspend: d1" in programs.coordinator("devices", "suspend", "d1")
@@ -161,12 +161,14 @@ def test_mutual_tls_from_the_command_line(programs: Programs, tmp_path: Path) ->
     assert "`d1` is not suspended" in programs.coordinator("devices", "resume", "d1", code=1)
     assert "revoked: d1" in programs.coordinator("devices", "revoke", "d1")
     programs.until(lambda: {d["device"]: d["state"] for d in programs.json("devices")}["d1"] == "revoked")
-    status = lambda name: json.loads(programs.run("edge_agent", "status", "--config", str(programs.agents[name]), "--json"))  # noqa: E731
+    status = lambda name: json.loads(programs.run("rankfleet.edge_agent", "status", "--config", str(programs.agents[name]), "--json"))  # noqa: E731
     programs.until(lambda: status("d0")["connected"] and not status("d1")["connected"])
     qr = programs.coordinator("invite", "d1", "--qr")
     assert qr.count("\n") > 20
-    assert "is enrolled as `d1`" in programs.run("edge_agent", "enroll", qr.split()[0], "--config", str(programs.agents["d1"]), code=1)
-    programs.run("edge_agent", "enroll", qr.split()[0], "--again", "--no-probe", "--config", str(programs.agents["d1"]))
+    assert "is enrolled as `d1`" in programs.run(
+        "rankfleet.edge_agent", "enroll", qr.split()[0], "--config", str(programs.agents["d1"]), code=1
+    )
+    programs.run("rankfleet.edge_agent", "enroll", qr.split()[0], "--again", "--no-probe", "--config", str(programs.agents["d1"]))
 
 
 @pytest.mark.slow
@@ -257,7 +259,7 @@ def test_programs_start_in_a_blink() -> None:
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "coordinator", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "rankfleet.coordinator", "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - start)
     # The figure to reach is 0.3 s; a loaded machine must not fail a test, a heavy import must.
     assert min(times) < 1.0

@@ -208,7 +208,7 @@ class Fleet:
             "limits": {"packet_bytes": 2000, "nudge_s": 3},
         }  # fmt: skip
         self.config = self.write("coordinator.yaml", config)
-        c.command = ["coordinator", "serve", "--config", self.config]
+        c.command = ["rankfleet.coordinator", "serve", "--config", self.config]
         c.start()
         await self.until(lambda: (c.home / "api.json").exists(), 60)
         for i, (name, machine) in enumerate(self.agents.items()):
@@ -223,9 +223,9 @@ class Fleet:
                     "link": {"answer_s": 1, "packet_bytes": 600, "broker": f"mqtt://127.0.0.1:{self.proxies[name].port}"},
                 },
             )  # fmt: skip
-            token = c.run("coordinator", "invite", name, "--config", self.config).strip()
-            machine.run("edge_agent", "enroll", token, "--no-probe", "--config", path)
-            machine.command = ["edge_agent", "run", "--config", path]
+            token = c.run("rankfleet.coordinator", "invite", name, "--config", self.config).strip()
+            machine.run("rankfleet.edge_agent", "enroll", token, "--no-probe", "--config", path)
+            machine.command = ["rankfleet.edge_agent", "run", "--config", path]
             machine.start()
         await self.until(lambda: sum(r[0] == "enrolled" for r in self.ask("select state from devices")) == len(AGENTS), 60)
         for machine in self.machines:
@@ -238,7 +238,7 @@ class Fleet:
             **changes,
         }  # fmt: skip
         (self.folder / "job.yaml").write_text(job(**settings))
-        self.coordinator.run("coordinator", "submit", str(self.folder / "job.yaml"), "--config", self.config)
+        self.coordinator.run("rankfleet.coordinator", "submit", str(self.folder / "job.yaml"), "--config", self.config)
 
     def ask(self, query: str) -> list[Any]:
         """Straight from the ledger: the coordinator may be dead."""

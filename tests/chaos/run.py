@@ -98,7 +98,7 @@ class Chaos:
         state = self.fleet.job_state()
         if (ahead and state == "running") or (not ahead and state == "paused"):
             with contextlib.suppress(RuntimeError):
-                self.fleet.coordinator.run("coordinator", "pause" if ahead else "resume", "toy-1", "--config", self.fleet.config)
+                self.fleet.coordinator.run("rankfleet.coordinator", "pause" if ahead else "resume", "toy-1", "--config", self.fleet.config)
 
     async def fault(self, kind: str) -> bool:
         """Do it; False where there was nothing to do it to."""
