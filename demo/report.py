@@ -16,7 +16,7 @@ COMPARED = (
 OURS, OTHER, FAULT = "#0969da", "#afb8c1", "#bc4c00"
 STYLE = {
     "svg.hashsalt": "rankfleet",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -63,7 +63,7 @@ def _cost(r: dict[str, Any]) -> list[str]:
 
 
 def plot(home: Path, report: dict[str, Any]) -> None:
-    """`demo.svg` and `demo.png`: the comparison, accuracy by version, each device's arms. Equal reports, equal files."""
+    """`demo.svg` and `demo.png`: comparison, accuracy by version, arms. Equal reports, equal files."""
     import matplotlib
 
     matplotlib.use("Agg")

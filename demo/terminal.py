@@ -50,7 +50,7 @@ def draw(rows: list[Line]) -> str:
     """An SVG that scrolls through the recording once a turn; without motion it shows the end."""
     lines = wrapped(rows)
     frames = _frames(lines)
-    width, height = round(COLUMNS * WIDTH_PX + 32), (ROWS + 1) * HEIGHT_PX + 46
+    width, height = round(COLUMNS * WIDTH_PX + 32), ROWS * HEIGHT_PX + 50
     texts = "\n".join(_text(n, text) for n, (_, text) in enumerate(lines) if text)
     steps = "\n".join(f"    {100 * at:.2f}% {{ transform: translateY({_top(n)}px) }}" for at, n in frames)
     total = PLAYS_S + HOLDS_S
@@ -70,7 +70,7 @@ def draw(rows: list[Line]) -> str:
   <rect class="page" width="{width}" height="{height}" rx="8"/>
   <path class="bar" d="M0 28V8a8 8 0 0 1 8-8h{width - 16}a8 8 0 0 1 8 8v20z"/>
   <text class="title" x="16" y="19">{escape(title)}</text>
-  <svg y="34" width="{width}" height="{(ROWS + 1) * HEIGHT_PX}">
+  <svg y="38" width="{width}" height="{ROWS * HEIGHT_PX}" viewBox="0 5 {width} {ROWS * HEIGHT_PX}">
   <g class="lines">
 {texts}
   </g>
@@ -80,7 +80,7 @@ def draw(rows: list[Line]) -> str:
 
 
 def _frames(lines: list[Line]) -> list[tuple[float, int]]:
-    """(share of the turn, lines on the screen): one frame for all lines within a tenth of a second of the film."""
+    """(share of the turn, lines on the screen): one frame for a tenth of a second of the film."""
     last, share = max(lines[-1][0], 0.1), PLAYS_S / (PLAYS_S + HOLDS_S)
     frames: dict[int, int] = {}
     for n, (at, _) in enumerate(lines, 1):
