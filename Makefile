@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEXT ?= How do I parse command line options?
 DEMO_ARGS ?=
 
-.PHONY: help install demo ask test test-oldest check ci bench bench-overhead bench-link bench-deploy bench-device bench-memory dst chaos package clean
+.PHONY: help install demo ask docs test test-oldest check ci bench bench-overhead bench-link bench-deploy bench-device bench-memory dst chaos package clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/  /' | sort
@@ -26,9 +26,14 @@ $(VENV)/.ready: pyproject.toml packaging/install-torch.sh
 
 demo: install  ## the main job: four devices tune a real model, one is killed on purpose
 	@PYTHONUNBUFFERED=1 $(BIN)/python -m demo.run $(DEMO_ARGS)
+	@test -n "$(DEMO_ARGS)" || cp runs/demo/demo.svg docs/pictures/demo.svg
 
 ask: install  ## ask the tuned model: make ask TEXT="…"
 	@$(BIN)/python -m demo.ask "$(TEXT)"
+
+docs: install  ## pages of methods and policies, from the code; the recorded session as a picture
+	@$(BIN)/python -m federated.catalogue_pages docs bandit
+	@$(BIN)/python -m demo.terminal draw docs/pictures/session.jsonl docs/pictures/session.svg
 
 check: install  ## lint and types, for three systems
 	$(BIN)/ruff check .
