@@ -32,7 +32,7 @@ ask: install  ## ask the tuned model: make ask TEXT="…"
 	@$(BIN)/python -m demo.ask "$(TEXT)"
 
 docs: install  ## pages of methods and policies, from the code; the recorded session as a picture
-	@$(BIN)/python -m federated.catalogue_pages docs bandit
+	@$(BIN)/python -m rankfleet.federated.contract.pages docs rankfleet.bandit
 	@$(BIN)/python -m demo.terminal draw docs/pictures/session.jsonl docs/pictures/session.svg
 
 check: install  ## lint and types, for three systems

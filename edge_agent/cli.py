@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import shutil
@@ -221,13 +222,19 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if any(f["state"] == "error" for f in findings) else 0
 
 
+def _is_agent(words: list[str]) -> bool:
+    """Is this the command line of an agent: `edge-agent`, `rankfleet agent` or `python -m rankfleet.edge_agent`?"""
+    umbrella = any(Path(first).stem == "rankfleet" and second == "agent" for first, second in itertools.pairwise(words))
+    return umbrella or any("edge_agent" in word or "edge-agent" in word for word in words)
+
+
 def _end_service(home: Path) -> None:
     """A service that still runs would write into the folder that is being emptied."""
     import psutil
 
     try:
         service = psutil.Process(int(_read_status(home)["pid"]))
-        if any("edge_agent" in word or "edge-agent" in word for word in service.cmdline()):
+        if _is_agent(service.cmdline()):
             service.terminate()
             service.wait(15)
     except (ConfigError, psutil.Error, KeyError, ValueError):

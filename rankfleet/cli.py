@@ -1,39 +1,30 @@
-"""`rankfleet`: the umbrella over both programs. `edge-agent` is `rankfleet agent`, `coordinator` is `rankfleet coordinator`."""
+"""`rankfleet`: both programs under one name, `rankfleet agent …` and `rankfleet coordinator …`."""
 
+import argparse
 import importlib
-import sys
+from collections.abc import Sequence
 
-from .federated.version import VERSION
+from rankfleet import __version__
 
-PROGRAMS = {
-    "agent": ("edge_agent.cli", "the service on a device (also: edge-agent)"),
-    "coordinator": ("coordinator.cli", "the service that plans and runs jobs, and its verbs (also: coordinator)"),
-}
+PROGRAMS = {"agent": "rankfleet.edge_agent.cli", "coordinator": "rankfleet.coordinator.cli"}
 
 
-def usage() -> str:
-    """What there is, in a few lines."""
-    rows = [f"  rankfleet {name:12} {text}" for name, (_, text) in PROGRAMS.items()]
-    rows += ["  rankfleet --version", "", "`rankfleet agent --help` lists the verbs of a program."]
-    return "\n".join(["Tunes one language model on many small machines without moving their data.", "", *rows])
+def build() -> argparse.ArgumentParser:
+    """The parser of the first word; the rest belongs to the program that it names."""
+    parse = argparse.ArgumentParser(
+        prog="rankfleet",
+        description="Tunes one language model on many small machines without moving their data.",
+        epilog="`rankfleet agent --help` and `rankfleet coordinator --help` list the verbs; "
+        "`edge-agent` and `coordinator` are short for them.",
+    )
+    parse.add_argument("--version", action="version", version=f"rankfleet {__version__}")
+    parse.add_argument("program", choices=PROGRAMS, help="the service on a device, or the one that plans jobs for a fleet")
+    parse.add_argument("words", nargs=argparse.REMAINDER, metavar="…", help="a verb of that program, and its options")
+    return parse
 
 
-def main(words: list[str] | None = None) -> int:
-    """Entry point: hands the words on to the program that the first one names."""
-    words = sys.argv[1:] if words is None else words
-    if words[:1] == ["--version"]:
-        print(f"rankfleet {VERSION}")
-        return 0
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if words[0] not in PROGRAMS:
-        print(f"error: rankfleet has no program `{words[0][:40]}`\n\n{usage()}", file=sys.stderr)
-        return 2
-    module = importlib.import_module(f".{PROGRAMS[words[0]][0]}", __package__)
-    code: int = module.main(words[1:])
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand the words after the program's name to that program; its exit status."""
+    args = build().parse_args(argv)
+    status: int = importlib.import_module(PROGRAMS[args.program]).main(args.words)
+    return status

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import bandit
 from demo import terminal
-from federated import catalogue_pages
-from federated.method import HOOKS, ClientContext, Method, ServerContext, StepContext
-from federated.spec import Dense, Pair, Spec
-from federated.update import LowRank, Update
+from rankfleet import bandit
+from rankfleet.federated.contract import pages
+from rankfleet.federated.contract.method import HOOKS, ClientContext, Method, ServerContext, StepContext
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.update import LowRank, Update
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -42,9 +42,7 @@ def test_lines_fit_and_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not [line for line in text.splitlines() if len(line) > 110]
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", outside_of_code(text)):
-        assert "://" in target or (page.parent / target).exists(), (
-            f"{name(page)} leads to {target}, which does not exist"
-        )
+        assert "://" in target or (page.parent / target).exists(), f"{name(page)} leads to {target}, which does not exist"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tour.md", "docs/words.md", "docs/add_a_method.md"])
@@ -60,9 +58,7 @@ def test_figures_of_the_readme_have_a_source() -> None:
     readme, source = ((ROOT / n).read_text(encoding="utf-8") for n in ("README.md", "docs/benchmarks.md"))
     table = readme.partition("## In figures")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    figures = re.findall(
-        r"\d+(?:\.\d+)?(?:%| kB| MB| s\b| times)?", " ".join(re.sub(r"flwr [\d.]+", "", row) for row in rows)
-    )
+    figures = re.findall(r"\d+(?:\.\d+)?(?:%| kB| MB| s\b| times)?", " ".join(re.sub(r"flwr [\d.]+", "", row) for row in rows))
     assert len(figures) > 8
     assert not [f for f in figures if not re.search(rf"(?<![\d.]){re.escape(f)}(?![\d.]*\d)", source)]
 
@@ -87,7 +83,7 @@ def test_pictures_show_the_run_that_the_readme_quotes() -> None:
 
 def test_pages_of_methods_and_policies_are_up_to_date() -> None:
     with pytest.raises(SystemExit) as end:
-        catalogue_pages.main([str(ROOT / "docs"), bandit.__name__, "--check"])
+        pages.main([str(ROOT / "docs"), bandit.__name__, "--check"])
     assert end.value.code is None, end.value.code
 
 
@@ -102,9 +98,7 @@ def snippets() -> dict[str, type[Method]]:
     space: dict[str, Any] = {"__name__": "docs.add_a_method"}
     for block in re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL):
         exec(compile(block, "docs/add_a_method.md", "exec"), space)
-    return {
-        n: k for n, k in space.items() if isinstance(k, type) and issubclass(k, Method) and k is not Method
-    }
+    return {n: k for n, k in space.items() if isinstance(k, type) and issubclass(k, Method) and k is not Method}
 
 
 def context(kind: type) -> Any:
@@ -164,9 +158,7 @@ def arguments(hook: str) -> dict[str, Any]:
         "job": {"placement": {"m": 2, "n": 2}, "steps": 4, "lr": 0.1},
         "device": "d0",
         "name": "m",
-        "model": SimpleNamespace(
-            **dict.fromkeys(("before", "after", "enter", "front", "pooled"), lambda *a: None)
-        ),
+        "model": SimpleNamespace(**dict.fromkeys(("before", "after", "enter", "front", "pooled"), lambda *a: None)),
         "examples": [{"ids": [1]}] * 4,
         "batch": {"labels": torch.zeros(4)},
         "loss": torch.tensor(1.0),
@@ -193,11 +185,7 @@ def test_snippets_run() -> None:
     kinds = snippets()
     assert len(kinds) > 20
     for title, kind in kinds.items():
-        unknown = [
-            n
-            for n, v in vars(kind).items()
-            if inspect.isfunction(v) and not n.startswith("_") and n not in HOOKS
-        ]
+        unknown = [n for n, v in vars(kind).items() if inspect.isfunction(v) and not n.startswith("_") and n not in HOOKS]
         assert not unknown, f"{title} defines {unknown}, which the contract does not have"
         for hook in HOOKS:
             if hook in vars(kind):

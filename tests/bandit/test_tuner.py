@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,15 @@ def test_auto_takes_what_a_device_measured_fastest_and_never_assumes_bf16() -> N
     assert made.join("unmeasured", roomy, {}) != 16
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"bits": "best"}, ArmSpace)
+
+
+def test_the_file_name_is_the_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"cost_ucb", "fedspine", "fixed", "ucb1"} <= set(modules())
+    theirs = EntryPoint("dice", "rankfleet.bandit.policies.fixed", "rankfleet.policies")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [theirs] if group == "rankfleet.policies" else [])
+    modules.cache_clear()
+    try:
+        assert policy_class("dice").__name__ == "Fixed"
+    finally:
+        policy_class.cache_clear()
+        modules.cache_clear()
