@@ -5,7 +5,7 @@ and replayed: the same state, fleet and seed give the same arms.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -55,6 +55,8 @@ class Outcome(msgspec.Struct, frozen=True):
     seconds: float
     norm_share: float = 0.0
     failed: str = ""
+    looks: Mapping[str, Mapping[str, Any]] = {}
+    """What methods looked at on the device and sent beside the update: method → name → array."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

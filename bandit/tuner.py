@@ -5,7 +5,7 @@ pruning only grows, at most every fifth round; a device that ran out of memory g
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -39,12 +39,12 @@ class Tuner:
         max_depth: int,
         length: int,
         head: int,
-        keep: float,
+        wire_bits: Callable[[float], float],
         seed: int,
         state: State | None = None,
     ) -> None:
         self.policy, self.card, self.space, self.seed = policy, card, space, seed
-        self.length, self.head, self.keep, self.max_depth = length, head, keep, max_depth
+        self.length, self.head, self.wire_bits, self.max_depth = length, head, wire_bits, max_depth
         self.state: State = state or {"devices": {}, "policy": {}}
         self.placements = {rule: expand(rule, card, modules) for rule in space.rules(max_depth)}
         self._plans: dict[tuple[Any, ...], StepPlan] = {}
@@ -103,7 +103,7 @@ class Tuner:
                 steps=arm.steps,
                 length=self.length,
                 head=self.head,
-                keep=self.keep,
+                wire_bits=self.wire_bits,
                 correction=own["speed"],
                 how=self._how(arm, profile.budget_mb / own["memory"]),
             )
@@ -177,7 +177,7 @@ class Tuner:
             steps=o.arm.steps,
             length=self.length,
             head=self.head,
-            keep=self.keep,
+            wire_bits=self.wire_bits,
             correction=speed,
         ).seconds
 

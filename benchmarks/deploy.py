@@ -23,7 +23,7 @@ from rankfleet.coordinator.export.onnx_encoder import write_onnx
 from rankfleet.coordinator.export.weights import Weights
 from rankfleet.coordinator.planning import importance as channels
 from rankfleet.coordinator.store.versions import Version
-from rankfleet.edge_agent.model import Base, as_tensor, importance
+from rankfleet.edge_agent.model import Base, importance
 from rankfleet.edge_agent.tasks import engine
 from rankfleet.edge_agent.worker.trainer import Trainer
 from rankfleet.federated.contract.catalogue import build_stack
@@ -95,9 +95,7 @@ class Classifier:
 
     def accuracy(self, tensors: Tensors, examples: list[Any]) -> float:
         """Share of right answers, percent."""
-        self.base.place(self.spec, tensors)
-        head = {k: as_tensor(tensors[k]) for k in self.spec.dense}
-        sums = self.trainer.measure(examples, head)
+        sums = self.trainer.measure(examples, tensors)
         return 100 * sums["correct"] / sums["count"]
 
     def version(self, tensors: Tensors, order: channels.Importance) -> Version:

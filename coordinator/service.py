@@ -165,6 +165,15 @@ class Service:
         """Is it still one of ours?"""
         return self.devices.enrolled(device)
 
+    def tags(self, device: str) -> dict[str, str]:
+        """What its owner says of it."""
+        return self.devices.tags(device)
+
+    def seen(self, device: str) -> float:
+        """When it was last heard; 0 where it was not."""
+        row = self.ledger.device_row(device)
+        return float(row["seen"]) if row is not None else 0.0
+
     def eligible(self, plan: Plan) -> Any:
         """See `Devices.eligible`."""
         return self.devices.eligible(plan)

@@ -124,7 +124,26 @@ class TorchRuntime:
                 except ValueError as error:
                     raise ConfigError(f"{adapter} belongs to another base model: {error}", "correct `models` in the agent's YAML") from None
         self.head = {k: t.to(device) for k, t in load_file(head).items()} if head.exists() else {}
+        self._attach(adapter)
         self.engine: Any = engine(task, str(base))
+
+    def _attach(self, adapter: Path | None) -> None:
+        """Functions that methods put into the model, as `task.json` names them. Raises ConfigError where they cannot be there."""
+        told = json.loads((adapter / "task.json").read_text(encoding="utf-8")) if adapter else {}
+        if not told.get("attach"):
+            return
+        from rankfleet.federated.contract.catalogue import build_stack
+        from rankfleet.federated.contract.spec import Spec
+
+        from .model.places import Attached
+
+        methods = build_stack(told["attach"])
+        if self.base.core is None:
+            raise ConfigError(f"`{next(iter(methods))}` needs an architecture that this engine runs itself", "use another base model")
+        self.base.core.places = places = Attached(self.base.sites)
+        places.p = self.head
+        for method in methods.values():
+            method.attach(places, msgspec.convert(told["spec"], Spec), None)
 
     def answers(self, rows: Rows) -> list[dict[str, Any]]:
         """One answer a row."""

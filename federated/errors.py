@@ -4,7 +4,7 @@ RankfleetError
 ├── ConfigError            a file or a job that cannot be meant
 │   ├── UnknownMethod      no such method in the catalogue
 │   ├── Conflict           two methods of a stack that exclude each other
-│   └── BadMethod          a method whose hook gives what the contract does not allow
+│   └── HookError          a method's hook that gives what it must not
 ├── WireError              bytes that are not what they claim to be
 │   ├── TooLarge           over a limit, refused before it is read
 │   ├── WrongVersion       another protocol version
@@ -39,8 +39,11 @@ class Conflict(ConfigError):
     """Two methods of a stack exclude each other."""
 
 
-class BadMethod(ConfigError):
-    """A method's hook gave what the contract does not allow; the message names method and hook."""
+class HookError(ConfigError):
+    """A hook of a method gives what it must not; says so by method and hook."""
+
+    def __init__(self, method: str, hook: str, what: str, hint: str = "") -> None:
+        super().__init__(f"method `{method}`, hook `{hook}`: {what}", hint)
 
 
 class WireError(RankfleetError):

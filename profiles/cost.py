@@ -3,8 +3,7 @@
 Formulas of docs/specification.md (FLOPs and seconds).
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -47,12 +46,13 @@ def step_flops(
     return tokens * (forward * layer + deep * layer + 6 * adapter_parameters(card, placement, prune) + head)
 
 
-def upload_bytes(numbers: int, keep: float, value_bits: int = 8) -> float:
-    """Entropy-coded index plus values, with 5% and 400 bytes for framing."""
-    if keep >= 1:
-        return numbers * 4.0 + 400
-    entropy = -keep * math.log2(keep) - (1 - keep) * math.log2(1 - keep)
-    return numbers * (entropy + keep * value_bits) / 8 * 1.05 + 400
+FRAME = 400
+"""Bytes of an upload or a view beside its numbers."""
+
+
+def plain_bits(numbers: float) -> float:
+    """An upload without a codec: fp32."""
+    return 32.0 * numbers
 
 
 def price(
@@ -66,11 +66,12 @@ def price(
     steps: int,
     length: int,
     head: int = 0,
-    keep: float = 0.25,
+    wire_bits: Callable[[float], float] = plain_bits,
     correction: float = 1.0,
     how: StepPlan | None = None,
 ) -> Price:
-    """Everything at once. `correction` is the device's measured over predicted time so far; `how`, the way that the memory leaves."""
+    """Everything at once. `wire_bits`: what the stack's codecs make of so many numbers; `correction`: the device's measured over
+    predicted time so far; `how`: the way that the memory leaves."""
     length = card.image_tokens or length
     how = how or step_plan(card, placement, prune, bits, batch, length, head, profile.budget_mb)
     flops = step_flops(card, placement, prune, batch, length, checkpointing=how.checkpointing)
@@ -80,7 +81,7 @@ def price(
         dequantise = card.layers * layer_parameters(card, prune) * 8 / (profile.memory_gbps * 1e9)
     step_s = flops / (rate * 1e9) + dequantise + profile.step_overhead_ms / 1e3
     numbers = adapter_parameters(card, placement, prune) + head
-    up, down = upload_bytes(numbers, keep), numbers * 2.0 + 400
+    up, down = wire_bits(numbers) / 8 + FRAME, numbers * 2.0 + FRAME
     link = up * 8 / (profile.up_kbps * 1e3) + down * 8 / (profile.down_kbps * 1e3)
     return Price(
         how.memory_mb,

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rankfleet.federated.contract.method import ClientContext, Method, Round, ServerContext, StepContext, Torch
+from rankfleet.federated.contract.method import ClientContext, Method, ServerContext, StepContext, Torch
+from rankfleet.federated.contract.places import Places
 from rankfleet.federated.contract.spec import Spec
 
 CALLED: list[str] = []
@@ -19,15 +20,14 @@ class EveryHook(Method, frozen=True):
         CALLED.append("plan")
         return {**job, "steps": 1, "lr": job["lr"] / 2, "rank": 1}
 
-    def travels(self, name: str, round: Round) -> bool:
+    def travels(self, name: str, ctx: ClientContext) -> bool:
         """The head's bias stays at home."""
         return name != "head.bias"
 
-    def attach(self, model: Any, spec: Spec, ctx: ClientContext) -> Any:
+    def attach(self, model: Places, spec: Spec, ctx: StepContext | None) -> None:
         """Look only."""
         CALLED.append("attach")
         assert spec.pairs
-        return model
 
     def batch(self, batch: dict[str, Torch], ctx: StepContext) -> dict[str, Torch]:
         """Half of the batch."""

@@ -42,7 +42,7 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
 
     def in_order(skip: int = 0) -> Iterator[dict[str, Any]]:
         for at in range(0, work.steps * work.batch, work.batch):
-            yield trainer._collate(work.examples[at : at + work.batch])
+            yield trainer.collate(work.examples[at : at + work.batch])
 
     trainer.batches = in_order  # type: ignore[method-assign]
     loaded()
@@ -97,5 +97,5 @@ def _warm(base: Any, trainer: Any, work: Work, at: int) -> None:
     base.cache(at, [e["ids"] for e in work.examples], 1e5)
     with torch.no_grad():
         for n in range(0, len(work.examples), 16):
-            base.hidden(trainer._collate(work.examples[n : n + 16]))
+            base.hidden(trainer.collate(work.examples[n : n + 16]))
     base.lighten()

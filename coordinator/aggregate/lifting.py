@@ -39,7 +39,7 @@ class Lifter:
             frame, meta = open_frame(self.blobs.path(digest))
             self._views[digest] = (
                 msgspec.convert(meta, Spec),
-                {k: t.astype(np.float32) for k, t in frame.items() if not k.startswith("x/")},
+                {k: t.astype(np.float32) if t.dtype.kind == "f" else t for k, t in frame.items() if not k.startswith("x/")},
             )
         return self._views[digest]
 
@@ -76,11 +76,11 @@ class Lifter:
         )
         delta = Decoded(self.keeper, lambda: self._decoded(path, raw, assignment.round))
         delta.load()
-        return replace(raw, delta=delta)
+        return replace(raw, sent=delta)
 
     def _decoded(self, path: Path, raw: Update, number: int) -> Tensors:
         tensors, _ = decode(path.read_bytes())
-        sent = replace(raw, delta={k[2:]: t for k, t in tensors.items() if k.startswith("d/")})
+        sent = replace(raw, sent={k[2:]: t for k, t in tensors.items() if k.startswith("d/")})
         try:
             found = dict(self.server.receive(sent, number).delta)
         except (ValueError, KeyError, TypeError, IndexError) as error:

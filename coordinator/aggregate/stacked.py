@@ -9,8 +9,8 @@ w_k is a device's share over all that arrived; D_j = max(Σ_k w_k [k holds the m
 channel that few devices hold is neither diluted by the others nor decided by one device alone.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,13 +70,11 @@ def shares(updates: Sequence[Update]) -> list[float]:
     return [u.weight / total for u in updates]
 
 
-def normaliser(module: str, updates: Sequence[Update], weights: Sequence[float], side: str, size: int) -> Array:
-    """D along one side of a module, (size,): what the holders of each channel weigh, at least `FLOOR`."""
+def normaliser(holders: Iterable[tuple[Array | None, float]], size: int) -> Array:
+    """D along one side of a module, (size,): what the holders (kept channels, None for all; share) of each weigh, at least `FLOOR`."""
     total = np.zeros(size)
-    for u, w in zip(updates, weights, strict=True):
-        if u.holds(module):
-            kept = u.masks.get(f"{module}.{side}")
-            total[slice(None) if kept is None else kept] += w
+    for kept, share in holders:
+        total[slice(None) if kept is None else kept] += share
     return np.maximum(total, FLOOR)
 
 
@@ -91,20 +89,57 @@ def product(updates: Sequence[Update]) -> dict[str, Array | Operator]:
     return out
 
 
-def dense_mean(updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
+def dense_mean(updates: Iterable[Update], weights: Sequence[float]) -> Tensors:
     """Σ w_k δ_k / max(Σ_holders w_k, δ₀) of tensors outside the pairs."""
-    sums: Tensors = {}
-    held: dict[str, float] = {}
+    sums = Sums()
     for u, w in zip(updates, weights, strict=True):
-        for k, t in u.dense().items():
-            sums[k] = sums.get(k, np.zeros(t.shape)) + w * u.factor * t.astype(np.float64)
-            held[k] = held.get(k, 0.0) + w
-    return {k: (t / max(held[k], FLOOR)).astype(np.float32) for k, t in sums.items()}
+        sums.add(u, w, (k for k in u.sent if k in u.spec.dense))
+    return sums.mean()
+
+
+class Sums:
+    """Holder-normalised means by name, in one pass over the updates: memory is that of one adapter, however many devices there are."""
+
+    def __init__(self) -> None:
+        self._sums: Tensors = {}
+        self._mass: dict[str, Array] = {}
+
+    def add(self, update: Update, share: float, names: Iterable[str]) -> None:
+        """One update's deltas. The slots of a factor count apart: a short one leaves those behind its rank to others."""
+        for name in names:
+            part = share * update.scaling * update.sent[name].astype(np.float64)
+            axis = _slots(name, update)
+            slots = 1 if axis is None else part.shape[axis]
+            if name not in self._sums:
+                self._sums[name], self._mass[name] = np.zeros(part.shape), np.zeros(slots)
+            if slots > (have := len(self._mass[name])):
+                self._mass[name] = np.pad(self._mass[name], (0, slots - have))
+                self._sums[name] = np.pad(self._sums[name], [(0, slots - have) if i == axis else (0, 0) for i in range(part.ndim)])
+            place: Any = ... if axis is None else (slice(slots),) if axis == 0 else (slice(None), slice(slots))
+            self._sums[name][place] += part
+            self._mass[name][:slots] += share
+
+    def mean(self) -> Tensors:
+        """Everything over what its holders weigh, at least `FLOOR`."""
+        out: Tensors = {}
+        for name, total in self._sums.items():
+            mass = np.maximum(self._mass[name], FLOOR)
+            out[name] = (total / (mass[:, None] if len(mass) > 1 and name.endswith(".A") else mass)).astype(np.float32)
+        return out
+
+
+def _slots(name: str, update: Update) -> int | None:
+    """The axis of a factor's rank; None for tensors outside the pairs."""
+    if name in update.spec.dense:
+        return None
+    return 1 if name.endswith(".B") else 0
 
 
 def _terms(module: str, updates: Sequence[Update], weights: Sequence[float], out: int, in_: int) -> Callable[[], Sequence[Term]]:
-    rows = 1 / normaliser(module, updates, weights, "out", out)
-    columns = 1 / normaliser(module, updates, weights, "in", in_)
+    rows, columns = (
+        1 / normaliser(((u.masks.get(f"{module}.{side}"), w) for u, w in zip(updates, weights, strict=True) if u.holds(module)), size)
+        for side, size in (("out", out), ("in", in_))
+    )
     masked_in = any(f"{module}.in" in u.masks for u in updates)
     # Each module is masked on one side at most, so D scales that side; without masks both are the same number.
     rows, columns = (np.ones(out), columns) if masked_in else (rows, np.ones(in_))
@@ -128,8 +163,8 @@ def _class_sum(module: str, members: Sequence[tuple[Update, float]]) -> tuple[Ar
     """s·[Σ w dB | B₀ | w₁dB₁ …] and [A₀; Σ w dA; dA₁ …]: the sum over devices that share (B₀, A₀), compact, fp64."""
     first = members[0][0]
     a0, b0 = (first.view[f"{module}.{side}"].astype(np.float64) for side in "AB")
-    deltas = [u.deltas(module) for u, _ in members]
-    weights = np.array([w * u.factor for u, w in members])
+    deltas = [u.pair(module) for u, _ in members]
+    weights = np.array([w * u.scaling for u, w in members])
     db = np.concatenate([d for d, _ in deltas], axis=1, dtype=np.float64)
     da = np.concatenate([d for _, d in deltas], axis=0, dtype=np.float64)
     rank, count = a0.shape[0], len(members)
@@ -146,24 +181,12 @@ def _place(u: Update, module: str, b: Array, a: Array, rows: Array, columns: Arr
 
 
 def factor_mean(updates: Sequence[Update]) -> Tensors:
-    """Factor space: element-wise mean of dA and dB over the devices that hold each slot, holder-normalised like the product."""
+    """Factor space: element-wise mean of dA and dB over the devices that hold each slot, holder-normalised like the product. One pass."""
     updates = sorted(updates, key=lambda u: u.device)
-    weights = shares(updates)
-    out: Tensors = dict(dense_mean(updates, weights))
-    names = sorted({k for u in updates for k in u.delta if k not in u.spec.dense})
-    for name in names:
-        axis = 1 if name.endswith(".B") else 0
-        holders = [(u, w) for u, w in zip(updates, weights, strict=True) if name in u.delta]
-        rank = max(u.delta[name].shape[axis] for u, _ in holders)
-        total: Array = np.zeros([rank if i == axis else n for i, n in enumerate(holders[0][0].delta[name].shape)])
-        mass = np.zeros(rank)
-        for u, w in holders:
-            r = u.delta[name].shape[axis]
-            total[(slice(None), slice(r)) if axis else slice(r)] += w * u.factor * u.delta[name].astype(np.float64)
-            mass[:r] += w
-        mass = np.maximum(mass, FLOOR)
-        out[name] = (total / (mass if axis else mass[:, None])).astype(np.float32)
-    return out
+    sums = Sums()
+    for u, w in zip(updates, shares(updates), strict=True):
+        sums.add(u, w, u.sent)
+    return dict(sorted(sums.mean().items()))
 
 
 def merge(old: LowRank, change: Operator, rank: int) -> LowRank:

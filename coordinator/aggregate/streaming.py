@@ -17,7 +17,7 @@ import numpy as np
 from rankfleet.federated.contract.tensors import Array, Tensors
 from rankfleet.federated.contract.update import LowRank, Update
 
-from .stacked import DENSE, FLOOR, Term, balanced, by_qr
+from .stacked import DENSE, FLOOR, Term, balanced, by_qr, normaliser
 
 T = TypeVar("T")
 BLOCK, BLOCK_BYTES = 16, 11 << 20
@@ -46,9 +46,9 @@ class ModuleClass:
 
     def stack(self, members: Sequence[Update]) -> tuple[Array, Array, Array]:
         """[dB₁ dB₂ …], [dA₁; dA₂; …] and the weight of every column."""
-        deltas = [u.deltas(self.module) for u in members]
+        deltas = [u.pair(self.module) for u in members]
         db, da = np.concatenate([b for b, _ in deltas], axis=1), np.concatenate([a for _, a in deltas], axis=0)
-        weights = np.repeat(np.array([u.weight * u.factor for u in members]), self.rank).astype(db.dtype)
+        weights = np.repeat(np.array([u.weight * u.scaling for u in members]), self.rank).astype(db.dtype)
         return db, da, weights
 
     def add(self, members: Sequence[Update]) -> None:
@@ -103,11 +103,7 @@ class Module:
             self.terms += [Term(self._out(c, b) / total, self._in(c, a)) for b, a in parts]
 
     def _held(self, side: str, size: int) -> Array:
-        held = np.zeros(size)
-        for c in self.classes.values():
-            kept = c.first.masks.get(f"{self.name}.{side}")
-            held[slice(None) if kept is None else kept] += c.weight / self.total
-        return np.maximum(held, FLOOR)
+        return normaliser(((c.first.masks.get(f"{self.name}.{side}"), c.weight / self.total) for c in self.classes.values()), size)
 
     def _out(self, c: ModuleClass, b: Array) -> Array:
         return c.first.rows(self.name, b.astype(np.float64), self.out) * self.rows
@@ -198,9 +194,9 @@ def product(updates: Iterable[Update], old: Mapping[str, LowRank], devices: int)
     for block in ahead(_blocks(updates)):
         used += block
         for u in block:
-            for k, t in u.dense().items():
+            for k, t in ((k, t) for k, t in u.sent.items() if k in u.spec.dense):
                 entry = dense.setdefault(k, [np.zeros(t.shape), 0.0])
-                entry[0], entry[1] = entry[0] + u.weight * u.factor * t.astype(np.float64), entry[1] + u.weight
+                entry[0], entry[1] = entry[0] + u.weight * u.scaling * t.astype(np.float64), entry[1] + u.weight
         for name, members in _by_module(block, old, devices, modules):
             modules[name].classes[members[0].origin or members[0].device].add(members)
     if not used:
@@ -231,7 +227,7 @@ def _loaded(blocks: Iterator[list[Update]]) -> Iterator[list[Update]]:
     """Blocks whose updates are decoded already."""
     for block in blocks:
         for u in block:
-            len(u.delta)
+            len(u.sent)
         yield block
 
 

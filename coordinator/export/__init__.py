@@ -6,7 +6,9 @@ Reads the data directory; needs no service, and neither torch nor transformers.
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
+from rankfleet.federated.contract.update import LowRank
 from rankfleet.federated.errors import ConfigError
 from rankfleet.federated.peft_format import LOAD_MERGED, head_files, write_adapter
 from rankfleet.federated.program.files import write_atomic
@@ -49,6 +51,25 @@ def load(config: CoordinatorConfig, job: str, number: int | None = None) -> tupl
         ledger.close()
 
 
+def shown(config: CoordinatorConfig, version: Version, spec: JobSpec) -> Version:
+    """A version with the factors that methods make of other tensors, and with its carry. Raises ConfigError for what no pair can say."""
+    from rankfleet.federated.contract.catalogue import build_stack
+    from rankfleet.federated.contract.spec import Pair, Spec
+    from rankfleet.federated.contract.stack import Stack
+
+    stack = Stack(build_stack(list(spec.stack)), spec.space)
+    if stack.using("attach"):
+        raise ConfigError(f"`{stack.using('attach')[0][0]}` cannot be exported: it is no low-rank change of the weights")
+    if stack.using("express"):
+        shapes = {m: Pair(0, len(p.B), p.A.shape[1], 0, spec.adapter.scale, len(p.B), p.A.shape[1], "") for m, p in version.pairs.items()}
+        full = stack.express({**version.dense}, Spec(shapes, {}), np)
+        version.pairs = {m: LowRank(full[f"{m}.B"], full[f"{m}.A"]) for m in shapes if f"{m}.B" in full}
+    for m, c in version.carry.items():
+        p = version.pairs[m]
+        version.pairs[m] = LowRank(np.concatenate([p.B, c.B / spec.adapter.scale], axis=1), np.concatenate([p.A, c.A], axis=0))
+    return version
+
+
 def base_folder(config: CoordinatorConfig, spec: JobSpec) -> Path:
     """The base model of a job. Raises ConfigError."""
     if spec.model not in config.models:
@@ -62,6 +83,7 @@ def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = No
     `ratio` cuts heads and feed-forward channels as devices at that pruning ratio do; only a whole model can be cut.
     """
     version, spec = load(config, job, number)
+    version = shown(config, version, spec)
     if ratio and kind in ADAPTERS:
         raise ConfigError(
             f"a pruned model is written whole, not as {kind}", f"--format {', '.join(f for f in FORMATS if f not in ADAPTERS)}"

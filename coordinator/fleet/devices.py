@@ -143,6 +143,11 @@ class Devices:
                 found[device] = (profile, row.said.bits_ms)
         return found
 
+    def tags(self, device: str) -> dict[str, str]:
+        """What its owner says of it."""
+        said = self.said(device)
+        return dict(said.tags) if said else {}
+
     def why_not(self, device: str, plan: Plan) -> str:
         """Why a device cannot take part; empty if it can."""
         said, spec = self.said(device), plan.spec

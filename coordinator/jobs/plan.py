@@ -31,8 +31,11 @@ class Plan:
         self.heads = head_shapes(spec.task.kind, len(spec.task.labels), card.hidden)
         self.head_size = sum(_product(s) for s in self.heads.values())
         self.policy = _policy(spec.policy)
-        self.keep = float(getattr(self.stack.methods.get("sparse"), "keep", 1.0))
         self._check_arms()
+        if self.stack.plain and spec.training.optimizer == "adamw":
+            name = next(n for n, m in self.stack.methods.items() if m.plain)
+            what = f"`{name}` needs the gradient to be the step, and `training.optimizer` is `adamw`"
+            raise ConfigError(what, "say `sgd`, or leave it out")
         placed = {name for rule in spec.arms.rules(self.max_depth) for name in expand(rule, card, self.modules)}
         self.floor = min((m.layer for m in self.modules if m.name in placed), default=0)
         """The lowest layer that any arm adapts: what lies below never changes in this job."""
@@ -59,6 +62,8 @@ class Plan:
                 "the stack needs factors that keep their coordinates, and `arms.prune` would cut them",
                 "set `arms: {prune: [0]}` or use product space",
             )
+        if max(arms.prune) > 0 and (users := [n for h in ("tensors", "express", "attach") for n, _ in self.stack.using(h)]):
+            raise ConfigError(f"`{users[0]}` works on whole maps, and `arms.prune` would cut them", "set `arms: {prune: [0]}`")
 
     def task(self) -> Task:
         """What devices are told of the task."""

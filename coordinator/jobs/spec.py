@@ -33,6 +33,10 @@ class Training(SignedTraining, frozen=True, forbid_unknown_fields=True):
     """The local loop."""
 
     lr: Annotated[float, Meta(gt=0, le=1)] = 1e-3
+    clip: Annotated[float, Meta(ge=0)] = 1.0
+    """Norm that a step's gradient is cut to; 0, and with such a method: not cut."""
+    warmup: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    """Share of a round's steps in which the learning rate rises; none with such a method."""
     probe: Annotated[int, Meta(ge=1)] = 32
     evaluate: Annotated[int, Meta(ge=0)] = 128
 
@@ -71,6 +75,12 @@ class JobSpec(SignedJob, frozen=True, kw_only=True, forbid_unknown_fields=True):
     frozen_every: Annotated[int, Meta(ge=1)] = 5
     """Rounds between refreshes of the adapted layers below a device's boundary (docs/specification.md)."""
     seed: int = 0
+    staleness: Annotated[int, Meta(ge=0, le=100)] = 3
+    """Versions that a late update may be behind; so many views and versions are kept."""
+    start: str = ""
+    """A job whose newest adapter this one goes on from."""
+    frozen: bool = False
+    """Leave that adapter as it is: all devices apply it, and a new one is trained beside it."""
 
 
 def read_job(text: str, name: str = "job.yaml") -> JobSpec:

@@ -10,17 +10,19 @@ import numpy as np
 from rankfleet.bandit.arms import Arm, expand
 from rankfleet.bandit.policy import Choice
 from rankfleet.coordinator.jobs.plan import Plan
+from rankfleet.federated.contract.method import Adapter, Tensor
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
 from rankfleet.federated.contract.stack import ServerSide, seed_of
 from rankfleet.federated.contract.tensors import Array, Tensors
 from rankfleet.federated.contract.update import LowRank, Masks
+from rankfleet.federated.errors import WireError
 from rankfleet.federated.wire.frame import encode
 from rankfleet.federated.wire.messages import Assignment, Blob, ModelSource, Recipe
 from rankfleet.profiles.card import Module
 from rankfleet.profiles.memory import memory_mb
 
 from ..exchange.downloads import Blobs
-from ..store.versions import Registry, Version
+from ..store.versions import Registry, Version, carry_tensors
 from . import importance as channels
 from . import views
 
@@ -53,9 +55,10 @@ class Planner:
         self._needs: dict[tuple[Any, ...], float] = {}
         self._shared: tuple[int, dict[tuple[Any, ...], dict[str, Blob]]] = (-1, {})
         self.half = plan.stack.space == "product" and bool(plan.stack.methods)
+        self._added: dict[str, Tensor] | None = None
 
-    def first_version(self, rank: int) -> Version:
-        """Version 0: empty factors (seeded rows of A in factor space), a small seeded head."""
+    def first_version(self, rank: int, server: ServerSide | None = None) -> Version:
+        """Version 0: empty factors (seeded rows of A in factor space), a small seeded head, and what methods add."""
         seed = self.plan.spec.seed
         pairs = {}
         for m in self.plan.modules:
@@ -69,7 +72,23 @@ class Planner:
         dense: Tensors = {
             k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32) for k, s in sorted(self.plan.heads.items())
         }
-        return Version(0, pairs, dense, {}, {})
+        added = self.added(server, pairs, dense) if server else {}
+        return Version(0, pairs, {**dense, **{k: first_value(t.value) for k, t in added.items()}}, {}, {})
+
+    def added(self, server: ServerSide, pairs: Mapping[str, LowRank], heads: Tensors) -> dict[str, Tensor]:
+        """What methods add to the adapter; asked once, and again after a restart: `Method.tensors` is a function of the job."""
+        if self._added is None:
+            before, server.adapter = server.adapter, Adapter(pairs, heads)
+            scale = self.plan.spec.adapter.scale
+            maps = {m.name: Pair(m.layer, m.out, m.in_, 0, scale, m.out, m.in_, "") for m in self.plan.modules}
+            self._added = server.tensors(Spec(maps, {}))
+            server.adapter = before
+        return self._added
+
+    def constants(self, version: Version, server: ServerSide) -> set[str]:
+        """Tensors of methods that nobody trains."""
+        heads = {k: t for k, t in version.dense.items() if k in self.plan.heads}
+        return {k for k, t in self.added(server, version.pairs, heads).items() if not t.trained}
 
     def rank(self, scores: channels.Importance) -> None:
         """Another order of heads and channels; what was cut by the old one is cut anew."""
@@ -101,10 +120,12 @@ class Planner:
         """One device's assignment; views that are new are added to `version.views`."""
         arm, spec = choice.arm, self.plan.spec
         placement = self._expanded(arm.placement)
-        adjusted = server.plan({"rank": max(placement.values()), "depth": 0, "steps": arm.steps, "lr": spec.training.lr}, device, number)
-        placement = {m: min(r, int(adjusted["rank"])) for m, r in placement.items()}
+        ask = server.plan(
+            {"placement": dict(placement), "rank": max(placement.values()), "steps": arm.steps, "lr": spec.training.lr}, device, number
+        )
+        placement = {m: min(r, int(ask["rank"])) for m, r in ask["placement"].items()}
         score = self.asks(number, device, arm.prune)
-        recipe = self._recipe(version.number, arm, placement, int(adjusted["steps"]), float(adjusted["lr"]), score)
+        recipe = self._recipe(version.number, arm, placement, int(ask["steps"]), float(ask["lr"]), score)
         return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train", inline)
 
     def _expanded(self, rule: str) -> dict[str, int]:
@@ -116,18 +137,32 @@ class Planner:
         """The final version for one device: nothing is trained, it is measured and put in place."""
         placement = self._expanded(arm.placement)
         recipe = self._recipe(version.number, arm, placement, 1, self.plan.spec.training.lr)
-        return self._assignment(version, self.plan.spec.rounds, device, arm, placement, recipe, server, "the final version", "install")
+        return self._assignment(version, server.total, device, arm, placement, recipe, server, "the final version", "install")
 
     def _recipe(self, version: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float, score: bool = False) -> Recipe:
         t = self.plan.spec.training
-        key = (tuple(placement.items()), arm.prune, arm.bits, arm.batch)
-        if key not in self._needs:
-            length, head = self.plan.spec.task.max_length, self.plan.head_size
-            self._needs[key] = memory_mb(self.plan.card, placement, arm.prune, arm.bits, arm.batch, length, head)
-        need = self._needs[key]
+        need = self._need(arm, placement)
         every, floor = self.plan.spec.frozen_every, self.plan.floor
         keeps = every - version % every
-        return Recipe(arm.bits, arm.batch, steps, lr, t.optimizer, arm.prune, t.probe, t.evaluate, round(need, 2), keeps, floor, score)
+        plain = self.plan.stack.plain
+        optimizer, clip, warmup = ("sgd", 0.0, 0.0) if plain else (t.optimizer or "adamw", t.clip, t.warmup)
+        return Recipe(
+            arm.bits, arm.batch, steps, lr, optimizer, arm.prune, t.probe, t.evaluate, need, keeps, floor, score, clip, warmup
+        )  # fmt: skip
+
+    def _need(self, arm: Arm, placement: Mapping[str, int]) -> float:
+        """MB that a device needs for the maps that it holds, with heads and what methods add."""
+        key = (tuple(placement.items()), arm.prune, arm.bits, arm.batch)
+        if key not in self._needs:
+            length, dense = self.plan.spec.task.max_length, self.plan.head_size + self._more
+            placed = {m: r for m, r in placement.items() if r}
+            self._needs[key] = round(memory_mb(self.plan.card, placed, arm.prune, arm.bits, arm.batch, length, dense), 2)
+        return self._needs[key]
+
+    @property
+    def _more(self) -> int:
+        """Numbers that methods add to the adapter."""
+        return sum(t.value.size for t in (self._added or {}).values())
 
     def _assignment(
         self,
@@ -142,12 +177,14 @@ class Planner:
         purpose: Any,
         inline: bool = False,
     ) -> Assignment:
-        blobs = self._blobs(version, number, device, arm, placement, server, purpose == "install")
+        blobs, held = self._blobs(version, number, device, arm, placement, server, purpose == "install")
+        if held != placement:
+            recipe = msgspec.structs.replace(recipe, memory_mb=self._need(arm, held))
         spec = self.plan.spec
         return Assignment(
             job=self.job,
             round=number,
-            rounds=spec.rounds,
+            rounds=server.total,
             version=version.number,
             purpose=purpose,
             model=spec.model,
@@ -165,42 +202,67 @@ class Planner:
 
     def _blobs(
         self, version: Version, number: int, device: str, arm: Arm, placement: Mapping[str, int], server: ServerSide, complete: bool
-    ) -> dict[str, Blob]:
-        """What a device fetches; made once for all that get the same, unless a method offers something to each."""
+    ) -> tuple[dict[str, Blob], dict[str, int]]:
+        """What a device fetches, made once for all that get the same; and the maps that it holds: `offer` may leave some out."""
         whose = device if arm.prune and device in self.own else ""
         key = (version.number, tuple(placement.items()), arm.prune, complete, whose)
         if self._shared[0] != version.number:
             self._shared = (version.number, {})
         if key in self._shared[1]:
-            return self._shared[1][key]
+            return self._shared[1][key], dict(placement)
         masks = self.masks(arm.prune, device)
-        blobs = {"view": self._view(version, number, device, placement, masks, server)}
+        view, spec = self._view(version, number, device, placement, masks, server)
+        held = {m: r for m, r in placement.items() if m in spec.pairs}
+        blobs = {"view": view} | self._fixed_blobs(version, placement, masks, server, complete)
+        if not server.stack.using("offer") and server.leg(number) == "train":
+            self._shared[1][key] = blobs
+        return blobs, held
+
+    def _fixed_blobs(
+        self, version: Version, placement: Mapping[str, int], masks: Masks, server: ServerSide, complete: bool
+    ) -> dict[str, Blob]:
+        """What is the same for many devices or rounds, and so travels once: each keeps its digest as long as it says the same."""
+        blobs = {}
         if frozen := self._below(version, placement, masks, complete=complete):
             blobs["frozen"] = frozen
+        if constants := {k: version.dense[k] for k in sorted(self.constants(version, server))}:
+            blobs["constants"] = self.blobs.put(encode(constants))
+        if version.carry:
+            blobs["carry"] = self.blobs.put(encode({k: t.astype(np.float32) for k, t in carry_tensors(version.carry).items()}))
         if self.warrant:
             blobs["warrant"] = self.blobs.put(self.warrant)
         if masks:
             blobs["masks"] = self.blobs.put(encode({k: t.astype(np.int32) for k, t in masks.items()}))
-        if not server.stack.using("offer"):
-            self._shared[1][key] = blobs
         return blobs
 
-    def _view(self, version: Version, number: int, device: str, placement: Mapping[str, int], masks: Masks, server: ServerSide) -> Blob:
+    def _view(
+        self, version: Version, number: int, device: str, placement: Mapping[str, int], masks: Masks, server: ServerSide
+    ) -> tuple[Blob, Spec]:
+        """What a device trains, as methods offer it, with their extras; and what it consists of, constants included."""
         tensors: Tensors = {}
         pairs: dict[str, Pair] = {}
         for m in self.plan.modules:
-            if m.name not in placement:
-                continue
-            rank = placement[m.name]
-            pairs[m.name], cut = self._cut(m, self.view_of(version, m.name, rank), masks, f"{self.job}/{rank}")
-            tensors |= cut
-        tensors |= version.dense
-        spec = Spec(pairs, {k: Dense(tuple(t.shape)) for k, t in sorted(version.dense.items())})
+            if m.name in placement:
+                rank = placement[m.name]
+                pairs[m.name], cut = self._cut(m, self.view_of(version, m.name, rank), masks, f"{self.job}/{rank}")
+                tensors |= cut
+        constants = self.constants(version, server)
+        tensors |= {k: t for k, t in version.dense.items() if k not in constants}
         offered, extra = server.offer(tensors, device, number)
-        kind = np.float16 if self.half else np.float32
-        frame: Tensors = {k: t.astype(kind) for k, t in sorted(offered.items())}
+        extra |= server.ask(device, number)
+        if half := next((m for m in pairs if (f"{m}.A" in offered) != (f"{m}.B" in offered)), ""):
+            raise WireError(f"`offer` leaves out one factor of `{half}`: a device holds both or none")
+        dense = {k: Dense(tuple(t.shape), k not in constants) for k, t in sorted(version.dense.items()) if k in offered or k in constants}
+        spec = Spec({m: p for m, p in pairs.items() if f"{m}.A" in offered}, dense)
+        frame: Tensors = {k: self._halved(t) for k, t in sorted(offered.items())}
         frame |= {f"x/{n}/{k}": t for n, ts in sorted(extra.items()) for k, t in sorted(ts.items())}
-        return self.blobs.put(encode(frame, msgspec.to_builtins(spec)))
+        return self.blobs.put(encode(frame, msgspec.to_builtins(spec))), spec
+
+    def _halved(self, t: Array) -> Array:
+        """Floats travel as fp16 in product space, where a view is made anew each round; counters and masks stay what they are."""
+        if t.dtype.kind != "f":
+            return t
+        return t.astype(np.float16 if self.half else np.float32)
 
     def view_of(self, version: Version, module: str, rank: int) -> LowRank:
         """The canonical view of a rank, made once per version and kept."""
@@ -250,3 +312,8 @@ class Planner:
         if self._frozen is None or self._frozen[0] != number:
             self._frozen = (number, self.registry.load(number))
         return self._frozen[1]
+
+
+def first_value(value: Array) -> Array:
+    """Floats of the adapter are fp32; other dtypes are kept."""
+    return value.astype(np.float32) if value.dtype.kind == "f" else np.asarray(value)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rankfleet.coordinator.aggregate.kept import Keeper
+from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.errors import ConfigError, Refused, WireError
 from rankfleet.federated.wire.messages import read_assignment
@@ -24,7 +25,6 @@ from ..store.database import Row
 from ..store.ledger import Transaction
 from ..store.versions import Version
 from . import claimed_examples, usual_norms, verdict
-from .run import KEEP
 
 if TYPE_CHECKING:
     from .run import JobRunner
@@ -60,13 +60,13 @@ async def close(run: "JobRunner", number: int) -> None:
 def foldable(run: "JobRunner", number: int) -> list[Row]:
     """This round's updates, and late ones whose base version is still known."""
     fold = run.plan.spec.late == "fold"
-    rows = run.ledger.answers_since(run.job, number - KEEP, state="received")
+    rows = run.ledger.answers_since(run.job, number - run.plan.spec.staleness, state="received")
     return [r for r in rows if r["round"] == number or (fold and r["round"] < number)]
 
 
 def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict[str, float]]:
     """The next version, from the ledger and files alone; and each device's share of the updates' norms."""
-    keeper = Keeper() if combine.streams(run.server) else Keeper(pinned_mb=math.inf)
+    keeper = Keeper(pinned_mb=math.inf) if run.plan.stack.needs_all else Keeper()
     lifter = Lifter(run.server, run.blobs, number, keeper)
     of_rounds = {of for _, of in folding}
     rows = {(r["device"], r["round"]): r for of in of_rounds for r in run.ledger.answers(run.job, of)}
@@ -78,6 +78,7 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
         run.ledger.tell(run.job, device, f"round {number}: {text}")
     norms: dict[str, float] = {}
     scores: list[tuple[float, dict[str, Any]]] = []
+    looks: dict[str, Mapping[str, Tensors]] = {}
     usual = usual_norms.Usual(run.norms, run.plan.spec.norm_factor)
 
     def liftable() -> Iterator[tuple[Row, Update]]:
@@ -96,6 +97,7 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
                 continue
             norms[u.device] = norm
             scores.append((u.weight, u.extra.pop(IMPORTANCE, {})))
+            looks[u.device] = u.extra
             run.planner.tell(u.device, scores[-1][1])
             yield u
 
@@ -111,7 +113,7 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     run.planner.carry_views(run.version, version)
     total = sum(norms.values()) or 1.0
     pull = {d: n / total for d, n in sorted(norms.items())}
-    observe(run, [r for (_, of), r in sorted(rows.items()) if of == number], pull)
+    observe(run, [r for (_, of), r in sorted(rows.items()) if of == number], pull, looks)
     return version, pull
 
 
@@ -129,7 +131,8 @@ def lifted(run: "JobRunner", lifter: Lifter, row: Row, allowed: Mapping[str, flo
     device, of = row["device"], row["round"]
     try:
         made = lifter.lift(run.update_path(of, device), read_assignment(row["body"]), device)
-        made = replace(made, weight=min(made.weight, allowed.get(device, made.weight)))
+        report = {**made.report, "seconds": float(row["seconds"])}
+        made = replace(made, weight=min(made.weight, allowed.get(device, made.weight)), report=report)
         importance.agreed(run.plan.card, run.planner.scores, [(1.0, made.extra[IMPORTANCE])])
     except (WireError, OSError, Refused) as error:
         put_aside(run, row, str(error))
@@ -145,12 +148,12 @@ def put_aside(run: "JobRunner", row: Row, reason: str) -> None:
     run.ledger.tell(run.job, row["device"], f"its update of round {row['round']} was put aside: {reason}")
 
 
-def observe(run: "JobRunner", rows: Sequence[Row], pull: Mapping[str, float]) -> None:
-    """What came of the arms, for the tuner."""
+def observe(run: "JobRunner", rows: Sequence[Row], pull: Mapping[str, float], looks: Mapping[str, Mapping[str, Tensors]]) -> None:
+    """What came of the arms, for the tuner; with what methods' `arrived` and `trained` said."""
     eligible = run.fleet.eligible(run.plan)
     known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
     outcomes = [
-        verdict.outcome(r, known[r["device"]].name, pull.get(r["device"], 0.0))
+        verdict.outcome(r, known[r["device"]].name, pull.get(r["device"], 0.0), looks.get(r["device"], {}))
         for r in rows
         if r["device"] in known and r["state"] != "assigned"
     ]
@@ -159,7 +162,8 @@ def observe(run: "JobRunner", rows: Sequence[Row], pull: Mapping[str, float]) ->
 
 def settle(run: "JobRunner", tx: Transaction, number: int, folding: Folding) -> None:
     """Updates that went in are counted; whoever has not answered is late; what is too old for any version is said to be."""
-    tx.settle(run.job, number, folding, number - KEEP if run.plan.spec.late == "fold" else number)
+    oldest = number - run.plan.spec.staleness if run.plan.spec.late == "fold" else number
+    tx.settle(run.job, number, folding, oldest)
 
 
 def tidy(run: "JobRunner", number: int) -> None:
@@ -167,7 +171,7 @@ def tidy(run: "JobRunner", number: int) -> None:
 
     Raw updates stay until devices found a version good that they went into: until then somebody may have to look into them.
     """
-    oldest = number - KEEP
+    oldest = number - run.plan.spec.staleness
     good = max((r["number"] for r in run.ledger.versions(run.job, "good")), default=0)
     run.registry.forget_before(oldest, {run.planner.snapshot_number(number), 0})
     for path in (run.home / "updates" / run.job).glob("r??????"):

@@ -21,7 +21,7 @@ INSTALL_S = 120.0
 
 async def install_everywhere(run: "JobRunner") -> None:
     """Give the last version to every device that took part, and let it be measured there; to the canaries first, if the job says so."""
-    number = run.plan.spec.rounds
+    number = run.rounds
     if run.ledger.round(run.job, number) is None:
         install(run, run.version, number, canaries(run))
     else:
@@ -53,7 +53,7 @@ async def installed(run: "JobRunner", number: int) -> None:
 
 def took_part(run: "JobRunner") -> dict[str, Arm]:
     """Every device that ever took part and is still one of ours → its last arm."""
-    rows = [r for r in run.ledger.answers(run.job, None, "device", "round", "arm") if r["round"] < run.plan.spec.rounds]
+    rows = [r for r in run.ledger.answers(run.job, None, "device", "round", "arm") if r["round"] < run.rounds]
     return {r["device"]: msgspec.convert(database.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
 
 

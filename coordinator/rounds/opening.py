@@ -1,7 +1,7 @@
 """Open a round: choose devices and arms, write everything down, then tell them. And the last step: install the result."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -31,7 +31,7 @@ async def open_round(run: "JobRunner", number: int) -> None:
     inline = len(chosen) <= run.limits.outstanding_chunks
     made = {d: run.planner.assign(run.version, number, d, choices[d], run.server, inline) for d in chosen}
     run.registry.save_views(run.version)
-    write_atomic(run.registry.opened(number), freeze({**run.state(), "fleet": run.server.fleet, "rank": rank}))
+    write_atomic(run.registry.opened(number), freeze({**run.state(), "fleet": run.server.enrolled, "rank": rank}))
     tell(run, number, made, {d: c.arm for d, c in choices.items()}, {d: c.why for d, c in choices.items()}, expected)
 
 
@@ -44,14 +44,22 @@ async def invited(run: "JobRunner", number: int) -> "tuple[Members, list[str]]":
     told = False
     while True:
         members = await run.members()
-        run.server.fleet = len(members)
-        if chosen := run.server.select(sorted(members), number):
+        run.server.enrolled = len(members)
+        if number % len(run.plan.stack.legs):
+            return members, answered(run, number - 1, members)
+        if chosen := run.server.select(run.described(members), number):
             return members, chosen
         if not told:
             text = f"round {number} waits: `{run.server.emptied}` selects none of {len(members)} devices"
             run.ledger.tell(run.job, "", text)
             told = True
         await run.change(LOOK_S)
+
+
+def answered(run: "JobRunner", number: int, members: Collection[str]) -> list[str]:
+    """Who goes on to a round's next leg: devices that answered the leg before."""
+    rows = run.ledger.answers(run.job, number, "device", state="counted")
+    return sorted({r["device"] for r in rows} & set(members)) or sorted(members)
 
 
 def tell(
@@ -110,7 +118,7 @@ def reopen(run: "JobRunner", number: int) -> None:
     """After a restart: the state of the open round, and the same assignments again."""
     saved = thaw(run.registry.opened(number).read_bytes())
     run.restore(saved)
-    run.server.fleet = int(saved["fleet"])
+    run.server.enrolled = int(saved["fleet"])
     grow_to(run, int(saved["rank"]))
     repeat(run, number)
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from rankfleet.bandit.tuner import NoArm, Tuner
 from rankfleet.coordinator.jobs.plan import Plan
+from rankfleet.federated.contract.method import Adapter, Member
 from rankfleet.federated.contract.stack import ServerSide
 from rankfleet.federated.program.within import within
 from rankfleet.federated.wire.messages import Assignment, ModelSource, read_assignment
@@ -25,13 +27,12 @@ from ..exchange.downloads import Blobs
 from ..exchange.pending import Pending
 from ..planning import importance
 from ..planning.planner import Planner
+from ..store.device_states import DeviceStates
 from ..store.ledger import Ledger, Transaction
 from ..store.versions import Registry, Version
 from .nudges import Nudges
 
 log = logging.getLogger(__name__)
-KEEP = 3
-"""Versions whose views are kept for late updates."""
 Members = dict[str, tuple[DeviceProfile, dict[str, float]]]
 """Device → profile and measured milliseconds by bits."""
 
@@ -44,6 +45,12 @@ class Fleet(Protocol):
 
     def has(self, device: str) -> bool:
         """Is it still one of ours: neither gone, nor revoked, nor invited anew?"""
+
+    def tags(self, device: str) -> dict[str, str]:
+        """What its owner says of it."""
+
+    def seen(self, device: str) -> float:
+        """When it was last heard, as seconds since the epoch; 0 where it was not."""
 
     def publish(self, device: str, assignment: Assignment) -> None:
         """Send, retained."""
@@ -70,9 +77,14 @@ class JobRunner:
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = job, plan, ledger, home, blobs, fleet, clock
+        self.rounds = plan.spec.rounds * len(plan.stack.legs)
+        """To the engine every leg is a round."""
         self.registry = Registry(home / "jobs" / job)
         self.planner = Planner(job, plan, model_folder, self.registry, blobs, source, warrant)
-        self.server = ServerSide(plan.stack, job, plan.spec.rounds)
+        self.server = ServerSide(plan.stack, job, self.rounds)
+        self.devices = DeviceStates(home / "jobs" / job / "devices")
+        self.server.devices = self.devices
+        self.server.maps = {m.name: m for m in plan.modules}
         self.tuner = self.new_tuner({})
         self.changed = asyncio.Event()
         self.limits, self.pending = limits, pending
@@ -97,7 +109,7 @@ class JobRunner:
         plan, spec = self.plan, self.plan.spec
         return Tuner(
             plan.policy, plan.card, plan.modules, spec.arms, max_depth=plan.max_depth, length=spec.task.max_length,
-            head=plan.head_size, keep=plan.keep, seed=spec.seed, state=state or None,
+            head=plan.head_size, wire_bits=plan.stack.wire_bits, seed=spec.seed, state=state or None,
         )  # fmt: skip
 
     def record(self, tx: Transaction, version: Version) -> None:
@@ -109,13 +121,17 @@ class JobRunner:
     def load(self, number: int) -> None:
         """Go on from a version on disk, with the state that methods and tuner had after it."""
         self._version = self.registry.load(number)
+        self.devices.at(number)
+        self.server.adapter = Adapter(self._version.pairs, self._version.dense, self._version.carry)
         self.restore(self._version.state)
-        for row in self.ledger.answers_since(self.job, number - KEEP, "body", "round"):
+        for row in self.ledger.answers_since(self.job, number - self.plan.spec.staleness, "body", "round"):
             self.note_blobs(row["round"], read_assignment(row["body"]))
 
     def adopt(self, version: Version) -> None:
         """Go on from a version that was just made and saved."""
         self._version = version
+        self.devices.at(version.number)
+        self.server.adapter = Adapter(version.pairs, version.dense, version.carry)
 
     def note_blobs(self, round: int, assignment: Assignment) -> None:
         """Blobs that a late update of this round may still refer to."""
@@ -161,6 +177,22 @@ class JobRunner:
                 self.ledger.tell(self.job, "", f"waiting for {self.plan.spec.min_devices} devices, {len(found)} are there")
                 told = True
             await self.change(5.0)
+
+    def described(self, members: Members) -> list[Member]:
+        """Devices as `select` sees them, by name; by name alone where no method selects."""
+        if not self.plan.stack.using("select"):
+            return [Member(device) for device in sorted(members)]
+        now = self.clock()
+        since: dict[str, float] = {}
+        for row in self.ledger.answers(self.job, None, "device", "sent_at", state="late"):
+            since[row["device"]] = max(since.get(row["device"], 0.0), float(row["sent_at"]))
+        described = []
+        for device, (profile, _) in sorted(members.items()):
+            seen = self.fleet.seen(device)
+            busy, heard = max(0.0, now - since.get(device, now)), max(0.0, now - seen) if seen else None
+            tags = self.fleet.tags(device)
+            described.append(Member(device, msgspec.to_builtins(profile), tags, self.examples.get(device, 0.0), busy, heard))
+        return described
 
     async def change(self, seconds: float) -> None:
         """Until something arrived, at most so long."""

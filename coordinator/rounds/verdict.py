@@ -45,7 +45,7 @@ def good_enough(now: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
     return bool(now["loss"] <= last["loss"] + 2 * math.hypot(now["se"], last["se"]))
 
 
-def outcome(row: Row, kind: str, norm_share: float = 0.0) -> Outcome:
+def outcome(row: Row, kind: str, norm_share: float = 0.0, looks: Mapping[str, Mapping[str, Any]] | None = None) -> Outcome:
     """What came of an arm, for the tuner."""
     told = read(row["telemetry"])
     failed = "" if row["state"] in ARRIVED else str(told.get("code") or "crash")
@@ -58,6 +58,7 @@ def outcome(row: Row, kind: str, norm_share: float = 0.0) -> Outcome:
         float(row["seconds"]),
         norm_share,
         failed,
+        looks or {},
     )
 
 

@@ -3,6 +3,9 @@
 import math
 from typing import TYPE_CHECKING
 
+from rankfleet.federated.contract.method import Arrival
+
+from ..store import database
 from ..store.database import Row
 from . import verdict
 
@@ -48,12 +51,20 @@ def may_close(run: "JobRunner", rows: "Sequence[Row]", row: Row, number: int, wa
     spec = run.plan.spec
     arrived = sum(1 for r in rows if r["state"] == "received")
     still_out = sum(1 for r in rows if r["state"] == "assigned")
-    if run.server.ready(arrived, len(rows), number) or not still_out:
+    if not still_out or says_ready(run, rows, number, waited):
         return arrived >= 1
     limit = 2 * float(row["expected_s"]) + 30 if spec.deadline_s == "auto" else float(spec.deadline_s)
     if not limit or waited < limit or arrived < min(spec.min_devices, len(rows)):
         return False
     return arrived >= spec.quorum * len(rows) or (arrived >= 1 and waited >= 3 * limit)
+
+
+def says_ready(run: "JobRunner", rows: "Sequence[Row]", number: int, waited: float) -> bool:
+    """Does a method of the stack close the round?"""
+    if not run.plan.stack.using("ready"):
+        return False
+    arrived = [Arrival(r["device"], float(r["seconds"]), database.read(r["telemetry"])) for r in rows if r["state"] == "received"]
+    return bool(run.server.ready(arrived, [r["device"] for r in rows if r["state"] == "assigned"], waited, number))
 
 
 async def forget(run: "JobRunner", number: int, rows: "Sequence[Row]") -> None:

@@ -204,6 +204,10 @@ class Ledger(Store):
         fresh = {"public_key": b"", "state": "invited", "hello": "{}", "seen": 0.0, "bytes_in": 0, "note": ""}
         self.put(tables.devices, {"id": device}, link_key=link_key, **fresh)
 
+    def device_row(self, device: str) -> Row | None:
+        """The row of a device."""
+        return self.row(tables.devices, id=device)
+
     def device_rows(self) -> list[Row]:
         """Every device that was ever invited."""
         return self.rows(tables.devices)

@@ -6,6 +6,7 @@
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.contract.update import LowRank
 from rankfleet.federated.program.files import digest_of, write_atomic, write_folder
 from rankfleet.federated.wire.frame import encode, freeze, open_frame, thaw
+
+CARRY = ".carry"
+"""How the carry of a map is named beside its pair."""
 
 
 class Version:
@@ -22,6 +26,8 @@ class Version:
         self, number: int, pairs: dict[str, LowRank], dense: Tensors, views: dict[tuple[str, int], LowRank], state: dict[str, Any]
     ) -> None:
         self.number, self.pairs, self.dense, self.views, self.state = number, pairs, dense, views, state
+        self.carry: dict[str, LowRank] = {}
+        """What all devices apply frozen beside the pairs: scale and all."""
         self.digest = ""
         self.saved_views = -1
 
@@ -39,6 +45,7 @@ class Registry:
     def save(self, version: Version) -> str:
         """Write a version; returns the digest of its global adapter."""
         tensors: Tensors = {f"{m}.{side}": t for m, p in sorted(version.pairs.items()) for side, t in (("A", p.A), ("B", p.B))}
+        tensors |= carry_tensors(version.carry)
         data = encode({**tensors, **dict(sorted(version.dense.items()))}, {"version": version.number})
         write_folder(self.path(version.number), {"global": data, "views": _views(version), "state": freeze(version.state)})
         version.digest, version.saved_views = digest_of(data), len(version.views)
@@ -58,7 +65,9 @@ class Registry:
         """A version from disk. Raises OSError or WireError where it is damaged."""
         folder = self.path(number)
         tensors, _ = open_frame(folder / "global")
-        pairs = {k[:-2]: LowRank(tensors[f"{k[:-2]}.B"], tensors[k]) for k in tensors if k.endswith(".A")}
+        both = {k[:-2]: LowRank(tensors[f"{k[:-2]}.B"], tensors[k]) for k in tensors if k.endswith(".A")}
+        carry = {k.removesuffix(CARRY): p for k, p in both.items() if k.endswith(CARRY)}
+        pairs = {k: p for k, p in both.items() if not k.endswith(CARRY)}
         dense = {k: t for k, t in tensors.items() if not k.endswith((".A", ".B"))}
         seen, _ = open_frame(folder / "views")
         views = {}
@@ -67,6 +76,7 @@ class Registry:
                 module, _, rank = key[:-2].rpartition("@")
                 views[module, int(rank)] = LowRank(seen[key[:-2] + ".B"], seen[key])
         version = Version(number, pairs, dense, views, thaw((folder / "state").read_bytes()))
+        version.carry = carry
         version.saved_views = len(views)
         version.digest = digest_of((folder / "global").read_bytes())
         return version
@@ -79,6 +89,11 @@ class Registry:
         for path in self.folder.glob("open??????"):
             if int(path.name[4:]) < number:
                 path.unlink(missing_ok=True)
+
+
+def carry_tensors(carry: Mapping[str, LowRank]) -> Tensors:
+    """A carry by tensor name, as versions and devices hold it."""
+    return {f"{m}{CARRY}.{side}": t for m, p in sorted(carry.items()) for side, t in (("A", p.A), ("B", p.B))}
 
 
 def _views(version: Version) -> bytes:

@@ -180,7 +180,7 @@ class Api:
             max_depth=plan.max_depth,
             length=spec.task.max_length,
             head=plan.head_size,
-            keep=plan.keep,
+            wire_bits=plan.stack.wire_bits,
             seed=spec.seed,
         )
         rows, fleet = [], []

@@ -1,6 +1,6 @@
 """The base model of a job on this device, with adapters in it: what a training step sees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankfleet.federated.contract.spec import Spec
 from rankfleet.federated.contract.tensors import Tensors
-from rankfleet.federated.contract.update import Masks
+from rankfleet.federated.contract.update import LowRank, Masks
 from rankfleet.federated.errors import Refused
 from rankfleet.profiles.architecture import read_architecture
 
@@ -41,6 +41,8 @@ class Base:
     ) -> None:  # fmt: skip
         self.bits, self.causal, self.transposed, self.digest, self.masks = bits, causal, False, digest, masks
         self.sites: dict[str, Site] = {}
+        self._scales: dict[str, float] = {}
+        """Of the maps that the adapter names."""
         self.device = torch.device(device)
         self.core: Transformer | None = None
         self.prefix: Prefix | None = None
@@ -65,15 +67,33 @@ class Base:
         if missing := [n for n in names if n not in self.sites]:
             raise Refused(f"the model has no module `{missing[0]}`", "job and device must hold the same base model")
 
-    def place(self, spec: Spec, tensors: Tensors) -> None:
-        """Put an adapter in (compact arrays by `<module>.A/.B`); maps that it does not name run as they are."""
-        for name, site in self.sites.items():
-            if name in spec.pairs:
-                pair = spec.pairs[name]
-                a, b = (as_tensor(tensors[f"{name}.{side}"], self.device) for side in "AB")
-                site.place(a, b, pair.scale, pair.trained)
-            else:
-                site.clear()
+    def place(self, spec: Spec, tensors: Tensors, carry: Mapping[str, LowRank] | None = None) -> None:
+        """Put an adapter in (compact arrays by `<module>.A/.B`); maps that it does not name run as they are. `carry`: applied frozen."""
+        self.clear()
+        self._scales = {n: p.scale for n, p in spec.pairs.items()}
+        for name, pair in spec.pairs.items():
+            a, b = (as_tensor(tensors[f"{name}.{side}"], self.device) for side in "AB")
+            if pair.rank:
+                self.sites[name].place(a, b, pair.scale, pair.trained)
+        for name, pair_of in (carry or {}).items():
+            if name in self.sites:
+                self.sites[name].carry = as_tensor(pair_of.B, self.device), as_tensor(pair_of.A, self.device)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute with these tensors as they are, leaves or results of others: factors in the adapter's maps, all in attached functions."""
+        for name, scale in self._scales.items():
+            a, b, site = tensors[f"{name}.A"], tensors[f"{name}.B"], self.sites[name]
+            site.A, site.B, site.scale = (a, b, scale) if a.shape[0] else (None, None, scale)
+        if self.core is not None and self.core.places is not None:
+            self.core.places.p = tensors
+
+    def clear(self) -> None:
+        """The base alone: no pairs, no carry, no functions. What one job put in, the next must not find."""
+        self._scales = {}
+        for site in self.sites.values():
+            site.clear()
+        if self.core is not None:
+            self.core.places = None
 
     def parameters(self) -> dict[str, Tensor]:
         """Trainable factors by `<module>.A/.B`."""
@@ -84,20 +104,40 @@ class Base:
                     found[f"{name}.{side}"] = p
         return found
 
-    def hidden(self, batch: dict[str, Any]) -> tuple[Tensor, Layout]:
-        """Last hidden states of a batch: rows of tokens (layout.size, hidden), fp32, and where they belong."""
+    def hidden(self, batch: dict[str, Any], layer: int | None = None) -> tuple[Tensor, Layout]:
+        """Last hidden states of a batch: rows of tokens (layout.size, hidden), fp32, and where they belong.
+
+        `layer`: what enters that layer instead. Raises Refused for a layer that there is not, or where the engine does not
+        run the model itself.
+        """
         if self.core is None:
+            if layer is not None:
+                raise Refused("this architecture runs on transformers' modules: the engine sees its last layer alone")
             return foreign.hidden(self.model, batch, self.device)
+        if layer is not None and not 0 <= layer <= self.core.kind.layers:
+            raise Refused(f"the model has {self.core.kind.layers} layers, none is number {layer}")
+        x, layout, first = self._entering(batch, layer)
+        if self.core.places is None:
+            x = self.core.run(x, layout, first, layer)
+        else:
+            x, longer = self.core.places.fronted(x, layout)
+            x = self.core.places.without(self.core.run(x, longer, first, layer), longer, layout)
+        return (self.core.finish(x) if layer is None else x), layout
+
+    def _entering(self, batch: dict[str, Any], layer: int | None) -> tuple[Tensor, Layout, int]:
+        """The rows that the first layer reads, or those of a higher one that are kept, where they belong, and that layer's number."""
+        assert self.core is not None
         if "pixel_values" in batch:
             x = self.core.embed_images(batch["pixel_values"].to(self.device))
-            layout = Layout(torch.ones(len(batch["pixel_values"]), len(x) // len(batch["pixel_values"])), self.device)
-            return self.core.finish(self.core.run(x, layout)), layout
+            return x, Layout(torch.ones(len(batch["pixel_values"]), len(x) // len(batch["pixel_values"])), self.device), 0
         layout = Layout(batch["attention_mask"], self.device)
-        if self.prefix is not None and "key" in batch:
-            x = self.core.run(self.prefix.states(batch, layout), layout, self.prefix.at)
-        else:
-            x = self.core.run(self.core.embed(batch["input_ids"], layout), layout)
-        return self.core.finish(x), layout
+        if self.prefix is not None and "key" in batch and (layer is None or layer >= self.prefix.at):
+            return self.prefix.states(batch, layout), layout, self.prefix.at
+        return self.core.embed(batch["input_ids"], layout), layout, 0
+
+    def headed(self, features: Tensor) -> Tensor:
+        """What a task's head reads: features (batch, hidden) after the functions that methods put there."""
+        return features if self.core is None or self.core.places is None else self.core.places.headed(features)
 
     def read_words(self, examples: Sequence[Sequence[int]]) -> None:
         """The embedding rows of these texts (token ids) at once, where only such rows are kept."""
@@ -136,10 +176,25 @@ class Base:
         targets = batch["labels"].flatten()[before + 1].to(self.device)
         if self.core is None:
             return (*self._foreign_answers(batch, before, targets), owners)
+        rows = self._rows_at(batch, before).to(self.core.dtype)
+        return (*vocabulary.losses(rows, *self._table(), targets), owners)
+
+    def choices(self, batch: dict[str, Any], tokens: Sequence[int]) -> Tensor:
+        """Logits of some tokens at every answer place, (answers, tokens), fp32. Raises Refused for what is no causal model of ours."""
+        if self.core is None or not self.causal:
+            raise Refused("`choices` needs a causal model whose architecture this engine runs itself")
+        before, _ = answer_places(batch["labels"])
+        rows = self._rows_at(batch, before)
+        table, bias = self._table()
+        wanted = torch.tensor(list(tokens), device=self.device)
+        logits = rows @ table.index_select(0, wanted).float().t()
+        return logits if bias is None else logits + bias.index_select(0, wanted)
+
+    def _rows_at(self, batch: dict[str, Any], places: Tensor) -> Tensor:
+        """Last hidden states at flat places of the padded block, fp32."""
         x, layout = self.hidden(batch)
         number = layout.mask.flatten().cumsum(0) - 1
-        rows = x.index_select(0, number[before].to(self.device)).to(self.core.dtype)
-        return (*vocabulary.losses(rows, *self._table(), targets), owners)
+        return x.index_select(0, number[places].to(self.device))
 
     @torch.inference_mode()
     def generate(self, ids: list[int], most: int, end: int | None) -> list[int]:

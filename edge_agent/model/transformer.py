@@ -18,9 +18,11 @@ from .ops.attention import attention
 from .ops.checkpointing import again
 from .ops.layout import Layout
 from .ops.steps import activated, gated, rms_norm, rotate
+from .places import Attached
 from .stored.words import Words
 
 Norm = tuple[Tensor, Tensor | None]
+Pair = tuple[Site, Tensor | None, Tensor | None, float]
 
 
 class Layer:
@@ -46,6 +48,8 @@ class Transformer:
         self.layers: list[Layer | None] = [make() for make in layers]
         self.tables = tables()
         self.dtype = torch.float32
+        self.places: Attached | None = None
+        """Functions that methods put in, where there are any."""
         self.device = self.tables["word"].device
         self.checkpointing = False
         self.seen: dict[str, Tensor] | None = None
@@ -100,8 +104,11 @@ class Transformer:
         for number in range(first, self.kind.layers if last is None else last):
             layer = self.layer(number)
             factors = [f for s in layer.sites for a, b, _ in s.pairs() for f in (a, b) if f.requires_grad]
-            if self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or factors):
-                x = again(lambda x, layer=layer: self._layer(x, layout, layer), x, factors)  # type: ignore[misc]
+            if self.places is not None:
+                x = self._layer(self.places.entering(x, number, layout), layout, layer)
+            elif self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or factors):
+                pairs = [(s, s.A, s.B, s.scale) for s in layer.sites]  # by the way back, the model may compute at another point
+                x = again(lambda x, layer=layer, pairs=pairs: self._at(pairs, x, layout, layer), x, factors)  # type: ignore[misc]
             else:
                 x = self._layer(x, layout, layer)
         return x
@@ -116,6 +123,15 @@ class Transformer:
             return rms_norm(x, weight, self.kind.eps)
         return layer_norm(x, (x.shape[-1],), weight, bias, self.kind.eps)
 
+    def _at(self, pairs: Sequence[Pair], x: Tensor, layout: Layout, layer: Layer) -> Tensor:
+        """A layer with these pairs in it, whatever is in it now."""
+        now = [(s, s.A, s.B, s.scale) for s, *_ in pairs]
+        try:
+            _set(pairs)
+            return self._layer(x, layout, layer)
+        finally:
+            _set(now)
+
     def _layer(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
         if self.kind.post:
             x = self._norm(x + self._attention(x.to(self.dtype), layout, layer), layer.norms["norm1"])
@@ -127,7 +143,7 @@ class Transformer:
         return x + self._wide(self._norm(x, layer.norms["norm2"]).to(self.dtype), layout, layer)
 
     def _wide(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
-        found = apply(x, layer.wide)
+        found = self._apply(x, layer.wide, layout)
         name = self.kind.activation
         middle = gated(found[0], found[1], name) if len(found) == 2 else activated(found[0], name)
         return self._out(middle, layout, layer.down)
@@ -136,11 +152,14 @@ class Transformer:
         if self.seen is not None:
             squares = x[: layout.real].float().square().sum(0)
             self.seen[site.name] = self.seen[site.name] + squares if site.name in self.seen else squares
-        return apply(x, [site])[0]
+        return self._apply(x, [site], layout)[0]
+
+    def _apply(self, x: Tensor, sites: Sequence[Site], layout: Layout) -> list[Tensor]:
+        return apply(x, sites) if self.places is None else self.places.apply(x, sites, layout)
 
     def _attention(self, x: Tensor, layout: Layout, layer: Layer) -> Tensor:
         size = self.kind.head_size
-        found = apply(x, layer.qkv)
+        found = self._apply(x, layer.qkv, layout)
         if len(found) == 1:
             found = list(found[0].chunk(3, dim=-1))
         q, k, v = (t.reshape(t.shape[0], -1, size) for t in found)
@@ -179,6 +198,11 @@ class Transformer:
                 self._angles.clear()
             self._angles[length, dtype] = angles.cos().to(self.device, dtype), angles.sin().to(self.device, dtype)
         return self._angles[length, dtype]
+
+
+def _set(pairs: Sequence[Pair]) -> None:
+    for site, a, b, scale in pairs:
+        site.A, site.B, site.scale = a, b, scale
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:

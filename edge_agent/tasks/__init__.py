@@ -20,6 +20,9 @@ class TaskEngine(Protocol):
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch: a dictionary of tensors with the key `labels`."""
 
+    def features(self, base: Any, batch: dict[str, Any]) -> Any:
+        """What the head reads, (batch, hidden). Raises Refused where scores are of tokens."""
+
     def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> Any:
         """Scores of a batch, from a `Base` and the head's tensors."""
 

@@ -107,6 +107,10 @@ class Engine:
             labels[row, : len(tokens)] = torch.where(torch.tensor(e["learnt"]), tokens, IGNORED)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
+    def features(self, base: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """There are none. Raises Refused."""
+        raise Refused("a language model's scores are of tokens: it has no features of a whole text", "use `hidden` or `choices`")
+
     def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> Scores:
         """Loss of every answer token, whether it would be guessed, and its example; logits are never held all at once."""
         found: Scores = base.answers(batch)

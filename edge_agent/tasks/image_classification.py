@@ -33,10 +33,15 @@ class Engine:
         """Stacked images."""
         return {"pixel_values": torch.stack([e["pixels"] for e in examples]), "labels": torch.tensor([e["label"] for e in examples])}
 
+    def features(self, base: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The first token's last hidden state, fp32 (batch, hidden)."""
+        rows, layout = base.hidden(batch)
+        features: torch.Tensor = base.headed(layout.spread(rows)[:, 0])
+        return features
+
     def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         """Scores (batch, labels)."""
-        rows, layout = base.hidden(batch)
-        return linear(layout.spread(rows)[:, 0], head["head.weight"], head["head.bias"])
+        return linear(self.features(base, batch), head["head.weight"], head["head.bias"])
 
     def losses(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Cross-entropy per example."""

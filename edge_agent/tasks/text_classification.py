@@ -39,8 +39,8 @@ class Engine:
     def features(self, base: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Mean of the last hidden states over real tokens, fp32 (batch, hidden)."""
         rows, layout = base.hidden(batch)
-        pooled: torch.Tensor = layout.means(rows)
-        return pooled
+        features: torch.Tensor = base.headed(layout.means(rows))
+        return features
 
     def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
         """Scores (batch, labels)."""

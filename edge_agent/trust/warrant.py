@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from rankfleet.federated.contract.catalogue import build_stack
 from rankfleet.federated.errors import ConfigError, Refused
 from rankfleet.federated.program.files import write_atomic
 from rankfleet.federated.program.loader import loads
@@ -53,7 +54,8 @@ def _same(text: str, job: Assignment) -> None:
     for field in msgspec.structs.fields(SignedTask):
         pairs[f"task.{field.name}"] = _plain(getattr(signed.task, field.name)), _plain(getattr(job.task, field.name))
     if job.purpose == "train":
-        pairs["optimizer"] = signed.training.optimizer, job.recipe.optimizer
+        usual = "sgd" if any(m.plain for m in build_stack(list(signed.stack)).values()) else "adamw"
+        pairs["optimizer"] = signed.training.optimizer or usual, job.recipe.optimizer
     for what, (wanted, asked) in pairs.items():
         if wanted != asked:
             raise Refused(f"the assignment's {what} is {str(asked)[:60]!r}, the operators signed {str(wanted)[:60]!r}")

@@ -1,5 +1,6 @@
 """Which examples make a batch: a seeded permutation, in which neighbours of like length meet, so that little is padded."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,3 +38,18 @@ def order(sizes: list[int], batch: int, steps: int, seed: int) -> list[list[int]
     largest = max(first, key=lambda n: sum(sizes[i] for i in found[n]), default=0)
     found[0], found[largest] = found[largest], found[0]
     return found
+
+
+def narrowed(batch: dict[str, Any]) -> dict[str, Any]:
+    """A piece of a batch without the columns that only its longer neighbours needed."""
+    if "attention_mask" not in batch:
+        return batch
+    width = batch["attention_mask"].shape[1]
+    longest = int(batch["attention_mask"].sum(1).max())
+    return {k: t[:, :longest] if t.dim() > 1 and t.shape[1] == width else t for k, t in batch.items()}
+
+
+def split(batch: dict[str, Any], size: int = 1) -> Iterator[dict[str, Any]]:
+    """A batch in pieces of at most `size` examples."""
+    for at in range(0, len(batch["labels"]), size):
+        yield narrowed({k: t[at : at + size] for k, t in batch.items()})

@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rankfleet.federated.contract.catalogue import build_stack
-from rankfleet.federated.contract.method import Round, overrides
+from rankfleet.federated.contract.method import overrides
 from rankfleet.federated.contract.stack import ClientSide, Stack
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import Conflict, Refused
@@ -16,14 +18,15 @@ from rankfleet.federated.wire.transfer import blob_of
 from rankfleet.profiles.card import read_card
 
 from ..machine import system
-from ..model import Base, as_tensor, importance
+from ..model import Base, importance
 from ..model.cache.activations import example_key
-from ..model.cache.prefix import choose, trained_from
+from ..model.cache.prefix import choose
 from ..order import Meta, Order, commit, last_state, state_file
 from ..tasks import TaskEngine
 from ..trust import identity
 from . import serving
-from .trainer import Examples, Stopwatch, Trainer
+from .stopwatch import Stopwatch
+from .trainer import Examples, Trainer
 from .view import View
 
 Progress = Callable[[dict[str, Any]], None]
@@ -52,19 +55,22 @@ class LocalRound:
             path = last_state(result)
             state = thaw(path.read_bytes()) if path else None
         stack = _required(Stack(build_stack(job.stack), job.space), order, job)
+        if view.masks and (users := [n for hook in ("tensors", "express", "attach") for n, _ in stack.using(hook)]):
+            raise Refused(f"`{users[0]}` works on whole maps, and this round's are pruned", "set `arms: {prune: [0]}` in the job")
         self.client = ClientSide(
-            stack, job.job, Round(job.round, job.rounds), self.device, view.spec, steps=job.recipe.steps, lr=job.recipe.lr, down=view.down,
-            state=state,
+            stack, job.job, stack.at(job.round, job.rounds), self.device, view.spec, steps=job.recipe.steps, lr=job.recipe.lr,
+            down=view.down, state=state,
         )  # fmt: skip
         self.trainer = self.trains_with(
             base, task, job, self.client, train, lambda s, v: progress({"step": s, "steps": job.recipe.steps, "loss": v})
         )
-        # What is trained here and never leaves takes the place of what arrived.
-        self.anchor = {**view.trained(), **{k: t for k, t in self.client.kept.items() if k in view.spec.shapes()}}
-        self.start = self.client.begin(self.anchor)
-        base.place(view.spec, view.tensors)
-        for name, method in stack.using("attach"):
-            method.attach(base, view.spec, self.client.context(name))
+        self.probe = train[: job.recipe.probe]
+        self.held: Examples = []
+        # What stays here takes the place of what arrived.
+        self.received = {**view.trained(), **self.client.own()}
+        self.start = self.client.begin(self.received)
+        base.place(view.spec, view.tensors, view.carried())
+        self.trainer.prepare(view.tensors, self.start, view.down)
 
     def cache(self, held: Examples, room_mb: float, disk_mb: float) -> None:
         """Keep what the unchanging lower layers put out, where that is valid and pays; the report says what came of it."""
@@ -75,11 +81,12 @@ class LocalRound:
             told = "this architecture runs on transformers' modules"
         elif any("ids" not in e for e in examples[:1]):
             told = "examples are no texts"
-        elif users := [n for hook in ("batch", "attach") for n, _ in self.client.stack.using(hook)]:
+        elif users := [n for hook in ("batch", "attach", "data") for n, _ in self.client.stack.using(hook)]:
             told = f"`{users[0]}` changes what the model sees"
         else:
             draws = recipe.steps * recipe.batch + 2 * recipe.probe + len(held[: recipe.evaluate])
-            own = trained_from(base.sites, base.core.kind.layers)
+            made = bool(self.client.stack.using("express"))  # from tensors that may be trained where the pair is not
+            own = min((p.layer for p in self.view.spec.pairs.values() if p.trained or made), default=base.core.kind.layers)
             at, told = choose(own, min(own, recipe.floor), draws, len(examples), recipe.keeps, self.job.rounds)
         if at:
             for e in examples:
@@ -99,41 +106,66 @@ class LocalRound:
             self.base.lighten()
 
     def evaluate(self, held: Examples) -> None:
-        """Measure the version as it arrived on examples that are never trained on."""
-        head = {k: as_tensor(self.view.tensors[k], self.base.device) for k in self.view.spec.dense}
+        """Measure the version as it arrived on examples that are never trained on, and let methods look at it."""
+        self.held = held[: self.job.recipe.evaluate]
+        for ctx in self.trainer.contexts.values():
+            ctx.held = held
         with self.watch("evaluate"):
-            self.told["held"] = self.trainer.measure(held[: self.job.recipe.evaluate], head)
+            self.told["held"] = self.trainer.measure(self.held)
         if job_samples := self.job.task.samples if self.job.purpose == "install" or self.job.round == 0 else []:
             with self.watch("samples"):
                 self.told["samples"] = self.trainer.samples(job_samples)
         with self.watch("probe"):
-            self._probe("loss_before", head)
+            self._probe("loss_before")
+        if self.job.purpose == "train":
+            self.trainer.look("arrived")
 
-    def _probe(self, name: str, head: dict[str, Any] | None = None) -> None:
+    def _probe(self, name: str) -> None:
         """Loss on the same few examples, before and after: what the tuner is rewarded by."""
         if self.job.purpose == "train":
-            sums = self.trainer.measure(self.trainer.examples[: self.job.recipe.probe], head)
+            sums = self.trainer.measure(self.probe)
             self.told[name] = sums["loss"] / max(1.0, sums["count"])
 
     def install(self) -> Tensors:
         """Put the version in place for applications; nothing is trained, and nothing but the report leaves."""
-        self._publish({**self.view.tensors, **self.client.serve(self.start)})
+        self._serve(self.client.serve(self.start))
         return {}
 
     def train(self) -> Tensors:
         """Train, and give what leaves the device."""
+        if self.client.round.leg != "train":
+            return self._answer()
         with self.watch("train"):
-            trained = self.trainer.run(self.start, self.view.down)
+            trained = self.trainer.train()
         with self.watch("probe"):
             self._probe("loss_after")
+        importance_here = self._importance()
+        self.trainer.look("trained")
         delta = {k: t - self.view.tensors[k] for k, t in trained.items()}
-        self.client.keep({k: t for k, t in trained.items() if not self.client.stack.travels(k, self.client.round)})
+        self.client.keep(trained)
         sent = self.client.send(delta)
-        served = self.client.serve({**self.anchor, **trained}) if self.client.stack.using("serve") else {}
-        self._publish({**self.view.tensors, **self.client.kept, **served})
+        served = self.client.serve({**self.received, **trained}) if self.client.stack.using("serve") else {}
+        self._serve({**self.client.own(), **served})
         self.told |= {"steps": self.job.recipe.steps, "examples": len(self.trainer.examples)}
-        tensors = {f"d/{k}": t for k, t in sent.items()} | self._importance()
-        return tensors | {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
+        return {f"d/{k}": t for k, t in sent.items()} | importance_here | self._extras()
+
+    def _answer(self) -> Tensors:
+        """What the device says in a leg in which nothing is trained."""
+        self.trainer.answer(self.view.down)
+        self.told |= {"steps": 0, "examples": len(self.trainer.examples)}
+        return self._extras()
+
+    def _extras(self) -> Tensors:
+        return {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
+
+    def _serve(self, served: Tensors) -> None:
+        """Let applications have the version with `served` in its place; where methods make it personal, measure it as it is served."""
+        stack, tensors = self.client.stack, {**self.view.tensors, **served}
+        if stack.using("serve") or self.client.own():
+            with self.watch("evaluate"):
+                self.told["personal"] = self.trainer.measure(self.held, tensors)
+        shown, attached = stack.express(tensors, self.view.spec, np), dict(stack.using("attach"))
+        self.serves = partial(serving.publish, Path(self.order.home), self.job, self.view, shown, self.base.transposed, attached)
 
     def _importance(self) -> Tensors:
         """What heads and channels are worth here, in the round in which the job asks for it; nothing from a base that is cut already."""
@@ -144,12 +176,8 @@ class LocalRound:
             or any(m.releases for m in self.client.stack.methods.values())
         ):
             return {}
-        probe = self.trainer.examples[: self.job.recipe.probe]
         with self.watch("importance"):
-            return importance.scores(self.base, read_card(Path(self.order.model)), self.trainer.last, [self.trainer._collate(probe)])
-
-    def _publish(self, tensors: Tensors) -> None:
-        self.serves = partial(serving.publish, Path(self.order.home), self.job, self.view, tensors, self.base.transposed)
+            return importance.scores(self.base, read_card(Path(self.order.model)), self.trainer.last, [self.trainer.collate(self.probe)])
 
     def commit(self, tensors: Tensors) -> None:
         """Update, state and signature in one folder, put in its place in one step."""

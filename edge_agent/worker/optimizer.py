@@ -24,10 +24,11 @@ class Flat:
             self.places[k] = self.gradient[at : at + p.numel()].view(p.shape)
             at += p.numel()
 
-    def take(self, grads: dict[str, Tensor]) -> None:
-        """Gradients by name, clipped to a norm of `MAX_NORM` together."""
+    def take(self, grads: dict[str, Tensor], norm: float = MAX_NORM) -> None:
+        """Gradients by name, clipped to `norm` together; 0: as they are."""
         torch._foreach_copy_(list(self.places.values()), [grads[k] for k in self.places])
-        self.gradient.mul_((MAX_NORM / (self.gradient.norm() + 1e-6)).clamp_max(1.0))
+        if norm:
+            self.gradient.mul_((norm / (self.gradient.norm() + 1e-6)).clamp_max(1.0))
 
 
 class SGD:

@@ -8,12 +8,13 @@ import torch
 
 from rankfleet.federated.contract.spec import Spec
 from rankfleet.federated.contract.tensors import Array, Tensors
-from rankfleet.federated.errors import NotFinite
+from rankfleet.federated.contract.update import LowRank
+from rankfleet.federated.errors import NotFinite, WireError
 from rankfleet.federated.wire.frame import open_frame
 
 
 class View:
-    """What arrived from the coordinator for one round: spec, tensors, masks, and extras of methods."""
+    """What arrived from the coordinator for one round: spec, tensors, carry, masks, and extras of methods."""
 
     def __init__(self, blobs: dict[str, str]) -> None:
         tensors, meta = open_frame(Path(blobs["view"]))
@@ -21,6 +22,10 @@ class View:
         frozen, below = open_frame(Path(blobs["frozen"])) if "frozen" in blobs else ({}, None)
         pairs = {**spec.pairs, **(msgspec.convert(below, Spec).pairs if below else {})}
         self.spec = Spec(pairs, spec.dense)
+        self.carry = _carried(open_frame(Path(blobs["carry"]))[0]) if "carry" in blobs else {}
+        """What all devices apply frozen, by map, in canonical coordinates, scale and all."""
+        if "constants" in blobs:
+            tensors = {**tensors, **open_frame(Path(blobs["constants"]))[0]}
         self.masks = {k: np.array(t) for k, t in open_frame(Path(blobs["masks"]))[0].items()} if "masks" in blobs else {}
         self.down: dict[str, Tensors] = {}
         self.tensors: Tensors = {}
@@ -33,9 +38,23 @@ class View:
                 own[name] = array
         self.tensors = widened(own)
 
+    def carried(self) -> dict[str, LowRank]:
+        """The carry on the channels that this device keeps."""
+        out, in_ = ({m: self.masks.get(f"{m}.{side}", slice(None)) for m in self.carry} for side in ("out", "in"))
+        return {m: LowRank(p.B[out[m]], p.A[:, in_[m]]) for m, p in self.carry.items()}
+
     def trained(self) -> Tensors:
         """The part of the view that is trained here."""
         return {k: self.tensors[k] for k in self.spec.shapes()}
+
+
+def _carried(tensors: Tensors) -> dict[str, LowRank]:
+    """Pairs by map, fp32. Raises WireError for half a pair, NotFinite."""
+    wide = widened({k: np.asarray(t) for k, t in tensors.items()})
+    modules = sorted({k.rpartition(".carry.")[0] for k in wide})
+    if odd := [m for m in modules if not {f"{m}.carry.A", f"{m}.carry.B"} <= wide.keys()]:
+        raise WireError(f"the carry of `{odd[0]}` is half a pair")
+    return {m: LowRank(wide[f"{m}.carry.B"], wide[f"{m}.carry.A"]) for m in modules}
 
 
 def widened(tensors: Tensors) -> Tensors:

@@ -29,7 +29,8 @@ from ..trust import identity, warrant
 from .data import Shard
 from .local_round import LocalRound, Progress
 from .resume import Checkpoint
-from .trainer import Examples, Stopwatch
+from .stopwatch import Stopwatch
+from .trainer import Examples
 from .view import View
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,16 @@ class Worker:
             base = self._prepared(order, job, view)
             task, train, held, shard = self._examples(order, job)
         known, self._state = self._state, None
-        local = self.round(order, job, view, base, task, train, watch, progress, known)
-        local.told["skipped"] = shard.unknown
-        local.trainer.micro = plan.micro
+        try:
+            local = self.round(order, job, view, base, task, train, watch, progress, known)
+            local.told["skipped"] = shard.unknown
+            self._carry_out(order, local, plan, held)
+        finally:
+            base.clear()  # the base outlives the job, what its methods put in does not
+
+    def _carry_out(self, order: Order, local: LocalRound, plan: StepPlan, held: Examples) -> None:
+        job, base = local.job, local.base
+        local.trainer.steps.micro = plan.micro
         local.trainer.checkpoint = Checkpoint(checkpoint_file(Path(order.result)), digest_of(order.envelope), system.halted)
         if base.core is not None:
             base.core.checkpointing = plan.checkpointing
@@ -95,7 +103,8 @@ class Worker:
             local.cache(held, order.budget_mb - plan.memory_mb, min(order.cache_mb, max(0.0, order.writes_mb - self.written_mb)))
         else:
             base.prefix = None
-        local.evaluate(held)
+        if local.client.round.leg == "train" or job.purpose == "install":
+            local.evaluate(held)
         sent = local.install() if job.purpose == "install" else local.train()
         local.lighten()
         local.counts["disk_mb"] = round(self.written_mb + local.counts.get("cache_written_mb", 0.0), 3)

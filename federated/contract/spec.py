@@ -27,9 +27,10 @@ class Pair(msgspec.Struct, frozen=True, rename={"in_": "in"}):
 
 
 class Dense(msgspec.Struct, frozen=True):
-    """A plain trained tensor, such as a classifier head."""
+    """A plain tensor, such as a classifier head."""
 
     shape: tuple[int, ...]
+    trained: bool = True
 
 
 class Spec(msgspec.Struct, frozen=True, dict=True):
@@ -44,7 +45,7 @@ class Spec(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {k: d.shape for k, d in self.dense.items()}
+        found: dict[str, tuple[int, ...]] = {k: d.shape for k, d in self.dense.items() if d.trained}
         for module, pair in self.pairs.items():
             if pair.trained:
                 found[f"{module}.A"] = (pair.rank, pair.kept_in)

@@ -30,7 +30,8 @@ class SignedTask(msgspec.Struct, frozen=True):
 class SignedTraining(msgspec.Struct, frozen=True):
     """What of the local loop operators sign."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["", "adamw", "sgd"] = ""
+    """Empty: `adamw`, or `sgd` where a method of the stack needs the gradient to be the step."""
 
 
 class SignedJob(msgspec.Struct, frozen=True):

@@ -194,6 +194,10 @@ class Recipe(msgspec.Struct, frozen=True):
     """The lowest layer that anybody in this job adapts."""
     score: bool = False
     """Tell what heads and channels are worth to this device's data?"""
+    clip: float = 1.0
+    """Norm that a step's gradient is cut to, all tensors together; 0: not cut."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises to `lr`."""
 
 
 class Assignment(Message, tag="assignment", frozen=True):

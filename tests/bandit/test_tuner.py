@@ -16,6 +16,8 @@ from rankfleet.bandit.policies import modules, policy_class
 from rankfleet.bandit.policies.cost_ucb import CostUCB, sweep
 from rankfleet.bandit.policy import Member, Outcome, Priced
 from rankfleet.bandit.tuner import NoArm, Tuner
+from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.profiles.card import ModelCard, Module
 from rankfleet.profiles.cost import price
 from rankfleet.profiles.device import SOURCES, DeviceProfile, generic, library, match
@@ -31,6 +33,7 @@ def card(layers: int = 6, h: int = 384, f: int = 1536) -> ModelCard:
 
 
 CARD = card()
+sparse_bits = Stack(build_stack(["sparse"])).wire_bits
 SPACE = ArmSpace(ranks=(4, 8, 16), prune=(0.0, 0.1, 0.2), bits=(32, 8, 4), steps=(8, 12), batch=8)
 
 
@@ -43,7 +46,7 @@ def tuner(policy: str = "cost_ucb", state: Any = None, **settings_: Any) -> Tune
         max_depth=3,
         length=32,
         head=4000,
-        keep=0.25,
+        wire_bits=sparse_bits,
         seed=1,
         state=state,
     )
@@ -223,7 +226,9 @@ def test_profiles_match_what_a_probe_sees(tmp_path: Path) -> None:
 
 def test_auto_takes_what_a_device_measured_fastest_and_never_assumes_bf16() -> None:
     space = msgspec.convert({"bits": "auto"}, ArmSpace)
-    made = Tuner(policy_class("fixed")(), CARD, targets(CARD, ["auto"]), space, max_depth=3, length=32, head=4000, keep=0.25, seed=1)
+    made = Tuner(
+        policy_class("fixed")(), CARD, targets(CARD, ["auto"]), space, max_depth=3, length=32, head=4000, wire_bits=sparse_bits, seed=1
+    )
     roomy = device("laptop-x86-16gb", 4000.0)
     assert made.join("avx2", roomy, {"32": 4.0, "16": 120.0, "8": 5.0, "4": 6.0}) == 32
     assert made.join("bf16", roomy, {"32": 4.0, "16": 2.0, "8": 2.5, "4": 2.6}) == 16

@@ -23,7 +23,7 @@ def replayed(data_dir: Path, model: Path) -> tuple[int, int]:
         members = Devices(ledger).eligible(plan)
         tuner = Tuner(
             plan.policy, plan.card, plan.modules, plan.spec.arms, max_depth=plan.max_depth, length=plan.spec.task.max_length,
-            head=plan.head_size, keep=plan.keep, seed=plan.spec.seed, state=None,
+            head=plan.head_size, wire_bits=plan.stack.wire_bits, seed=plan.spec.seed, state=None,
         )  # fmt: skip
         total = same = 0
         run = SimpleNamespace(examples={})

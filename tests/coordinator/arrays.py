@@ -64,7 +64,7 @@ def reference(updates: list[Update], module: str) -> Array:
         rows = np.isin(np.arange(pair.out), u.masks.get(f"{module}.out", np.arange(pair.out)))
         columns = np.isin(np.arange(pair.in_), u.masks.get(f"{module}.in", np.arange(pair.in_)))
         mass += u.weight / total * np.outer(rows, columns)
-        result += u.weight / total * u.factor * moved(u, module)
+        result += u.weight / total * u.scaling * moved(u, module)
     return result / np.maximum(mass, FLOOR)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from rankfleet.coordinator.export import load
 from rankfleet.coordinator.store import tables
-from rankfleet.federated.contract.method import Method, ServerContext
+from rankfleet.federated.contract.method import Member, Method, ServerContext
 from rankfleet.federated.contract.update import Update
 
 from ..foreign import register
@@ -39,7 +39,7 @@ class Twice(Method, frozen=True):
 class Wary(Method, frozen=True):
     """`select`: nobody at first, then everybody."""
 
-    def select(self, devices: Sequence[str], ctx: ServerContext) -> Sequence[str]:
+    def select(self, devices: Sequence[Member], ctx: ServerContext) -> Sequence[Member]:
         ctx.state["asked"] = ctx.state.get("asked", 0) + 1
         return devices if ctx.state["asked"] > 2 else []
 
@@ -47,8 +47,8 @@ class Wary(Method, frozen=True):
 class Stranger(Method, frozen=True):
     """`select`: a device that is not there."""
 
-    def select(self, devices: Sequence[str], ctx: ServerContext) -> Sequence[str]:
-        return [*devices, "mallory"]
+    def select(self, devices: Sequence[Member], ctx: ServerContext) -> Sequence[Member]:
+        return [*devices, Member("mallory")]
 
 
 def events(world: World, name: str) -> list[str]:
@@ -90,7 +90,11 @@ async def test_a_round_waits_while_nobody_is_selected(tmp_path: Path, tiny: Path
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Twice, "`culprit` admits an update that it was not given"), (Stranger, "`culprit` selects `mallory`")]
+    ("kind", "reason"),
+    [
+        (Twice, "method `culprit`, hook `admit`: admits an update that it was not given"),
+        (Stranger, "method `culprit`, hook `select`: selects `mallory`"),
+    ],
 )
 async def test_a_method_that_invents_is_named(
     tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Method], reason: str
@@ -101,4 +105,4 @@ async def test_a_method_that_invents_is_named(
         await world.until(lambda: world.job_state(name) == "failed")
         row = world.coordinator.ledger.row(tables.jobs, id=name)
         assert row is not None
-        assert reason in row["reason"]
+        assert f"method `culprit`, {reason}" in row["reason"]

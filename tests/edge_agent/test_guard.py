@@ -228,7 +228,7 @@ def trainer(tiny: Path, checkpoint: Checkpoint | None, stack: list[Any]) -> tupl
     return made, client.begin(tensors), steps
 
 
-@pytest.mark.parametrize("stack", [[], ["scaffold"], [{"fedprox": {"mu": 0.1}}]])
+@pytest.mark.parametrize("stack", [[], ["scaffold"], [{"fedprox": {"mu": 0.1}}], ["dp_lora"]])
 def test_a_round_that_was_cut_off_gives_the_same_bits(tiny: Path, tmp_path: Path, stack: list[Any]) -> None:
     whole, start, _ = trainer(tiny, None, stack)
     expected = whole.run(start, {})
@@ -261,7 +261,7 @@ def test_another_assignment_or_a_damaged_file_begins_anew(tiny: Path, tmp_path: 
 def test_pieces_of_a_batch_give_its_gradient(tiny: Path) -> None:
     whole, start, _ = trainer(tiny, None, [])
     pieces, _, _ = trainer(tiny, None, [])
-    pieces.micro = 1
+    pieces.steps.micro = 1
     one, other = whole.run(start, {}), pieces.run(start, {})
     for name, tensor in one.items():
         assert np.allclose(other[name], tensor, atol=1e-4), name

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfleet.federated.contract.catalogue import build
-from rankfleet.federated.contract.method import ClientContext, Round, ServerContext
+from rankfleet.federated.contract.method import Arrival, ClientContext, Round, ServerContext
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.errors import WireError
@@ -38,13 +38,13 @@ def update(device: str, delta: dict[str, Any], weight: float = 1.0, **kw: Any) -
 
 
 def step(**kw: Any) -> Any:
-    return SimpleNamespace(**{"round": Round(1, 5), "state": {}, "up": {}, "down": {}, "steps": 2, "lr": 0.1, "anchor": {}, **kw})
+    return SimpleNamespace(**{"round": Round(1, 5), "state": {}, "up": {}, "down": {}, "steps": 2, "lr": 0.1, "received": {}, **kw})
 
 
-def test_fedprox_pulls_towards_the_anchor() -> None:
+def test_fedprox_pulls_towards_what_was_received() -> None:
     # eq. 2: g + μ(w - w^t) = [1, 1] + 0.5·([3, 0] - [1, 2]) = [2, 0]
     got = build("fedprox", {"mu": 0.5}).grad(
-        {"w": torch.ones(2)}, {"w": torch.tensor([3.0, 0.0])}, step(anchor={"w": torch.tensor([1.0, 2.0])})
+        {"w": torch.ones(2)}, {"w": torch.tensor([3.0, 0.0])}, step(received={"w": torch.tensor([1.0, 2.0])})
     )
     assert got["w"].tolist() == [2.0, 0.0]
 
@@ -100,9 +100,10 @@ def test_fedadam_first_and_second_step() -> None:
 
 def test_fedbuff_closes_when_full_and_discounts_by_age() -> None:
     m = build("fedbuff", {"size": 3})
-    assert [m.ready(n, 10, server()) for n in (2, 3)] == [False, True]
-    assert m.ready(2, 2, server())
-    got = m.admit([update("a", {}, 4.0, age=3), update("b", {}, 4.0)], server())
+    there = [Arrival(str(n), 1.0, {}) for n in range(3)]
+    assert [m.ready(there[:n], ["x"], 0.0, server()) for n in (2, 3)] == [False, True]
+    assert m.ready(there[:2], [], 0.0, server())
+    got = [m.weigh(u, server()) for u in (update("a", {}, 4.0, age=3), update("b", {}, 4.0))]
     assert [u.weight for u in got] == [2.0, 4.0]
 
 
@@ -135,7 +136,7 @@ def test_ditto_keeps_a_personal_adapter_tied_to_the_global_one() -> None:
         penalties.append(None if penalty is None else float(penalty({"w": torch.tensor([3.0])})))
         return {"w": start["w"] + (1.0 if penalty is None else 10.0)}
 
-    ctx = step(fit=fit, anchor={"w": torch.tensor([1.0])})
+    ctx = step(fit=fit, received={"w": torch.tensor([1.0])})
     assert m.train({"w": torch.tensor([1.0])}, ctx)["w"].tolist() == [2.0]
     # λ/2·‖3 - 1‖² = 4
     assert penalties == [None, 4.0]

@@ -31,8 +31,8 @@ class Site:
         self.A, self.B, self.scale = a.clone().requires_grad_(trained), b.clone().requires_grad_(trained), scale
 
     def clear(self) -> None:
-        """Take the pair out: the base alone."""
-        self.A = self.B = None
+        """Take pair and carry out: the base alone."""
+        self.A = self.B = self.carry = None
 
     def pairs(self) -> list[tuple[Tensor, Tensor, float]]:
         """What is added to the base: (A, B, scale), the trainable one first."""

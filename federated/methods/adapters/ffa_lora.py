@@ -6,16 +6,16 @@ squared (their eq. 4). Devices of lower rank use the first rows of the same A, s
 
 from typing import ClassVar
 
-from ...contract.method import Method, Round
+from ...contract.method import ClientContext, Method
 
 
 class FfaLora(Method, frozen=True):
     """`trains`: everything but A."""
 
-    space: ClassVar[str] = "factors"  # type: ignore[assignment]
+    space: ClassVar[str] = "factors"
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "noise or secure aggregation is in the stack, or the link is slow; less expressive at small rank"
 
-    def trains(self, name: str, round: Round) -> bool:
+    def trains(self, name: str, ctx: ClientContext) -> bool:
         """False for A."""
         return not name.endswith(".A")

@@ -5,6 +5,7 @@ devices drift apart and large for mixed ranks (docs/specification.md). Kept as t
 zeros, so a slot that few devices hold shrinks, as in the released code.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -17,17 +18,17 @@ from ...contract.update import Update
 class FedIT(Method, frozen=True):
     """`reduce`: Σ p_k ΔA_k and Σ p_k ΔB_k, padded to the largest rank that arrived."""
 
-    space: ClassVar[str] = "factors"  # type: ignore[assignment]
+    space: ClassVar[str] = "factors"
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "you need the baseline that papers compare with"
 
-    def reduce(self, updates: list[Update], ctx: ServerContext) -> Tensors:  # type: ignore[override]
+    def reduce(self, updates: Sequence[Update], ctx: ServerContext) -> Tensors:
         """Padded element-wise weighted mean, in fp64, in the order given."""
         total = sum(u.weight for u in updates)
         out: Tensors = {}
         for u in updates:
             for name in u.delta:
-                part = canonical(u, name) * (u.weight * u.factor / total)
+                part = canonical(u, name) * (u.weight / total)
                 out[name] = padded_sum(out[name], part, name) if name in out else part
         return {k: t.astype(np.float32) for k, t in out.items()}
 

@@ -5,7 +5,7 @@ the largest entry instead of the 2-norm, as the paper's experiments do (section 
 bucket choice were reconstructed from the formula.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from msgspec import Meta
@@ -19,6 +19,7 @@ from ...errors import WireError
 class Qsgd(Method, frozen=True):
     """Float tensors leave as i8 levels, their scales through `ctx.up`; other dtypes pass untouched."""
 
+    codes: ClassVar[Literal["", "tensors", "floats"]] = "floats"
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "dense uploads must be unbiased and a quarter of their size"
 
@@ -30,6 +31,10 @@ class Qsgd(Method, frozen=True):
         ctx.up.update({k: np.array([s], np.float32) for k, s in top.items()})
         coded = {k: stochastic_round(delta[k] / s * self.levels, ctx.rng).astype(np.int8) for k, s in top.items()}
         return {**delta, **coded}
+
+    def wire_bits(self, numbers: float, bits: float) -> float:
+        """A byte for every float; what is coded already stays as it is."""
+        return min(bits, 8.0 * numbers)
 
     def receive(self, delta: Tensors, update: Update, ctx: ServerContext) -> Tensors:
         """Floats again."""

@@ -7,9 +7,10 @@ memory too, so nothing is ever dropped for good. The memory itself is 16-bit fix
 entry, without bias): a device writes it after every round. It lives in factor coordinates and goes when they change.
 """
 
+import math
 import struct
 import zlib
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from msgspec import Meta
@@ -30,6 +31,7 @@ def class_of(name: str) -> str:
 class Sparse(Method, frozen=True):
     """`send` gives one u8 array per class: mask of names, scale, coded bitmap, coded values."""
 
+    codes: ClassVar[Literal["", "tensors", "floats"]] = "tensors"
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "always, unless you compare with dense uploads; lower `keep` on metered links"
 
@@ -61,6 +63,14 @@ class Sparse(Method, frozen=True):
                 memory[k], steps[k] = rest[at : at + delta[k].size].reshape(delta[k].shape), step
                 at += delta[k].size
         return sent
+
+    def wire_bits(self, numbers: float, bits: float) -> float:
+        """The index's entropy and a byte for each value, with 5% for framing."""
+        k = self.keep
+        if k >= 1:
+            return bits
+        entropy = -k * math.log2(k) - (1 - k) * math.log2(1 - k)
+        return numbers * (entropy + k * 8) * 1.05
 
     def receive(self, delta: Tensors, update: Update, ctx: ServerContext) -> Tensors:
         """Dense deltas again, shaped by the spec."""

@@ -16,7 +16,6 @@ from ...contract.update import Update
 class NormBound(Method, frozen=True):
     """`admit`: scale long updates down."""
 
-    needs_all: ClassVar[bool] = True
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "some devices may be broken or hostile; cheap, and harmless otherwise"
 

@@ -13,7 +13,7 @@ from ...contract.method import Method, StepContext, Torch
 
 
 class FedProx(Method, frozen=True):
-    """`grad`: + μ(w - anchor)."""
+    """`grad`: + μ(w - received)."""
 
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "devices take many local steps on very different data"
@@ -22,4 +22,4 @@ class FedProx(Method, frozen=True):
 
     def grad(self, grad: dict[str, Torch], params: Mapping[str, Torch], ctx: StepContext) -> dict[str, Torch]:
         """The proximal term's gradient, added."""
-        return {k: g + self.mu * (params[k].detach() - ctx.anchor[k]) for k, g in grad.items()}
+        return {k: g + self.mu * (params[k].detach() - ctx.received[k]) for k, g in grad.items()}

@@ -6,7 +6,7 @@ holds for any other local optimiser. Server: c ← c + (1/N) Σ (c_i⁺ - c_i), 
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -18,9 +18,11 @@ from ...contract.update import Update
 class Scaffold(Method, frozen=True):
     """c_i stays on the device, c at the coordinator; c and the change of c_i travel."""
 
-    space: ClassVar[str] = "factors"  # type: ignore[assignment]
+    space: ClassVar[str] = "factors"
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "labels are skewed, all devices use one rank and no pruning, and bytes are cheap"
+
+    tells: ClassVar[Literal["", "public", "private"]] = "private"
 
     def offer(self, adapter: Tensors, device: str, ctx: ServerContext) -> Tensors:
         """c, restricted to what the device holds, beside the adapter."""
@@ -63,6 +65,6 @@ class Scaffold(Method, frozen=True):
         c: Tensors = ctx.state.setdefault("c", {})
         for u in updates:
             for k, change in u.extra_of(self).items():
-                part = (change / max(ctx.fleet, len(updates))).astype(np.float32)
+                part = (change / max(ctx.enrolled, len(updates))).astype(np.float32)
                 c[k] = c[k] + part if k in c and c[k].shape == part.shape else part
         return updates

@@ -4,7 +4,8 @@ m ← β₁m + (1-β₁)Δ, v ← β₂v + (1-β₂)Δ², x ← x + η·m/(√v 
 coordinates that persist, hence factor space.
 """
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from msgspec import Meta
@@ -16,7 +17,7 @@ from ...contract.tensors import Tensors, fill
 class FedAdam(Method, frozen=True):
     """`step`: Adam on the aggregate."""
 
-    space: ClassVar[str] = "factors"  # type: ignore[assignment]
+    space: ClassVar[str] = "factors"
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "plain averaging is slow, ranks are equal, and a server rate can be tuned"
 
@@ -25,7 +26,7 @@ class FedAdam(Method, frozen=True):
     beta2: Annotated[float, Meta(ge=0, lt=1, description="decay of the square")] = 0.99
     tau: Annotated[float, Meta(gt=0, description="adaptivity τ")] = 1e-3
 
-    def step(self, change: Tensors, ctx: ServerContext) -> Tensors:  # type: ignore[override]
+    def step(self, change: Mapping[str, Any], ctx: ServerContext) -> Tensors:
         """η·m/(√v + τ), by name; names that come and go keep their moments."""
         moments: dict[str, Tensors] = ctx.state
         m = {k: self.beta1 * t + (1 - self.beta1) * change[k] for k, t in fill(moments.get("m"), change).items()}

@@ -25,7 +25,7 @@ class Ditto(Method, frozen=True):
         trained = ctx.fit(start)
 
         def tied(params: dict[str, Torch]) -> Torch:
-            return self.tie / 2 * sum((params[k] - ctx.anchor[k]).square().sum() for k in params)
+            return self.tie / 2 * sum((params[k] - ctx.received[k]).square().sum() for k in params)
 
         own: Tensors = ctx.state.get("personal", {})
         personal = {k: t.new_tensor(own[k]) if k in own and own[k].shape == t.shape else t for k, t in start.items()}

@@ -4,27 +4,31 @@ An update that is `age` versions old weighs 1/√(1 + age) (their section 5, pol
 Xie et al., 2019).
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from ...contract.method import Method, ServerContext
+from ...contract.method import Arrival, Method, ServerContext
 from ...contract.update import Update
 
 
 class FedBuff(Method, frozen=True):
-    """`ready` at `size` arrivals; `admit` discounts by age."""
+    """`ready` at `size` arrivals; `weigh` discounts by age."""
 
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "devices differ much in speed or sleep often"
 
+    timed: ClassVar[bool] = True
+    example: ClassVar[dict[str, Any]] = {"size": 2}
+
     size: Annotated[int, Meta(ge=1, description="arrivals that close a round")] = 4
 
-    def ready(self, arrived: int, invited: int, ctx: ServerContext) -> bool:
+    def ready(self, arrived: Sequence[Arrival], out: Sequence[str], elapsed: float, ctx: ServerContext) -> bool:
         """The buffer is full, or everybody is there."""
-        return arrived >= min(self.size, invited)
+        return len(arrived) >= self.size or not out
 
-    def admit(self, updates: list[Update], ctx: ServerContext) -> list[Update]:
+    def weigh(self, update: Update, ctx: ServerContext) -> Update:
         """Weight / √(1 + age)."""
-        return [replace(u, weight=u.weight / (1 + u.age) ** 0.5) for u in updates]
+        return replace(update, weight=update.weight / (1 + update.age) ** 0.5)

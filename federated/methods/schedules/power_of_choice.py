@@ -5,12 +5,12 @@ device that was never asked counts as infinitely bad, so everybody is asked once
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import ClientContext, Method, ServerContext, StepContext, Torch
+from ...contract.method import ClientContext, Member, Method, ServerContext, StepContext, Torch
 from ...contract.tensors import Tensors
 from ...contract.update import Update
 
@@ -21,11 +21,14 @@ class PowerOfChoice(Method, frozen=True):
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "there are many more devices than a round needs"
 
+    tells: ClassVar[Literal["", "public", "private"]] = "private"
+    example: ClassVar[dict[str, Any]] = {"cohort": 2}
+
     cohort: Annotated[int, Meta(ge=1, description="devices per round")] = 10
 
-    def select(self, devices: Sequence[str], ctx: ServerContext) -> Sequence[str]:
+    def select(self, devices: Sequence[Member], ctx: ServerContext) -> Sequence[Member]:
         """Highest loss first; ties by name, so that the choice does not depend on arrival."""
-        return sorted(devices, key=lambda d: (-ctx.state.get(d, float("inf")), d))[: self.cohort]
+        return sorted(devices, key=lambda d: (-ctx.state.get(d.device, float("inf")), d.device))[: self.cohort]
 
     def begin(self, adapter: Tensors, ctx: ClientContext) -> Tensors:
         """Start a new mean."""
