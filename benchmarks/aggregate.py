@@ -5,16 +5,21 @@ of the deltas beside the factors: a thousandth in a round of fine-tuning; at 1 t
 """
 
 import os
+import tracemalloc
 from functools import partial
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the service asks for
 
 import numpy as np
 
-from rankfleet.coordinator.aggregate import streaming
+from rankfleet.coordinator.aggregate import combine, streaming
+from rankfleet.coordinator.aggregate.kept import Decoded, Keeper
 from rankfleet.coordinator.aggregate.stacked import Term
+from rankfleet.coordinator.store.versions import Version
+from rankfleet.federated.contract.catalogue import build_stack
 from rankfleet.federated.contract.spec import Pair, Spec
-from rankfleet.federated.contract.tensors import Array
+from rankfleet.federated.contract.stack import ServerSide, Stack
+from rankfleet.federated.contract.tensors import Array, Tensors
 from rankfleet.federated.contract.update import LowRank, Update
 
 from .table import interleaved, report
@@ -64,8 +69,31 @@ def by_stack(found: list[Update], old: dict[str, LowRank]) -> None:
         np.linalg.svd(rb @ ra.T)
 
 
+MEMORY = (("fedbuff", "product"), ("fedbuff", "factors"), ("norm_bound", "factors"), ("fedadam", ""), ("fedit", ""), ("ffa_lora", ""))
+"""Stacks whose closing must take no more for a thousand devices than for ten."""
+
+
+def peak_mb(name: str, space: str, count: int) -> float:
+    """What closing a round of `count` stored updates takes beside the adapter itself: NumPy's and Python's peak, MB."""
+    like = updates(1, 1e-3)[0]
+    keeper = Keeper()
+
+    def decoded(n: int) -> Tensors:
+        rng = np.random.default_rng(n)
+        return {k: np.float32(1e-3) * rng.standard_normal(t.shape, np.float32) for k, t in like.sent.items()}
+
+    many = (Update(f"d{n:04}", 1.0, Decoded(keeper, partial(decoded, n)), like.spec, like.view, origin="v") for n in range(count))
+    old = Version(0, {m: LowRank(like.view[f"{m}.B"], like.view[f"{m}.A"]) for m in like.spec.pairs}, {}, {}, {})
+    server = ServerSide(Stack(build_stack([name]), space), "bench", 1)
+    tracemalloc.start()
+    combine.next_version(server, old, many, count, 0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return most / 1e6
+
+
 def main() -> None:
-    """10 and 50 devices."""
+    """10 and 50 devices; memory with 10 and with 1,000, or 200 by `SCALE=quick`; the keeper is full with 100."""
     rows = []
     for count, drift in ((10, 1e-3), (50, 1e-3), (50, 1.0)):
         found = updates(count, drift)
@@ -83,6 +111,12 @@ def main() -> None:
             }
         )
     report("aggregate", rows, numbers=332_000)
+    few, many = (100, 200) if os.environ.get("SCALE") == "quick" else (100, 1000)
+    report(
+        "aggregate_memory",
+        [{"stack": n, "space": s, **{f"mb_{c}": round(peak_mb(n, s, c), 1) for c in (10, few, many)}} for n, s in MEMORY],
+        numbers=332_000,
+    )
 
 
 if __name__ == "__main__":

@@ -150,11 +150,14 @@ def ways(batch: int, length: int) -> Iterator[tuple[int, bool]]:
 
 
 def step_plan(
-    card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, batch: int, length: int, head: int = 0, budget_mb: float = 0.0
-) -> StepPlan:
-    """The fastest way to carry a batch out in `budget_mb`; the leanest one where none fits."""
+    card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, batch: int, length: int, head: int = 0,
+    budget_mb: float = 0.0, again: bool = True,
+) -> StepPlan:  # fmt: skip
+    """The fastest way to carry a batch out in `budget_mb`; the leanest one where none fits. `again`: may layers be computed twice?"""
     found, length = StepPlan(float("inf"), 1), card.image_tokens or length
     for micro, checkpointing in ways(batch, length):
+        if checkpointing and not again:
+            continue
         need = peak_mb(card, placement, prune, bits, micro, length, head, checkpointing=checkpointing)
         if need < found.memory_mb:
             found = StepPlan(need, micro, checkpointing)

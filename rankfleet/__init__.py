@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 from .federated.version import VERSION
 
 if TYPE_CHECKING:
+    from .federated.contract.method import Adapter as Adapter
+    from .federated.contract.method import Arrival as Arrival
+    from .federated.contract.method import Ask as Ask
     from .federated.contract.method import ClientContext as ClientContext
+    from .federated.contract.method import Member as Member
     from .federated.contract.method import Method as Method
     from .federated.contract.method import Round as Round
     from .federated.contract.method import ServerContext as ServerContext
     from .federated.contract.method import StepContext as StepContext
+    from .federated.contract.method import Tensor as Tensor
     from .federated.contract.method import Torch as Torch
+    from .federated.contract.places import Places as Places
     from .federated.contract.spec import Dense as Dense
     from .federated.contract.spec import Pair as Pair
     from .federated.contract.spec import Spec as Spec
@@ -25,11 +31,12 @@ if TYPE_CHECKING:
     from .federated.contract.update import Update as Update
 
 __version__ = VERSION
-_HOMES = {
-    "method": ("ClientContext", "Method", "Round", "ServerContext", "StepContext", "Torch"),
-    "spec": ("Dense", "Pair", "Spec"),
-    "tensors": ("Array", "Tensors"),
-    "update": ("LowRank", "Update"),
+_HOMES: dict[str, tuple[str, ...]] = {
+    "method": ("Adapter", "Arrival", "Ask", "ClientContext", "Member", "Method", "Round", "ServerContext", "StepContext", "Tensor", "Torch",),
+    "places": ("Places",),
+    "spec": ("Dense", "Pair", "Spec",),
+    "tensors": ("Array", "Tensors",),
+    "update": ("LowRank", "Update",),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_WHERE)]

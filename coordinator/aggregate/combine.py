@@ -151,9 +151,7 @@ def carried(old: Mapping[str, LowRank], more: Mapping[str, LowRank]) -> dict[str
     for module, new in more.items():
         before = total.get(module, LowRank(new.B[:, :0], new.A[:0]))
         if (len(before.B), before.A.shape[1]) != (len(new.B), new.A.shape[1]):
-            raise WireError(
-                f"`ctx.carry` of `{module}` is {len(new.B)} by {new.A.shape[1]}, the map is {len(before.B)} by {before.A.shape[1]}"
-            )
+            raise WireError(f"`ctx.carry` of `{module}` is {len(new.B)} by {new.A.shape[1]}, not as large as before")
         b, a = np.concatenate([before.B, new.B], axis=1), np.concatenate([before.A, new.A], axis=0)
         if b.shape[1] > (most := min(b.shape[0], a.shape[1])):
             b, a = aggregate.balanced(*aggregate.by_qr(LowRank(b, a)), most)

@@ -8,10 +8,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.spec import Dense, Pair, Spec
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.update import LowRank
 from rankfleet.federated.errors import ConfigError
 from rankfleet.federated.peft_format import LOAD_MERGED, head_files, write_adapter
 from rankfleet.federated.program.files import write_atomic
+from rankfleet.federated.tasks import head_shapes
 from rankfleet.profiles.card import read_card
 
 from ..config import CoordinatorConfig
@@ -51,23 +55,28 @@ def load(config: CoordinatorConfig, job: str, number: int | None = None) -> tupl
         ledger.close()
 
 
-def shown(config: CoordinatorConfig, version: Version, spec: JobSpec) -> Version:
-    """A version with the factors that methods make of other tensors, and with its carry. Raises ConfigError for what no pair can say."""
-    from rankfleet.federated.contract.catalogue import build_stack
-    from rankfleet.federated.contract.spec import Pair, Spec
-    from rankfleet.federated.contract.stack import Stack
+def shown(version: Version, spec: JobSpec) -> Version:
+    """A version whose pairs are what the model computes with: made by the stack's `express`, with the carry as further rank.
 
+    Raises ConfigError for what no pair can say.
+    """
     stack = Stack(build_stack(list(spec.stack)), spec.space)
-    if stack.using("attach"):
-        raise ConfigError(f"`{stack.using('attach')[0][0]}` cannot be exported: it is no low-rank change of the weights")
+    if attached := stack.using("attach"):
+        raise ConfigError(
+            f"`{attached[0][0]}` cannot be exported: it is no low-rank change of the weights", "devices answer with it: `edge-agent infer`"
+        )
+    scale, pairs = spec.adapter.scale, dict(version.pairs)
     if stack.using("express"):
-        shapes = {m: Pair(0, len(p.B), p.A.shape[1], 0, spec.adapter.scale, len(p.B), p.A.shape[1], "") for m, p in version.pairs.items()}
-        full = stack.express({**version.dense}, Spec(shapes, {}), np)
-        version.pairs = {m: LowRank(full[f"{m}.B"], full[f"{m}.A"]) for m in shapes if f"{m}.B" in full}
+        maps = {m: Pair(0, len(p.B), p.A.shape[1], len(p.A), scale, len(p.B), p.A.shape[1], "") for m, p in pairs.items()}
+        dense = {k: Dense(tuple(t.shape)) for k, t in version.dense.items()}
+        own = {f"{m}.{side}": t for m, p in pairs.items() for side, t in (("A", p.A), ("B", p.B))}
+        full = stack.express({**own, **version.dense}, Spec(maps, dense), np)
+        pairs = {m: LowRank(full[f"{m}.B"], full[f"{m}.A"]) for m in pairs}
     for m, c in version.carry.items():
-        p = version.pairs[m]
-        version.pairs[m] = LowRank(np.concatenate([p.B, c.B / spec.adapter.scale], axis=1), np.concatenate([p.A, c.A], axis=0))
-    return version
+        p = pairs[m]
+        pairs[m] = LowRank(np.concatenate([p.B, c.B / scale], axis=1), np.concatenate([p.A, c.A], axis=0))
+    heads = head_shapes(spec.task.kind, len(spec.task.labels), 0)
+    return Version(version.number, pairs, {k: t for k, t in version.dense.items() if k in heads}, {}, {})
 
 
 def base_folder(config: CoordinatorConfig, spec: JobSpec) -> Path:
@@ -83,7 +92,7 @@ def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = No
     `ratio` cuts heads and feed-forward channels as devices at that pruning ratio do; only a whole model can be cut.
     """
     version, spec = load(config, job, number)
-    version = shown(config, version, spec)
+    version = shown(version, spec)
     if ratio and kind in ADAPTERS:
         raise ConfigError(
             f"a pruned model is written whole, not as {kind}", f"--format {', '.join(f for f in FORMATS if f not in ADAPTERS)}"

@@ -161,7 +161,7 @@ class LocalRound:
     def _serve(self, served: Tensors) -> None:
         """Let applications have the version with `served` in its place; where methods make it personal, measure it as it is served."""
         stack, tensors = self.client.stack, {**self.view.tensors, **served}
-        if stack.using("serve") or self.client.own():
+        if self.held and (stack.using("serve") or self.client.own()):
             with self.watch("evaluate"):
                 self.told["personal"] = self.trainer.measure(self.held, tensors)
         shown, attached = stack.express(tensors, self.view.spec, np), dict(stack.using("attach"))

@@ -22,6 +22,8 @@ class View:
         frozen, below = open_frame(Path(blobs["frozen"])) if "frozen" in blobs else ({}, None)
         pairs = {**spec.pairs, **(msgspec.convert(below, Spec).pairs if below else {})}
         self.spec = Spec(pairs, spec.dense)
+        constants = open_frame(Path(blobs["constants"]))[0] if "constants" in blobs else {}
+        tensors = {**constants, **tensors}
         self.carry = _carried(open_frame(Path(blobs["carry"]))[0]) if "carry" in blobs else {}
         """What all devices apply frozen, by map, in canonical coordinates, scale and all."""
         if "constants" in blobs:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.method import overrides
 from rankfleet.federated.contract.spec import Spec
 from rankfleet.federated.errors import DoesNotFit, Refused, WireError
 from rankfleet.federated.program.files import digest_of
@@ -123,9 +125,11 @@ class Worker:
                 f"model `{job.model}` in {order.model} has digest {card.digest[:12]}, the job wants {job.model_digest[:12]}",
                 "put the same files on every device",
             )
-        placement = {k: p.rank for k, p in spec.pairs.items() if p.trained}
+        placement = {k: max(1, p.rank) for k, p in spec.pairs.items() if p.trained}  # what stands in for a pair keeps its input too
         recipe, head = job.recipe, sum(int(np.prod(d.shape)) for d in spec.dense.values())
-        plan = step_plan(card, placement, recipe.prune, recipe.bits, recipe.batch, job.task.max_length, head, order.budget_mb)
+        # Functions that methods attach leave things for the loss: a layer that is computed again would leave them a second time.
+        again = not any(overrides(m, "attach") for m in build_stack(job.stack).values())
+        plan = step_plan(card, placement, recipe.prune, recipe.bits, recipe.batch, job.task.max_length, head, order.budget_mb, again)
         if plan.memory_mb > order.budget_mb:
             raise DoesNotFit(
                 f"the arm needs {plan.memory_mb:.0f} MB, this device allows {order.budget_mb:.0f} MB",

@@ -303,7 +303,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def attach(self, model: Places, spec: Spec, ctx: "StepContext | None") -> None:
         """[torch] Put functions into the model, at the places that `model` has; once a round, the engine takes them out after it.
 
-        `ctx` is None where a published adapter is used (`edge-agent infer`): what it needs then must be in the adapter's tensors.
+        `ctx` is None where a published adapter is used (`edge-agent infer`): all that functions read then are heads and added tensors.
         """
 
     def data(self, examples: "list[dict[str, Any]]", ctx: StepContext) -> "list[dict[str, Any]]":

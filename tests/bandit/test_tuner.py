@@ -172,6 +172,7 @@ def test_the_time_model_follows_what_was_measured() -> None:
                 steps=arm.steps,
                 length=32,
                 head=4000,
+                wire_bits=sparse_bits,
                 correction=3.0 if name == "pi" else 1.0,
             ).seconds
             outcomes.append(Outcome(name, profile.name, arm, 2.0, 1.5, truth))

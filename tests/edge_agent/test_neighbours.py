@@ -14,6 +14,8 @@ from rankfleet.edge_agent.infer import runtime
 from rankfleet.federated.contract import catalogue
 from rankfleet.federated.errors import ConfigError
 from rankfleet.federated.wire.messages import read_assignment
+from rankfleet.profiles.card import read_card
+from rankfleet.profiles.memory import step_plan
 from tests.world import World, job
 
 ARMS = {"ranks": [2], "bits": [32], "steps": [3], "batch": 4}
@@ -125,3 +127,10 @@ async def test_pruning_is_refused_where_methods_need_whole_maps(tmp_path: Path, 
     async with World(tmp_path, tiny, devices=1) as world:
         with pytest.raises(ConfigError, match="`ssf` works on whole maps"):
             world.coordinator.jobs.submit(text(["ssf"], arms={**ARMS, "prune": [0.4]}))
+
+
+def test_the_plan_of_a_step_knows_that_attached_functions_run_once(tiny: Path) -> None:
+    card, length, batch = read_card(tiny), 16, 64
+    placement = {m.name: 1 for m in card.modules}
+    lean, fast = (step_plan(card, placement, 0.0, 32, batch, length, 68, 0.0, again).memory_mb for again in (True, False))
+    assert lean < fast

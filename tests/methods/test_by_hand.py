@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfleet.federated.contract.catalogue import build
-from rankfleet.federated.contract.method import Arrival, ClientContext, Round, ServerContext
+from rankfleet.federated.contract.method import Arrival, ClientContext, Member, Round, ServerContext
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.errors import WireError
@@ -116,10 +116,11 @@ def test_norm_bound_cuts_to_the_median() -> None:
 
 def test_power_of_choice_asks_everybody_once_then_the_worst() -> None:
     m, ctx = build("power_of_choice", {"cohort": 2}), server()
-    assert list(m.select(["a", "b", "c"], ctx)) == ["a", "b"]
+    devices = [Member(d) for d in "abc"]
+    assert [d.device for d in m.select(devices, ctx)] == ["a", "b"]
     for device, loss in (("a", 1.0), ("b", 3.0), ("c", 2.0)):
         m.receive({}, update(device, {}, extra={"power_of_choice": {"loss": np.array([loss])}}), ctx)
-    assert list(m.select(["a", "b", "c"], ctx)) == ["b", "c"]
+    assert [d.device for d in m.select(devices, ctx)] == ["b", "c"]
     watching = client({})
     m.begin({}, watching)
     for value in (2.0, 4.0):
