@@ -32,11 +32,33 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _HOMES: dict[str, tuple[str, ...]] = {
-    "method": ("Adapter", "Arrival", "Ask", "ClientContext", "Member", "Method", "Round", "ServerContext", "StepContext", "Tensor", "Torch",),
+    "method": (
+        "Adapter",
+        "Arrival",
+        "Ask",
+        "ClientContext",
+        "Member",
+        "Method",
+        "Round",
+        "ServerContext",
+        "StepContext",
+        "Tensor",
+        "Torch",
+    ),
     "places": ("Places",),
-    "spec": ("Dense", "Pair", "Spec",),
-    "tensors": ("Array", "Tensors",),
-    "update": ("LowRank", "Update",),
+    "spec": (
+        "Dense",
+        "Pair",
+        "Spec",
+    ),
+    "tensors": (
+        "Array",
+        "Tensors",
+    ),
+    "update": (
+        "LowRank",
+        "Update",
+    ),
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *sorted(_WHERE)]

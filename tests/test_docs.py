@@ -155,7 +155,7 @@ def arguments(hook: str) -> dict[str, Any]:
         "spec": spec,
         "xp": np,
         "devices": ["a", "b", "c"],
-        "job": {"placement": {"m": 2, "n": 2}, "steps": 4, "lr": 0.1},
+        "ask": {"placement": {"m": 2, "n": 2}, "rank": 2, "steps": 4, "lr": 0.1},
         "device": "d0",
         "name": "m",
         "model": SimpleNamespace(**dict.fromkeys(("before", "after", "enter", "front", "pooled"), lambda *a: None)),

@@ -155,7 +155,7 @@ class Planner:
         key = (tuple(placement.items()), arm.prune, arm.bits, arm.batch)
         if key not in self._needs:
             length, dense = self.plan.spec.task.max_length, self.plan.head_size + self._more
-            placed = {m: r for m, r in placement.items() if r}
+            placed = {m: max(1, r) for m, r in placement.items()}
             self._needs[key] = round(memory_mb(self.plan.card, placed, arm.prune, arm.bits, arm.batch, length, dense), 2)
         return self._needs[key]
 

@@ -6,7 +6,7 @@ the same assignments are sent again, and a round that was being closed is closed
 
 from rankfleet.federated.errors import ConfigError
 
-from . import closing, installing, opening, waiting
+from . import closing, installing, lineage, opening, waiting
 from .run import JobRunner
 
 ATTEMPTS = 5
@@ -16,7 +16,7 @@ ATTEMPTS = 5
 async def run_job(run: JobRunner) -> None:
     """Until the job is finished. Raises ConfigError where it cannot go on."""
     await _begin(run)
-    while run.version.number < run.plan.spec.rounds:
+    while run.version.number < run.rounds:
         number = run.version.number
         await run.while_paused()
         if run.ledger.round(run.job, number) is None:
@@ -35,7 +35,9 @@ async def _begin(run: JobRunner) -> None:
         run.load(max(r["number"] for r in versions))
         return
     await run.members()
-    first = run.planner.first_version(run.server_rank())
+    first = run.planner.first_version(run.server_rank(), run.server)
+    if run.plan.spec.start:
+        lineage.start_from(run, first, run.plan.spec.start)
     with run.ledger.write() as tx:
         run.record(tx, first)
     run.load(first.number)

@@ -115,6 +115,7 @@ class JobRunner:
     def record(self, tx: Transaction, version: Version) -> None:
         """The version's files, then its row."""
         version.state = self.state()
+        self.devices.keep(version.number)
         digest = self.registry.save(version)
         tx.record_version(self.job, version.number, digest, self.clock())
 

@@ -26,8 +26,6 @@ class View:
         tensors = {**constants, **tensors}
         self.carry = _carried(open_frame(Path(blobs["carry"]))[0]) if "carry" in blobs else {}
         """What all devices apply frozen, by map, in canonical coordinates, scale and all."""
-        if "constants" in blobs:
-            tensors = {**tensors, **open_frame(Path(blobs["constants"]))[0]}
         self.masks = {k: np.array(t) for k, t in open_frame(Path(blobs["masks"]))[0].items()} if "masks" in blobs else {}
         self.down: dict[str, Tensors] = {}
         self.tensors: Tensors = {}

@@ -20,7 +20,7 @@ def assignment(text: str, **changes: Any) -> Any:
     spec = read_job(text)
     t = spec.task
     task = Task(t.dataset, t.kind, list(t.labels), t.max_length, t.template, t.tolerance, list(t.samples))
-    recipe = SimpleNamespace(optimizer=spec.training.optimizer)
+    recipe = SimpleNamespace(optimizer=spec.training.optimizer or "adamw")
     fields = {"job": f"{spec.name}-3", "model": spec.model, "rounds": spec.rounds, "stack": list(spec.stack), "task": task}
     return SimpleNamespace(**{**fields, "recipe": recipe, "purpose": "train", **changes})
 
