@@ -15,6 +15,7 @@ from rankfleet.coordinator.planning.planner import SCORE_ROUND, Planner
 from rankfleet.coordinator.store import database, tables
 from rankfleet.coordinator.store.versions import Registry
 from rankfleet.edge_agent.model import Base, importance
+from rankfleet.federated.contract.spec import Spec, coordinates
 from rankfleet.federated.errors import WireError
 from rankfleet.federated.wire.messages import read_assignment
 from rankfleet.profiles.card import read_card
@@ -142,3 +143,25 @@ async def test_private_masks_follow_each_devices_own_data(tmp_path: Path, tiny: 
     assert planner.asks(SCORE_ROUND + 4, "d9", 0.0) == (masks == "private")
     assert not planner.asks(SCORE_ROUND + 4, "d9", 0.4)
     assert not planner.asks(SCORE_ROUND + 4, "d0", 0.0) or masks == "global"
+
+
+def test_a_cut_to_other_channels_is_another_lineage(tmp_path: Path, tiny: Path) -> None:
+    """As many channels in another order would pass for the same coordinates, and error feedback would be added to the wrong ones."""
+    card = read_card(tiny)
+    plan = Plan(read_job(job(arms={"prune": [0, 0.4]}, adapter={"targets": ["all"]})), card)
+    planner = Planner("j", plan, tiny, Registry(tmp_path / "r"), None)  # type: ignore[arg-type]
+    version = planner.first_version(2)
+
+    def lineages(ratio: float) -> dict[str, str]:
+        masks = planner.masks(ratio, "d0")
+        spec = Spec({m.name: planner._cut(m, version.pairs[m.name], masks, "j/2")[0] for m in plan.modules}, {})
+        return coordinates(spec)
+
+    whole, cut = lineages(0.0), lineages(0.4)
+    assert {v.split(":")[0] for v in whole.values()} == {"j/2"}
+    turned = {k: -t for k, t in planner.scores.channels.items()}
+    planner.rank(channels.Importance(turned, planner.scores.heads))
+    again = lineages(0.4)
+    changed = {k.rpartition(".")[0] for k in cut if cut[k] != again[k]}
+    assert changed == {m.name for layer in turned for side in card.channels(layer) for m in side}
+    assert lineages(0.0) == whole

@@ -16,6 +16,7 @@ from rankfleet.federated.contract.stack import ServerSide, seed_of
 from rankfleet.federated.contract.tensors import Array, Tensors
 from rankfleet.federated.contract.update import LowRank, Masks
 from rankfleet.federated.errors import WireError
+from rankfleet.federated.program.files import digest_of
 from rankfleet.federated.wire.frame import encode
 from rankfleet.federated.wire.messages import Assignment, Blob, ModelSource, Recipe
 from rankfleet.profiles.card import Module
@@ -298,6 +299,8 @@ class Planner:
         """A canonical pair as a device holds it: its entry in the spec, and its compact arrays by name."""
         out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
         kept_out, kept_in = (m.out if out is None else len(out)), (m.in_ if in_ is None else len(in_))
+        if kept := [t.astype("<i4").tobytes() for t in (out, in_) if t is not None]:
+            view = f"{view}/{digest_of(b''.join(kept))[:16]}"  # as many channels, but others, are other coordinates
         spec = Pair(m.layer, m.out, m.in_, pair.A.shape[0], self.plan.spec.adapter.scale, kept_out, kept_in, view, trained)
         return spec, {f"{m.name}.{side}": t for side, t in views.cut(pair, out, in_).items()}
 
