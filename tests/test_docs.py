@@ -171,6 +171,7 @@ def arguments(hook: str) -> dict[str, Any]:
         "question": {},
         "answers": {"d0": {"examples": np.array([3])}},
         "numbers": 100,
+        "bits": 3200.0,
         "weight": np.ones((4, 3)),
         "bias": None,
         "tensors": {"m.shift": np.ones(4)},

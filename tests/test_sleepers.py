@@ -16,6 +16,7 @@ import rankfleet.edge_agent.order
 import rankfleet.federated.program.files
 from rankfleet.coordinator.rounds.waiting import may_close
 from rankfleet.coordinator.store import tables
+from rankfleet.federated.contract.stack import Stack
 
 from .world import World, job
 
@@ -81,8 +82,7 @@ class Run:
     def __init__(self, **changes: Any) -> None:
         from rankfleet.coordinator.jobs.spec import read_job
 
-        self.plan = type("Plan", (), {"spec": read_job(job(**changes))})
-        self.server = type("Server", (), {"ready": staticmethod(lambda arrived, invited, number: None)})
+        self.plan = type("Plan", (), {"spec": read_job(job(**changes)), "stack": Stack({})})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ STEP = """
 import sys
 from pathlib import Path
 import torch
-from rankfleet.edge_agent import trainer, rounds
+from rankfleet.edge_agent.worker import trainer, worker
 from rankfleet.edge_agent.model import Base
 from rankfleet.edge_agent.worker.optimizer import AdamW, Flat
 base = Base(Path(sys.argv[1]), [], 32, {})
