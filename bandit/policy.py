@@ -45,18 +45,31 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What came of an arm: loss on fixed probe batches before and after, seconds, share of the round's update norm."""
+    """What came of an arm: loss on fixed probe batches before and after, seconds, share of the round's update norm.
+
+    A device whose stack has a release tells no loss: both are None, and `unknown` is true.
+    """
 
     device: str
     kind: str
     arm: Arm
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     seconds: float
     norm_share: float = 0.0
     failed: str = ""
     looks: Mapping[str, Mapping[str, Any]] = {}
     """What methods looked at on the device and sent beside the update: method → name → array."""
+
+    @property
+    def drop(self) -> float | None:
+        """Loss before minus after; None where it was not told."""
+        return None if self.loss_before is None or self.loss_after is None else self.loss_before - self.loss_after
+
+    @property
+    def unknown(self) -> bool:
+        """Did the arm work, and is it not known what it brought? Nothing is to be learnt of its worth then, neither good nor bad."""
+        return not self.failed and self.drop is None
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -47,13 +47,13 @@ class CostUCB(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return float((total + 2 * prior) / (n + 2)) + self.width * math.sqrt(2 * math.log(round + 2) / (n + 2))
 
     def observe(self, outcomes: Sequence[Outcome], state: State) -> None:
-        """Reward: loss drop per second, relative to the best of the round, bounded to [0, 1]."""
+        """Reward: loss drop per second, relative to the best of the round, bounded to [0, 1]. What is unknown counts as no trial."""
         for value in state.values():
             value[0] *= self.discount
             value[1] *= self.discount
         rates = {o.device: rate(o) for o in outcomes if not o.failed}
         top = max(rates.values(), default=0.0)
-        for o in outcomes:
+        for o in (o for o in outcomes if not o.unknown):
             entry = state.setdefault(f"{o.kind}|{o.arm.placement}|{o.arm.prune:g}|{o.arm.steps}", [0.0, 0.0])
             entry[0] += 1.0
             entry[1] += rates[o.device] / top if o.device in rates and top > 0 else 0.0

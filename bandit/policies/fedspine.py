@@ -54,7 +54,10 @@ class FedSpine(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
             for q in own["leaves"]:
                 q["n"] *= self.discount
                 q["r"] *= self.discount
-            drop = o.loss_before - o.loss_after
+            if o.unknown:
+                del own["chosen"]
+                continue
+            drop = math.nan if o.drop is None else o.drop
             gain = drop / (abs(drop) + 0.1) if math.isfinite(drop) and not o.failed else 0.0
             progress = 1 + max(0.0, o.arm.prune - own["last_prune"])
             reward = gain * progress * (1 + o.norm_share) / (1 + abs(o.seconds - middle) / max(middle, 1e-6))

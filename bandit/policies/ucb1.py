@@ -30,11 +30,11 @@ class UCB1(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return chosen
 
     def observe(self, outcomes: Sequence[Outcome], state: State) -> None:
-        """Bounded reward: loss drop per second over the largest seen so far."""
+        """Bounded reward: loss drop per second over the largest seen so far. An arm whose reward is unknown stays untried."""
         rates = {o.device: rate(o) for o in outcomes}
         top = max([state.get("top", {}).get("rate", [0, 0.0])[1], *rates.values(), 1e-12])
         state["top"] = {"rate": [0, top]}
-        for o in outcomes:
+        for o in (o for o in outcomes if not o.unknown):
             entry = state.setdefault(o.device, {}).setdefault(o.arm.text(), [0, 0.0])
             entry[0] += 1
             entry[1] += 0.0 if o.failed else rates[o.device] / top

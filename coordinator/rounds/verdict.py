@@ -53,8 +53,8 @@ def outcome(row: Row, kind: str, norm_share: float = 0.0, looks: Mapping[str, Ma
         row["device"],
         kind,
         msgspec.convert(read(row["arm"]), Arm),
-        float(told.get("loss_before", 0.0)),
-        float(told.get("loss_after", 0.0)),
+        _loss(told, "loss_before"),
+        _loss(told, "loss_after"),
         float(row["seconds"]),
         norm_share,
         failed,
@@ -62,10 +62,17 @@ def outcome(row: Row, kind: str, norm_share: float = 0.0, looks: Mapping[str, Ma
     )
 
 
+def _loss(told: Mapping[str, Any], name: str) -> float | None:
+    """A reported loss; NaN where it was no number, None where the device does not tell it."""
+    if name not in told:
+        return None
+    return math.nan if told[name] is None else float(told[name])
+
+
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """One line per round for tables and plots."""
     told = {r["device"]: read(r["telemetry"]) for r in rows}
-    losses = [t["loss_after"] for t in told.values() if "loss_after" in t]
+    losses = [t["loss_after"] for t in told.values() if t.get("loss_after") is not None]
     return {
         "loss": sum(losses) / len(losses) if losses else None,
         "arrived": sum(r["state"] in USABLE for r in rows),

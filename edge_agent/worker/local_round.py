@@ -31,6 +31,9 @@ from .view import View
 
 Progress = Callable[[dict[str, Any]], None]
 
+PUBLIC = frozenset({"version", "bits", "cache", "held", "samples", "steps", "examples"})
+"""All that a report says where the stack has a release (docs/threat-model.md): nothing that training examples were put into."""
+
 
 class LocalRound:
     """One assignment on one device, with everything prepared. `told` becomes the report that travels with the update."""
@@ -121,8 +124,8 @@ class LocalRound:
             self.trainer.look("arrived")
 
     def _probe(self, name: str) -> None:
-        """Loss on the same few examples, before and after: what the tuner is rewarded by."""
-        if self.job.purpose == "train":
+        """Loss on the same few training examples, before and after: what the tuner is rewarded by. Not beside a release."""
+        if self.job.purpose == "train" and not self.client.stack.releases:
             sums = self.trainer.measure(self.probe)
             self.told[name] = sums["loss"] / max(1.0, sums["count"])
 
@@ -161,7 +164,7 @@ class LocalRound:
     def _serve(self, served: Tensors) -> None:
         """Let applications have the version with `served` in its place; where methods make it personal, measure it as it is served."""
         stack, tensors = self.client.stack, {**self.view.tensors, **served}
-        if self.held and (stack.using("serve") or self.client.own()):
+        if self.held and not stack.releases and (stack.using("serve") or self.client.own()):
             with self.watch("evaluate"):
                 self.told["personal"] = self.trainer.measure(self.held, tensors)
         shown, attached = stack.express(tensors, self.view.spec, np), dict(stack.using("attach"))
@@ -169,19 +172,15 @@ class LocalRound:
 
     def _importance(self) -> Tensors:
         """What heads and channels are worth here, in the round in which the job asks for it; nothing from a base that is cut already."""
-        if (
-            not self.job.recipe.score
-            or self.job.recipe.prune
-            or self.base.core is None
-            or any(m.releases for m in self.client.stack.methods.values())
-        ):
+        if not self.job.recipe.score or self.job.recipe.prune or self.base.core is None or self.client.stack.releases:
             return {}
         with self.watch("importance"):
             return importance.scores(self.base, read_card(Path(self.order.model)), self.trainer.last, [self.trainer.collate(self.probe)])
 
     def commit(self, tensors: Tensors) -> None:
         """Update, state and signature in one folder, put in its place in one step."""
-        update = encode(tensors, self.told)
+        report = {k: v for k, v in self.told.items() if k in PUBLIC or not self.client.stack.releases}
+        update = encode(tensors, report)
         blob = blob_of(update, self.order.chunk)
         signed = manifest(self.job.job, self.job.round, self.device, blob.digest)
         signature = self.key.sign(signed)

@@ -248,7 +248,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sums: ClassVar[bool] = False
     """True where the coordinator sees nothing but sums: excludes whatever looks at or undoes single updates."""
     tells: ClassVar[Literal["", "public", "private"]] = ""
-    """For what travels beside the update (`ctx.up`): `private` where it is made of examples, so that no release may be in the stack."""
+    """For what travels beside the update (`ctx.up`): `private` where it is made of examples, so that no release may be in the stack;
+    `public` where it is not. A method with `arrived`, `trained` or `answer` that does not say counts as private."""
     timed: ClassVar[bool] = False
     """True where the result depends on who arrives when: tests compare less."""
     example: ClassVar[Mapping[str, Any]] = {}

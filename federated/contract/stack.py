@@ -82,7 +82,7 @@ class Stack:
                     f"`{name}` changes what leaves the device after `{released}` has made it private", f"put `{name}` before `{released}`"
                 )
             released = name if method.releases else released
-        telling = next((n for n, m in self.methods.items() if m.tells == "private"), "")
+        telling = next((n for n, m in self.methods.items() if _tells(m)), "")
         if released and telling:
             raise Conflict(
                 f"`{telling}` tells what it makes of examples beside the update that `{released}` has made private", "keep one of the two"
@@ -120,6 +120,12 @@ class Stack:
         for _, m in self.using("express"):
             full.update(m.express(full, spec, xp))
         return full
+
+
+def _tells(method: Method) -> bool:
+    """May what travels beside the update be made of examples? Where a method looks at the model and does not say, it may."""
+    looks = any(overrides(method, hook) for hook in ("arrived", "trained", "answer"))
+    return method.tells == "private" or (looks and not method.tells)
 
 
 class DeviceMemory(Protocol):

@@ -6,7 +6,7 @@ coordinator relays.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from msgspec import Meta
@@ -22,6 +22,7 @@ class JustOneByte(Method, frozen=True):
     """`train` measures, nothing but codes travels, `reduce` walks."""
 
     space: ClassVar[str] = "factors"  # type: ignore[assignment]
+    tells: ClassVar[Literal["", "public", "private"]] = "private"
     evidence: ClassVar[str] = "toy-checked"
     use_when: ClassVar[str] = "devices can only run the model forwards, or the link takes a byte a step"
 

@@ -1,0 +1,1 @@
+"""What devices learn from each other's predictions."""

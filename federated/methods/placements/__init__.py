@@ -1,0 +1,1 @@
+"""Which layers a device trains."""
