@@ -21,19 +21,29 @@ class NoiseTrainer:
 
     def __init__(self, base: Any, task: Any, job: Any, client: Any, train: Any, progress: Any) -> None:
         self.examples, self.job, self.client = train, job, client
+        self.contexts: dict[str, Any] = {}
+        self.steps, self.checkpoint = SimpleNamespace(micro=0), None
+        self.start: Tensors = {}
 
-    def run(self, start: Tensors, down: dict[str, Tensors]) -> Tensors:
-        """`start` plus noise that depends on device and round."""
+    def prepare(self, arrived: Tensors, start: Tensors, down: dict[str, Tensors]) -> None:
+        """Remember where training starts."""
+        self.start = start
+
+    def train(self) -> Tensors:
+        """The start plus noise that depends on device and round."""
         time.sleep(float(os.environ.get("RANKFLEET_NOISE_S", 0)))
-        size = sum(t.size for t in start.values())
+        size = sum(t.size for t in self.start.values())
         at = seed_of(self.client.device, self.job.round) % (len(_TABLE) - size)
         moved = {}
-        for name, tensor in start.items():
+        for name, tensor in self.start.items():
             moved[name] = tensor + _TABLE[at : at + tensor.size].reshape(tensor.shape)
             at += tensor.size
         return moved
 
-    def measure(self, examples: Any, head: Any = None) -> dict[str, float]:
+    def look(self, hook: str) -> None:
+        """No method looks at noise."""
+
+    def measure(self, examples: Any, tensors: Any = None) -> dict[str, float]:
         """Nothing is measured."""
         return {"loss": 1.0, "square": 1.0, "correct": 0.0, "count": 1.0}
 
@@ -45,8 +55,11 @@ class NoBase:
     transposed, device = False, "cpu"
     sites: ClassVar[dict[str, Any]] = {}
 
-    def place(self, spec: Any, tensors: Any) -> None:
+    def place(self, spec: Any, tensors: Any, carry: Any = None) -> None:
         """No map takes an adapter."""
+
+    def clear(self) -> None:
+        """Nothing was put in."""
 
     def lighten(self) -> None:
         """Nothing lies in memory."""

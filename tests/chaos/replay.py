@@ -11,12 +11,13 @@ from rankfleet.coordinator.jobs.plan import Plan
 from rankfleet.coordinator.jobs.spec import read_job
 from rankfleet.coordinator.rounds import opening, verdict
 from rankfleet.coordinator.store import database, tables
+from rankfleet.coordinator.store.ledger import Ledger
 from rankfleet.profiles.card import read_card
 
 
 def replayed(data_dir: Path, model: Path) -> tuple[int, int]:
     """(arms in the ledger, of which a fresh tuner that is told the same chooses the same)."""
-    ledger = database.Store(f"sqlite:///{data_dir / 'ledger.db'}")
+    ledger = Ledger(f"sqlite:///{data_dir / 'ledger.db'}")
     try:
         row = ledger.rows(tables.jobs)[0]
         plan = Plan(read_job(row["text"]), read_card(model))
