@@ -17,8 +17,9 @@ from rankfleet.coordinator.aggregate.kept import Decoded, Keeper
 from rankfleet.coordinator.aggregate.stacked import Term
 from rankfleet.coordinator.store.versions import Version
 from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.server_side import ServerSide
 from rankfleet.federated.contract.spec import Pair, Spec
-from rankfleet.federated.contract.stack import ServerSide, Stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Array, Tensors
 from rankfleet.federated.contract.update import LowRank, Update
 

@@ -18,9 +18,11 @@ from rankfleet.edge_agent.model import Base, as_tensor
 from rankfleet.edge_agent.tasks import engine
 from rankfleet.edge_agent.worker.data import Shard
 from rankfleet.edge_agent.worker.trainer import Trainer
-from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import Round
+from rankfleet.federated.contract.server_side import ServerSide
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
-from rankfleet.federated.contract.stack import ClientSide, ServerSide, Stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.wire.messages import Assignment, Recipe

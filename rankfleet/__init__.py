@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from .federated.version import VERSION
 
 if TYPE_CHECKING:
-    from .federated.contract.method import Adapter as Adapter
-    from .federated.contract.method import Arrival as Arrival
-    from .federated.contract.method import Ask as Ask
-    from .federated.contract.method import ClientContext as ClientContext
-    from .federated.contract.method import Member as Member
+    from .federated.contract.contexts import Adapter as Adapter
+    from .federated.contract.contexts import Arrival as Arrival
+    from .federated.contract.contexts import Ask as Ask
+    from .federated.contract.contexts import ClientContext as ClientContext
+    from .federated.contract.contexts import Member as Member
+    from .federated.contract.contexts import Round as Round
+    from .federated.contract.contexts import ServerContext as ServerContext
+    from .federated.contract.contexts import StepContext as StepContext
+    from .federated.contract.contexts import Tensor as Tensor
+    from .federated.contract.contexts import Torch as Torch
     from .federated.contract.method import Method as Method
-    from .federated.contract.method import Round as Round
-    from .federated.contract.method import ServerContext as ServerContext
-    from .federated.contract.method import StepContext as StepContext
-    from .federated.contract.method import Tensor as Tensor
-    from .federated.contract.method import Torch as Torch
     from .federated.contract.places import Places as Places
     from .federated.contract.spec import Dense as Dense
     from .federated.contract.spec import Pair as Pair
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 _HOMES: dict[str, tuple[str, ...]] = {
-    "method": (
+    "contexts": (
         "Adapter",
         "Arrival",
         "Ask",
         "ClientContext",
         "Member",
-        "Method",
         "Round",
         "ServerContext",
         "StepContext",
         "Tensor",
         "Torch",
     ),
+    "method": ("Method",),
     "places": ("Places",),
     "spec": (
         "Dense",

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from rankfleet.federated.contract.method import ClientContext, Method, ServerContext, StepContext, Torch
+from rankfleet.federated.contract.contexts import ClientContext, ServerContext, StepContext, Torch
+from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.places import Places
 from rankfleet.federated.contract.spec import Spec
 

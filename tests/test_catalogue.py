@@ -10,7 +10,8 @@ import pytest
 from rankfleet.coordinator.store import tables
 from rankfleet.coordinator.store.database import read
 from rankfleet.federated.contract.catalogue import build_stack, entries, method_class, modules
-from rankfleet.federated.contract.stack import ServerSide, Stack
+from rankfleet.federated.contract.server_side import ServerSide
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.errors import Conflict
 from rankfleet.federated.wire.frame import decode, freeze

@@ -15,7 +15,8 @@ import torch
 from demo import terminal
 from rankfleet import bandit
 from rankfleet.federated.contract import pages
-from rankfleet.federated.contract.method import HOOKS, ClientContext, Method, ServerContext, StepContext
+from rankfleet.federated.contract.contexts import ClientContext, ServerContext, StepContext
+from rankfleet.federated.contract.method import HOOKS, Method
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
 from rankfleet.federated.contract.update import LowRank, Update
 

@@ -74,8 +74,9 @@ def trainer_of(base: Any, work: Work, spec: Any, steps: int, examples: Any, prog
     from rankfleet.edge_agent.tasks import engine
     from rankfleet.edge_agent.worker.trainer import Trainer
     from rankfleet.federated.contract.catalogue import build_stack
-    from rankfleet.federated.contract.method import Round
-    from rankfleet.federated.contract.stack import ClientSide, Stack
+    from rankfleet.federated.contract.client_side import ClientSide
+    from rankfleet.federated.contract.contexts import Round
+    from rankfleet.federated.contract.stack import Stack
     from rankfleet.federated.wire.messages import Recipe, Task
 
     job: Any = SimpleNamespace(job="bench", round=round, rounds=round, recipe=Recipe(32, work.batch, steps, work.lr), seed=SEED)

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from rankfleet.federated.contract.method import Adapter
-from rankfleet.federated.contract.stack import Change, ServerSide
+from rankfleet.federated.contract.contexts import Adapter
+from rankfleet.federated.contract.server_side import ServerSide
+from rankfleet.federated.contract.stack import Change
 from rankfleet.federated.contract.tensors import Array
 from rankfleet.federated.contract.update import LowRank, Update
 from rankfleet.federated.errors import WireError

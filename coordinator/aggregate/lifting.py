@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from rankfleet.federated.contract.server_side import ServerSide
 from rankfleet.federated.contract.spec import Spec
-from rankfleet.federated.contract.stack import ServerSide
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.contract.update import Masks, Update
 from rankfleet.federated.errors import NotFinite, WireError

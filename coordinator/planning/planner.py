@@ -10,9 +10,10 @@ import numpy as np
 from rankfleet.bandit.arms import Arm, expand
 from rankfleet.bandit.policy import Choice
 from rankfleet.coordinator.jobs.plan import Plan
-from rankfleet.federated.contract.method import Adapter, Tensor
+from rankfleet.federated.contract.contexts import Adapter, Tensor
+from rankfleet.federated.contract.server_side import ServerSide
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
-from rankfleet.federated.contract.stack import ServerSide, seed_of
+from rankfleet.federated.contract.stack import seed_of
 from rankfleet.federated.contract.tensors import Array, Tensors
 from rankfleet.federated.contract.update import LowRank, Masks
 from rankfleet.federated.errors import WireError

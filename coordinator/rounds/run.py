@@ -16,8 +16,8 @@ import numpy as np
 
 from rankfleet.bandit.tuner import NoArm, Tuner
 from rankfleet.coordinator.jobs.plan import Plan
-from rankfleet.federated.contract.method import Adapter, Member
-from rankfleet.federated.contract.stack import ServerSide
+from rankfleet.federated.contract.contexts import Adapter, Member
+from rankfleet.federated.contract.server_side import ServerSide
 from rankfleet.federated.program.within import within
 from rankfleet.federated.wire.messages import Assignment, ModelSource, read_assignment
 from rankfleet.profiles.device import DeviceProfile

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from rankfleet.federated.contract.method import Arrival
+from rankfleet.federated.contract.contexts import Arrival
 
 from ..store import database
 from ..store.database import Row

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfleet.federated.contract.contexts import StepContext
 from rankfleet.federated.contract.hook_errors import check_tensors
-from rankfleet.federated.contract.method import StepContext
 from rankfleet.federated.errors import HookError, Refused
 
 from .batches import narrowed

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from rankfleet.federated.contract.catalogue import build_stack
+from rankfleet.federated.contract.client_side import ClientSide
 from rankfleet.federated.contract.method import overrides
-from rankfleet.federated.contract.stack import ClientSide, Stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import Conflict, Refused
 from rankfleet.federated.wire.frame import encode, freeze, thaw

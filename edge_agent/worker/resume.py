@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankfleet.federated.contract.method import StepContext
-from rankfleet.federated.contract.stack import ClientSide
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import StepContext
 from rankfleet.federated.errors import RankfleetError, WireError
 from rankfleet.federated.program.files import write_atomic
 from rankfleet.federated.wire.frame import freeze, thaw

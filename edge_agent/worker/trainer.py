@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import StepContext
 from rankfleet.federated.contract.hook_errors import check_state, check_tensors
-from rankfleet.federated.contract.method import StepContext
-from rankfleet.federated.contract.stack import ClientSide, seed_of
+from rankfleet.federated.contract.stack import seed_of
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import HookError, Refused
 from rankfleet.federated.wire.messages import Assignment

@@ -10,7 +10,8 @@ from rankfleet.coordinator.aggregate import stacked as aggregate
 from rankfleet.coordinator.aggregate.stacked import FLOOR, Operator, Term, balanced, factor_mean, merge
 from rankfleet.coordinator.planning.views import view
 from rankfleet.coordinator.store.versions import Version
-from rankfleet.federated.contract.stack import ServerSide, Stack
+from rankfleet.federated.contract.server_side import ServerSide
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.update import LowRank, Update
 
 from .arrays import IN, OUT, SCALE, moved, reference, relative, update

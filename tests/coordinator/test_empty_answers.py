@@ -8,7 +8,8 @@ import pytest
 
 from rankfleet.coordinator.export import load
 from rankfleet.coordinator.store import tables
-from rankfleet.federated.contract.method import Member, Method, ServerContext
+from rankfleet.federated.contract.contexts import Member, ServerContext
+from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.update import Update
 
 from ..foreign import register

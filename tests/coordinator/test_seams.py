@@ -16,9 +16,11 @@ from rankfleet.coordinator.planning.planner import first_value
 from rankfleet.coordinator.store.device_states import DeviceStates
 from rankfleet.coordinator.store.versions import Registry, Version
 from rankfleet.federated.contract.catalogue import build_stack
-from rankfleet.federated.contract.method import Ask, Method, ServerContext, Tensor
+from rankfleet.federated.contract.contexts import Ask, ServerContext, Tensor
+from rankfleet.federated.contract.method import Method
+from rankfleet.federated.contract.server_side import ServerSide
 from rankfleet.federated.contract.spec import Pair, Spec
-from rankfleet.federated.contract.stack import ServerSide, Stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.contract.update import LowRank, Update
 from rankfleet.federated.errors import Conflict, HookError

@@ -10,9 +10,11 @@ import numpy as np
 from rankfleet.edge_agent.model import Base
 from rankfleet.edge_agent.tasks import engine
 from rankfleet.edge_agent.worker.trainer import Trainer
-from rankfleet.federated.contract.method import Method, Round
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import Round
+from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
-from rankfleet.federated.contract.stack import ClientSide, Stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.wire.messages import Recipe, Task
 from rankfleet.profiles.card import read_card

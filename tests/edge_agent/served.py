@@ -4,7 +4,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rankfleet.federated.contract.method import ClientContext, Method, ServerContext
+from rankfleet.federated.contract.contexts import ClientContext, ServerContext
+from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.contract.update import LowRank
 

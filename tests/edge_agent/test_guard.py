@@ -22,9 +22,10 @@ from rankfleet.edge_agent.tasks import engine
 from rankfleet.edge_agent.worker.resume import Checkpoint, Halted
 from rankfleet.edge_agent.worker.trainer import Trainer
 from rankfleet.federated.contract.catalogue import build_stack
-from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import Round
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
-from rankfleet.federated.contract.stack import ClientSide, Stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.program.loader import loads
 from rankfleet.federated.wire.messages import Recipe, Task
 from rankfleet.profiles.card import read_card

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rankfleet.edge_agent.worker.batches import split
-from rankfleet.federated.contract.method import Method, StepContext, Torch
+from rankfleet.federated.contract.contexts import StepContext, Torch
+from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.places import Places
 from rankfleet.federated.contract.spec import Pair, Spec
 from rankfleet.federated.contract.tensors import Tensors

@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankfleet.federated.contract.method import ClientContext, Method, Round
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import ClientContext, Round
+from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
-from rankfleet.federated.contract.stack import ClientSide, Stack
+from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import HookError
 

@@ -15,7 +15,8 @@ from rankfleet.bandit.reward import rate
 from rankfleet.coordinator.rounds import verdict
 from rankfleet.coordinator.store import database, tables
 from rankfleet.federated.contract.catalogue import build_stack
-from rankfleet.federated.contract.method import Method, StepContext
+from rankfleet.federated.contract.contexts import StepContext
+from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import Conflict

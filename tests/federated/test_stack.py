@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from rankfleet.federated.contract.catalogue import build, build_stack, entries, modules
-from rankfleet.federated.contract.method import EXCLUSIVE, HOOKS, ClientContext, Method, Round, overrides
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import ClientContext, Round
+from rankfleet.federated.contract.method import EXCLUSIVE, HOOKS, Method, overrides
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
-from rankfleet.federated.contract.stack import ClientSide, Stack, seed_of
+from rankfleet.federated.contract.stack import Stack, seed_of
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import ConfigError, Conflict, UnknownMethod
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfleet.federated.contract.catalogue import build_stack
-from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import Round
 from rankfleet.federated.contract.spec import Pair, Spec
-from rankfleet.federated.contract.stack import ClientSide, Stack
+from rankfleet.federated.contract.stack import Stack
 
 LAYERS = 4
 

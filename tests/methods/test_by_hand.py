@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfleet.federated.contract.catalogue import build
-from rankfleet.federated.contract.method import Arrival, ClientContext, Member, Round, ServerContext
+from rankfleet.federated.contract.contexts import Arrival, ClientContext, Member, Round, ServerContext
 from rankfleet.federated.contract.spec import Dense, Pair, Spec
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.errors import WireError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rankfleet.federated.contract.catalogue import build
-from rankfleet.federated.contract.method import Arrival
+from rankfleet.federated.contract.contexts import Arrival
 
 from .test_by_hand import server, update
 

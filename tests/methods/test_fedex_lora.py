@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rankfleet.federated.contract.catalogue import build
-from rankfleet.federated.contract.method import Adapter
+from rankfleet.federated.contract.contexts import Adapter
 from rankfleet.federated.contract.spec import Pair, Spec
 from rankfleet.federated.contract.update import LowRank, Update
 

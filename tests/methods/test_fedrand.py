@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rankfleet.edge_agent.worker.local_round import LocalRound
-from rankfleet.federated.contract.method import ClientContext, Round
+from rankfleet.federated.contract.contexts import ClientContext, Round
 from rankfleet.federated.methods.privacy.fedrand import FedRand
 from tests.edge_agent.rig import adapter, rig
 from tests.world import World, job

@@ -10,7 +10,7 @@ import torch
 
 from rankfleet.coordinator.store import database, tables
 from rankfleet.coordinator.store.versions import Registry
-from rankfleet.federated.contract.method import Member
+from rankfleet.federated.contract.contexts import Member
 from rankfleet.federated.contract.spec import Pair, Spec
 from rankfleet.federated.contract.update import Update
 from rankfleet.federated.errors import Refused

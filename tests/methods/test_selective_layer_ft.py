@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rankfleet.coordinator.store.versions import Registry
-from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.contexts import Round
 from rankfleet.federated.methods.placements.selective_layer_ft import SelectiveLayerFt, by_layer, choose
 from tests.world import World, job
 

@@ -20,9 +20,10 @@ from rankfleet.edge_agent.order import Order
 from rankfleet.edge_agent.service import Agent
 from rankfleet.edge_agent.trust import identity
 from rankfleet.federated.contract.catalogue import build_stack
-from rankfleet.federated.contract.method import Round
+from rankfleet.federated.contract.client_side import ClientSide
+from rankfleet.federated.contract.contexts import Round
 from rankfleet.federated.contract.spec import Spec
-from rankfleet.federated.contract.stack import ClientSide, Stack, seed_of
+from rankfleet.federated.contract.stack import Stack, seed_of
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.program.files import digest_of
 from rankfleet.federated.wire.frame import encode, freeze, open_frame, thaw

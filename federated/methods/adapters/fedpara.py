@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import Ask, ClientContext, Method, ServerContext, Tensor
+from ...contract.contexts import Ask, ClientContext, ServerContext, Tensor
+from ...contract.method import Method
 from ...contract.spec import Spec
 
 

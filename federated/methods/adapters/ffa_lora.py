@@ -6,7 +6,8 @@ squared (their eq. 4). Devices of lower rank use the first rows of the same A, s
 
 from typing import ClassVar
 
-from ...contract.method import ClientContext, Method
+from ...contract.contexts import ClientContext
+from ...contract.method import Method
 
 
 class FfaLora(Method, frozen=True):

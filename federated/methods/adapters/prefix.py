@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import Ask, Method, ServerContext, StepContext, Tensor, Torch
+from ...contract.contexts import Ask, ServerContext, StepContext, Tensor, Torch
+from ...contract.method import Method
 from ...contract.places import Places
 from ...contract.spec import Spec
 

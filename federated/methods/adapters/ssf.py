@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...contract.method import Ask, Method, ServerContext, StepContext, Tensor, Torch
+from ...contract.contexts import Ask, ServerContext, StepContext, Tensor, Torch
+from ...contract.method import Method
 from ...contract.places import Places
 from ...contract.spec import Spec
 

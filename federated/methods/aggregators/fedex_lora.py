@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...contract.method import Method, ServerContext
+from ...contract.contexts import ServerContext
+from ...contract.method import Method
 from ...contract.update import LowRank
 
 

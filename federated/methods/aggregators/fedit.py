@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...contract.method import Method, ServerContext
+from ...contract.contexts import ServerContext
+from ...contract.method import Method
 from ...contract.tensors import Array, Tensors
 from ...contract.update import Update
 

@@ -10,7 +10,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import ClientContext, Method, ServerContext
+from ...contract.contexts import ClientContext, ServerContext
+from ...contract.method import Method
 from ...contract.tensors import Tensors, floats, stochastic_round
 from ...contract.update import Update
 from ...errors import WireError

@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from ...contract.method import Method, ServerContext
+from ...contract.contexts import ServerContext
+from ...contract.method import Method
 from ...contract.update import Update
 
 

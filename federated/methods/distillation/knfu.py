@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import ClientContext, Method, ServerContext, StepContext, Torch
+from ...contract.contexts import ClientContext, ServerContext, StepContext, Torch
+from ...contract.method import Method
 from ...contract.tensors import Array, Tensors
 from ...contract.update import Update
 

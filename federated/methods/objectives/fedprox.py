@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from ...contract.method import Method, StepContext, Torch
+from ...contract.contexts import StepContext, Torch
+from ...contract.method import Method
 
 
 class FedProx(Method, frozen=True):

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from ...contract.method import ClientContext, Method, ServerContext, StepContext, Torch
+from ...contract.contexts import ClientContext, ServerContext, StepContext, Torch
+from ...contract.method import Method
 from ...contract.tensors import Tensors, fill
 from ...contract.update import Update
 

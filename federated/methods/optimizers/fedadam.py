@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import Method, ServerContext
+from ...contract.contexts import ServerContext
+from ...contract.method import Method
 from ...contract.tensors import Tensors, fill
 
 

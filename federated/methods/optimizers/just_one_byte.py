@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import Method, ServerContext, StepContext, Torch
+from ...contract.contexts import ServerContext, StepContext, Torch
+from ...contract.method import Method
 from ...contract.tensors import Tensors
 from ...contract.update import Update
 

@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from ...contract.method import ClientContext, Method, StepContext, Torch
+from ...contract.contexts import ClientContext, StepContext, Torch
+from ...contract.method import Method
 from ...contract.tensors import Tensors
 
 

@@ -12,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import Ask, Method, ServerContext, StepContext, Torch
+from ...contract.contexts import Ask, ServerContext, StepContext, Torch
+from ...contract.method import Method
 from ...contract.spec import module_of
 from ...contract.tensors import Array, Tensors
 

@@ -12,7 +12,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import ClientContext, Method, StepContext, Torch
+from ...contract.contexts import ClientContext, StepContext, Torch
+from ...contract.method import Method
 from ...contract.tensors import Tensors
 
 ORDERS = [1 + 0.05 * n for n in range(1, 4000)]

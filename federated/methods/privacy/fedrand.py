@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import ClientContext, Method
+from ...contract.contexts import ClientContext
+from ...contract.method import Method
 
 
 class FedRand(Method, frozen=True):

@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import Arrival, Method, ServerContext
+from ...contract.contexts import Arrival, ServerContext
+from ...contract.method import Method
 from ...contract.tensors import Array
 from ...contract.update import Update
 

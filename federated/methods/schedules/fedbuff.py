@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta
 
-from ...contract.method import Arrival, Method, ServerContext
+from ...contract.contexts import Arrival, ServerContext
+from ...contract.method import Method
 from ...contract.update import Update
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from msgspec import Meta
 
-from ...contract.method import Ask, ClientContext, Member, Method, ServerContext, StepContext, Torch
+from ...contract.contexts import Ask, ClientContext, Member, ServerContext, StepContext, Torch
+from ...contract.method import Method
 from ...contract.spec import module_of
 from ...contract.tensors import Array
 from ...errors import Refused
