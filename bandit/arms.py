@@ -3,8 +3,8 @@
 A placement is written as a rule; cost model and aggregation only ever see what it expands to.
 
     top(2, r=8)                       the two layers nearest the output, rank 8 (FedSpine, LEGEND's depth)
-    rising(3..5, total=48)            ranks rise towards the output, `total` over the layers (LEGEND's distribution)
-    scored(query,value@5,3; r=4..16)  named modules in named layers, best layer first, rank halving from 16 down to 4
+    rising(3..5, total=48)            ranks rise towards the output, `total` over the layers (LEGEND)
+    scored(query,value@5,3; r=4..16)  named modules in named layers, best first, rank halving from 16 to 4
 """
 
 import re
@@ -49,7 +49,8 @@ class ArmSpace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     steps: tuple[Annotated[int, Meta(ge=1)], ...] = (8,)
     batch: Annotated[int, Meta(ge=1)] = 8
     masks: Literal["global", "private"] = "global"
-    """One order of heads and channels for the fleet, or each device's own by its data, as FedSpine's devices prune."""
+    """One order of heads and channels for the fleet, or each device's own by its data, as FedSpine's
+    devices prune."""
 
     @property
     def precisions(self) -> tuple[int, ...]:
@@ -91,7 +92,10 @@ def expand(rule: str, card: ModelCard, modules: list[Module]) -> dict[str, int]:
         return _rising(first, last, total, card, modules)
     if found := _SCORED.match(rule):
         return _scored(found, card, modules)
-    raise ValueError(f"placement `{rule}` is not understood; write top(2, r=8), rising(3..5, total=48) or scored(query,value@5,3; r=4..16)")
+    raise ValueError(
+        f"placement `{rule}` is not understood; write top(2, r=8), rising(3..5, total=48) or "
+        "scored(query,value@5,3; r=4..16)"
+    )
 
 
 def _fit(module: Module, rank: int) -> int:
@@ -102,7 +106,8 @@ def _rising(first: int, last: int, total: int, card: ModelCard, modules: list[Mo
     count = last - first + 1
     if count < 1 or last >= card.layers or total < count:
         raise ValueError(
-            f"rising({first}..{last}, total={total}): the model has layers 0..{card.layers - 1}, and every layer needs at least rank 1"
+            f"rising({first}..{last}, total={total}): the model has layers 0..{card.layers - 1}, and every "
+            "layer needs at least rank 1"
         )
     # Arithmetic progression around the mean, with the step that keeps the lowest rank at or above half of it.
     mean = total / count
@@ -117,9 +122,15 @@ def _scored(found: "re.Match[str]", card: ModelCard, modules: list[Module]) -> d
     layers = [int(n) for n in found.group(2).split(",")]
     low, high = int(found.group(3)), int(found.group(4))
     if any(n >= card.layers for n in layers) or low > high or low < 1:
-        raise ValueError(f"{found.group(0)}: the model has layers 0..{card.layers - 1}, and ranks rise from low to high")
+        raise ValueError(
+            f"{found.group(0)}: the model has layers 0..{card.layers - 1}, and ranks rise from low to high"
+        )
     rank = {layer: max(low, high >> i) for i, layer in enumerate(layers)}
-    placed = {m.name: _fit(m, rank[m.layer]) for m in modules if m.layer in rank and any(m.name.endswith("." + n) for n in names)}
+    placed = {
+        m.name: _fit(m, rank[m.layer])
+        for m in modules
+        if m.layer in rank and any(m.name.endswith("." + n) for n in names)
+    }
     if not placed:
         raise ValueError(f"{found.group(0)} names no module that the job adapts")
     return placed

@@ -1,7 +1,7 @@
 """What a policy is: it picks one of the arms that each device can hold, and learns from what came of it.
 
-A policy is a value; everything that it learns lies in `state`, a JSON dictionary, so that a tuner can be saved, restarted
-and replayed: the same state, fleet and seed give the same arms.
+A policy is a value; everything that it learns lies in `state`, a JSON dictionary, so that a tuner can be
+saved, restarted and replayed: the same state, fleet and seed give the same arms.
 """
 
 import random
@@ -45,7 +45,8 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What came of an arm: loss on fixed probe batches before and after, seconds, share of the round's update norm.
+    """What came of an arm: loss on fixed probe batches before and after, seconds, share of the round's
+    update norm.
 
     A device whose stack has a release tells no loss: both are None, and `unknown` is true.
     """
@@ -64,18 +65,25 @@ class Outcome(msgspec.Struct, frozen=True):
     @property
     def drop(self) -> float | None:
         """Loss before minus after; None where it was not told."""
-        return None if self.loss_before is None or self.loss_after is None else self.loss_before - self.loss_after
+        return (
+            None
+            if self.loss_before is None or self.loss_after is None
+            else self.loss_before - self.loss_after
+        )
 
     @property
     def unknown(self) -> bool:
-        """Did the arm work, and is it not known what it brought? Nothing is to be learnt of its worth then, neither good nor bad."""
+        """Did the arm work, and is it not known what it brought? Nothing is to be learnt of its worth
+        then, neither good nor bad."""
         return not self.failed and self.drop is None
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base class: settings are fields, learning lies in `state`."""
 
-    def choose(self, members: Sequence[Member], state: State, round: int, rng: random.Random) -> dict[str, Choice]:
+    def choose(
+        self, members: Sequence[Member], state: State, round: int, rng: random.Random
+    ) -> dict[str, Choice]:
         """One arm for every member."""
         raise NotImplementedError
 

@@ -6,7 +6,8 @@ from .policy import Outcome
 
 
 def rate(o: Outcome) -> float:
-    """Relative loss drop per second, never negative; 0 where nothing was told, which `Outcome.unknown` tells apart."""
+    """Relative loss drop per second, never negative; 0 where nothing was told, which `Outcome.unknown`
+    tells apart."""
     if o.loss_before is None or o.drop is None:
         return 0.0
     drop = o.drop / (abs(o.loss_before) + 1e-9)

@@ -1,7 +1,8 @@
 """The tuner: keeps the time model in step with what was measured, prices arms, and lets a policy choose.
 
-What is not a policy's business lives here: bits are chosen once, when a device joins, and change only after a memory failure;
-pruning only grows, at most every fifth round; a device that ran out of memory gets a larger correction.
+What is not a policy's business lives here: bits are chosen once, when a device joins, and change only
+after a memory failure; pruning only grows, at most every fifth round; a device that ran out of memory gets
+a larger correction.
 """
 
 import random
@@ -53,14 +54,25 @@ class Tuner:
         """Fix a device's bits: the fastest measured ones among those that fit. Raises NoArm."""
         if device not in self.state["devices"]:
             bits = self._bits(device, profile, bits_ms)
-            self.state["devices"][device] = {"speed": 1.0, "memory": 1.0, "prune": 0.0, "pruned_at": 0, "bits": bits}
+            self.state["devices"][device] = {
+                "speed": 1.0,
+                "memory": 1.0,
+                "prune": 0.0,
+                "pruned_at": 0,
+                "bits": bits,
+            }
         return int(self.state["devices"][device]["bits"])
 
     def _bits(self, device: str, profile: DeviceProfile, bits_ms: dict[str, float], below: int = 99) -> int:
-        fitting = [b for b in self.space.precisions if b < below and self._smallest(device, b) <= profile.budget_mb]
+        fitting = [
+            b for b in self.space.precisions if b < below and self._smallest(device, b) <= profile.budget_mb
+        ]
         if not fitting:
             need = min(self._smallest(device, b) for b in self.space.precisions)
-            raise NoArm(f"{device} allows {profile.budget_mb:.0f} MB for the model, the smallest arm needs {need:.0f} MB")
+            raise NoArm(
+                f"{device} allows {profile.budget_mb:.0f} MB for the model, the smallest arm needs "
+                f"{need:.0f} MB"
+            )
         measured = times(bits_ms, self.card.hidden)
         guess = {b: 1 / (profile.gflops.get(str(b)) or min(profile.gflops.values())) for b in fitting}
         return min(fitting, key=lambda b: (measured.get(b, guess[b] * 1e3), -b))
@@ -80,7 +92,9 @@ class Tuner:
         key = (arm.placement, arm.prune, arm.bits, arm.batch, budget_mb)
         if key not in self._plans:
             placement = self.placements[arm.placement]
-            self._plans[key] = step_plan(self.card, placement, arm.prune, arm.bits, arm.batch, self.length, self.head, budget_mb)
+            self._plans[key] = step_plan(
+                self.card, placement, arm.prune, arm.bits, arm.batch, self.length, self.head, budget_mb
+            )
         return self._plans[key]
 
     def feasible(self, device: str, profile: DeviceProfile, round: int) -> list[Priced]:
@@ -90,7 +104,11 @@ class Tuner:
         found = []
         for arm in self.space.arms(self.max_depth):
             grows = arm.prune > own["prune"] + 1e-9
-            if arm.bits != own["bits"] or arm.prune < own["prune"] - 1e-9 or (grows and not may_prune and not own.get("tight")):
+            if (
+                arm.bits != own["bits"]
+                or arm.prune < own["prune"] - 1e-9
+                or (grows and not may_prune and not own.get("tight"))
+            ):
                 continue
             placement = self.placements[arm.placement]
             cost = price(
@@ -109,7 +127,9 @@ class Tuner:
             )
             if cost.memory_mb * own["memory"] <= profile.budget_mb:
                 rank, depth = rank_and_depth(placement, self.card)
-                found.append(Priced(arm, rank, depth, cost.seconds, cost.memory_mb * own["memory"], self._utility(arm)))
+                found.append(
+                    Priced(arm, rank, depth, cost.seconds, cost.memory_mb * own["memory"], self._utility(arm))
+                )
         if not found and not own.get("tight"):
             own["tight"] = True
             return self.feasible(device, profile, round)
@@ -118,7 +138,8 @@ class Tuner:
         return found
 
     def _utility(self, arm: Arm) -> float:
-        """Prior worth: saturating in rank, concave in depth and steps, falling with pruning (docs/specification.md)."""
+        """Prior worth: saturating in rank, concave in depth and steps, falling with pruning
+        (docs/specification.md)."""
         placement = self.placements[arm.placement]
         total = sum(placement.values())
         layers = len({m.layer for m in self.card.modules if m.name in placement})
@@ -146,7 +167,12 @@ class Tuner:
         arm = self.state["devices"][device].get("arm")
         return msgspec.convert(arm, Arm) if arm else None
 
-    def observe(self, outcomes: Sequence[Outcome], profiles: dict[str, DeviceProfile], bits_ms: dict[str, dict[str, float]]) -> None:
+    def observe(
+        self,
+        outcomes: Sequence[Outcome],
+        profiles: dict[str, DeviceProfile],
+        bits_ms: dict[str, dict[str, float]],
+    ) -> None:
         """Correct the models by what was measured, then let the policy learn."""
         for o in sorted(outcomes, key=lambda o: o.device):
             own = self.state["devices"].get(o.device)
@@ -154,7 +180,9 @@ class Tuner:
                 continue
             if o.failed == "memory":
                 own["memory"] *= 1.25
-                own["bits"] = self._lower(o.device, profiles[o.device], bits_ms.get(o.device, {}), int(own["bits"]))
+                own["bits"] = self._lower(
+                    o.device, profiles[o.device], bits_ms.get(o.device, {}), int(own["bits"])
+                )
             elif not o.failed and o.seconds > 0:
                 cost = self._expected(o, profiles[o.device], own["speed"])
                 own["speed"] *= min(2.0, max(0.5, (o.seconds / cost) ** 0.5))
@@ -162,7 +190,11 @@ class Tuner:
 
     def _lower(self, device: str, profile: DeviceProfile, bits_ms: dict[str, float], now: int) -> int:
         try:
-            return now if self._smallest(device, now) <= profile.budget_mb else self._bits(device, profile, bits_ms, below=now)
+            return (
+                now
+                if self._smallest(device, now) <= profile.budget_mb
+                else self._bits(device, profile, bits_ms, below=now)
+            )
         except NoArm:
             return now
 
@@ -186,5 +218,7 @@ class Tuner:
         own = self.state["devices"].get(device, {})
         return {
             **own,
-            "numbers": adapter_parameters(self.card, self.placements[own["arm"]["placement"]], own["prune"]) if own.get("arm") else 0,
+            "numbers": adapter_parameters(self.card, self.placements[own["arm"]["placement"]], own["prune"])
+            if own.get("arm")
+            else 0,
         }

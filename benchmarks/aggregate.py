@@ -1,7 +1,9 @@
-"""Aggregation of a MiniLM adapter (rank 8, all linear maps, 332k numbers): streamed, dense accumulator, QR of the whole stack.
+"""Aggregation of a MiniLM adapter (rank 8, all linear maps, 332k numbers): streamed, dense accumulator, QR
+of the whole stack.
 
-The peers' ways are the second and third: FlexLoRA forms the dense product, FLoRA stacks. Milliseconds per update. `drift` is the size
-of the deltas beside the factors: a thousandth in a round of fine-tuning; at 1 the cross term dominates and more passes are made.
+The peers' ways are the second and third: FlexLoRA forms the dense product, FLoRA stacks. Milliseconds per
+update. `drift` is the size of the deltas beside the factors: a thousandth in a round of fine-tuning; at 1
+the cross term dominates and more passes are made.
 """
 
 import os
@@ -37,7 +39,8 @@ def updates(count: int, drift: float) -> list[Update]:
 
     def arrays(size: float) -> dict[str, Array]:
         return {
-            f"{k}.{s}": np.float32(size) * rng.standard_normal((o, RANK) if s == "B" else (RANK, i), np.float32)
+            f"{k}.{s}": np.float32(size)
+            * rng.standard_normal((o, RANK) if s == "B" else (RANK, i), np.float32)
             for k, (o, i) in names.items()
             for s in "AB"
         }
@@ -56,7 +59,12 @@ def by_dense(found: list[Update], old: dict[str, LowRank]) -> None:
     for module, pair in old.items():
         total = (pair.B @ pair.A).astype(np.float32)
         for u in found:
-            b0, a0, db, da = (u.view[f"{module}.B"], u.view[f"{module}.A"], u.delta[f"{module}.B"], u.delta[f"{module}.A"])
+            b0, a0, db, da = (
+                u.view[f"{module}.B"],
+                u.view[f"{module}.A"],
+                u.delta[f"{module}.B"],
+                u.delta[f"{module}.A"],
+            )
             total += 2.0 / len(found) * ((b0 + db) @ (a0 + da) - b0 @ a0)
         np.linalg.svd(total, full_matrices=False)
 
@@ -70,12 +78,20 @@ def by_stack(found: list[Update], old: dict[str, LowRank]) -> None:
         np.linalg.svd(rb @ ra.T)
 
 
-MEMORY = (("fedbuff", "product"), ("fedbuff", "factors"), ("norm_bound", "factors"), ("fedadam", ""), ("fedit", ""), ("ffa_lora", ""))
+MEMORY = (
+    ("fedbuff", "product"),
+    ("fedbuff", "factors"),
+    ("norm_bound", "factors"),
+    ("fedadam", ""),
+    ("fedit", ""),
+    ("ffa_lora", ""),
+)
 """Stacks whose closing must take no more for a thousand devices than for ten."""
 
 
 def peak_mb(name: str, space: str, count: int) -> float:
-    """What closing a round of `count` stored updates takes beside the adapter itself: NumPy's and Python's peak, MB."""
+    """What closing a round of `count` stored updates takes beside the adapter itself: NumPy's and Python's
+    peak, MB."""
     like = updates(1, 1e-3)[0]
     keeper = Keeper()
 
@@ -83,8 +99,13 @@ def peak_mb(name: str, space: str, count: int) -> float:
         rng = np.random.default_rng(n)
         return {k: np.float32(1e-3) * rng.standard_normal(t.shape, np.float32) for k, t in like.sent.items()}
 
-    many = (Update(f"d{n:04}", 1.0, Decoded(keeper, partial(decoded, n)), like.spec, like.view, origin="v") for n in range(count))
-    old = Version(0, {m: LowRank(like.view[f"{m}.B"], like.view[f"{m}.A"]) for m in like.spec.pairs}, {}, {}, {})
+    many = (
+        Update(f"d{n:04}", 1.0, Decoded(keeper, partial(decoded, n)), like.spec, like.view, origin="v")
+        for n in range(count)
+    )
+    old = Version(
+        0, {m: LowRank(like.view[f"{m}.B"], like.view[f"{m}.A"]) for m in like.spec.pairs}, {}, {}, {}
+    )
     server = ServerSide(Stack(build_stack([name]), space), "bench", 1)
     tracemalloc.start()
     combine.next_version(server, old, many, count, 0)
@@ -94,12 +115,16 @@ def peak_mb(name: str, space: str, count: int) -> float:
 
 
 def main() -> None:
-    """10 and 50 devices; memory with 10 and with 1,000, or 200 by `SCALE=quick`; the keeper is full with 100."""
+    """10 and 50 devices; memory with 10 and with 1,000, or 200 by `SCALE=quick`; the keeper is full with
+    100."""
     rows = []
     for count, drift in ((10, 1e-3), (50, 1e-3), (50, 1.0)):
         found = updates(count, drift)
         rng = np.random.default_rng(1)
-        old = {m: LowRank(rng.standard_normal((p.out, RANK)), rng.standard_normal((RANK, p.in_))) for m, p in found[0].spec.pairs.items()}
+        old = {
+            m: LowRank(rng.standard_normal((p.out, RANK)), rng.standard_normal((RANK, p.in_)))
+            for m, p in found[0].spec.pairs.items()
+        }
         work = {"streamed": streamed, "dense": by_dense, "stack": by_stack}
         times = interleaved({k: partial(f, found, old) for k, f in work.items()}, repeats=3)
         rows.append(
@@ -115,7 +140,10 @@ def main() -> None:
     few, many = (100, 200) if os.environ.get("SCALE") == "quick" else (100, 1000)
     report(
         "aggregate_memory",
-        [{"stack": n, "space": s, **{f"mb_{c}": round(peak_mb(n, s, c), 1) for c in (10, few, many)}} for n, s in MEMORY],
+        [
+            {"stack": n, "space": s, **{f"mb_{c}": round(peak_mb(n, s, c), 1) for c in (10, few, many)}}
+            for n, s in MEMORY
+        ],
         numbers=332_000,
     )
 

@@ -18,7 +18,9 @@ def main() -> None:
         _, counts = np.unique(np.rint(127 * sent / np.abs(sent).max()), return_counts=True)
         p = counts / counts.sum()
         index = 0.0 if share >= 1 else -share * np.log2(share) - (1 - share) * np.log2(1 - share)
-        times = interleaved({"encode": lambda k=keep: encode(values, k), "decode": lambda b=body: decode(b, values.size)})
+        times = interleaved(
+            {"encode": lambda k=keep: encode(values, k), "decode": lambda b=body: decode(b, values.size)}
+        )
         rows.append(
             {
                 "keep": keep,

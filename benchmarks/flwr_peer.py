@@ -1,6 +1,8 @@
-"""flwr beside us: two SuperNodes in deployment mode, 100 clients in its simulation, and what an idle SuperNode takes.
+"""flwr beside us: two SuperNodes in deployment mode, 100 clients in its simulation, and what an idle
+SuperNode takes.
 
-Looked for in `$RANKFLEET_FLWR` (a virtual environment); made under ~/.cache on the first run where pip can reach an index.
+Looked for in `$RANKFLEET_FLWR` (a virtual environment); made under ~/.cache on the first run where pip can
+reach an index.
 """
 
 import contextlib
@@ -24,7 +26,9 @@ def environment() -> Path:
     home = Path(os.environ.get("RANKFLEET_FLWR", Path.home() / ".cache" / f"rankfleet-flwr-{VERSION}"))
     if not (home / "bin" / "flwr").exists():
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        subprocess.run([str(home / "bin" / "pip"), "install", "-q", f"flwr=={VERSION}", "ray", "numpy"], check=True)
+        subprocess.run(
+            [str(home / "bin" / "pip"), "install", "-q", f"flwr=={VERSION}", "ray", "numpy"], check=True
+        )
     return home
 
 
@@ -35,7 +39,8 @@ class Flwr:
         self.home, self.bin = home, environment() / "bin"
         self.processes: list[subprocess.Popen[bytes]] = []
         self.env = {
-            **os.environ, "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "PATH": f"{self.bin}:{os.environ['PATH']}",
+            **os.environ, "FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0",
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
         }  # fmt: skip
         (home / "flwr").mkdir(parents=True, exist_ok=True)
         (home / "flwr" / "config.toml").write_text(
@@ -47,7 +52,13 @@ class Flwr:
     def start(self, *words: str) -> psutil.Process:
         """A program in the background."""
         with (self.home / "log").open("ab") as log:
-            made = subprocess.Popen([str(self.bin / words[0]), *words[1:]], stdout=log, stderr=log, env=self.env, cwd=self.home / "app")
+            made = subprocess.Popen(
+                [str(self.bin / words[0]), *words[1:]],
+                stdout=log,
+                stderr=log,
+                env=self.env,
+                cwd=self.home / "app",
+            )
         self.processes.append(made)
         return psutil.Process(made.pid)
 
@@ -75,9 +86,16 @@ def deployment(home: Path, rounds: int = 12) -> dict[str, float]:
     with Flwr(home) as flwr:
         flwr.start("flower-superlink", "--insecure", "--disable-runtime-dependency-installation")
         time.sleep(6)
-        nodes = [flwr.start("flower-supernode", "--insecure", "--superlink", "127.0.0.1:8000", "--port", str(9094 + n)) for n in range(2)]
+        nodes = [
+            flwr.start(
+                "flower-supernode", "--insecure", "--superlink", "127.0.0.1:8000", "--port", str(9094 + n)
+            )
+            for n in range(2)
+        ]
         time.sleep(10)
-        idle = max(sum(p.memory_info().rss for p in [n, *n.children(recursive=True)]) for n in nodes) / (1 << 20)
+        idle = max(sum(p.memory_info().rss for p in [n, *n.children(recursive=True)]) for n in nodes) / (
+            1 << 20
+        )
         flwr.start("flwr", "run", ".", "here", "--run-config", f"rounds={rounds} clients=2 out='{out}'")
         times = _wait(out, home / "log", 300)
     return {"flwr_round_s_2_nodes": _rate(times)[0], "flwr_idle_rss_mb": idle}
@@ -87,7 +105,9 @@ def simulation(home: Path, clients: int = 100, rounds: int = 7) -> dict[str, flo
     """Its in-memory simulation."""
     out = home / "times.json"
     with Flwr(home) as flwr:
-        flwr.start("python", str(home / "app" / "flwr_noise" / "noise_app.py"), str(clients), str(rounds), str(out))
+        flwr.start(
+            "python", str(home / "app" / "flwr_noise" / "noise_app.py"), str(clients), str(rounds), str(out)
+        )
         times = _wait(out, home / "log", 400)
     return {"flwr_updates_per_s_100_clients": _rate(times)[1]}
 

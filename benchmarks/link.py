@@ -1,7 +1,9 @@
-"""A bad link: 1 Mbit/s, 300 ms, a stall of two seconds every twenty, a cut every minute; one real agent behind it.
+"""A bad link: 1 Mbit/s, 300 ms, a stall of two seconds every twenty, a cut every minute; one real agent
+behind it.
 
-`make bench-link` writes benchmarks/out/link.json. Bytes are counted on the wire, at the relay. Training is noise (benchmarks/
-noise.py) and, for `overhead_fraction`, a pause of 60 s. SCALE=quick: one round of each, a pause of 5 s.
+`make bench-link` writes benchmarks/out/link.json. Bytes are counted on the wire, at the relay. Training is
+noise (benchmarks/ noise.py) and, for `overhead_fraction`, a pause of 60 s. SCALE=quick: one round of each,
+a pause of 5 s.
 """
 
 import argparse
@@ -48,7 +50,8 @@ def _relay(**changes: float) -> SlowLink:
 
 
 async def transfer(home: Path, rounds: int = 4) -> dict[str, float]:
-    """Dense rounds of 1.3 MB each way, one after the other, for two minutes and more: how much of the link is used, how much repeated."""
+    """Dense rounds of 1.3 MB each way, one after the other, for two minutes and more: how much of the link
+    is used, how much repeated."""
     async with _relay() as relay:
         with contextlib.ExitStack() as stack:
             bench = await asyncio.to_thread(stack.enter_context, LinkBench(home, [], relay))
@@ -60,7 +63,8 @@ async def transfer(home: Path, rounds: int = 4) -> dict[str, float]:
             blob = _blob_bytes(bench, job)
             done = len(bench.closed(job)) - before
     useful = done * blob
-    # The device sends while it does not receive and the other way round, so one direction's rate is what there is to use.
+    # The device sends while it does not receive and the other way round, so one direction's rate is what
+    # there is to use.
     open_share = 1 - STALL / STALL_EVERY
     return {
         "goodput_fraction": 2 * useful * 8 / (RATE * open_share * took),
@@ -79,11 +83,15 @@ def _blob_bytes(bench: Bench, job: str) -> float:
     from rankfleet.federated.wire.messages import read_assignment
 
     with contextlib.closing(sqlite3.connect(bench.home / "c" / "ledger.db")) as ledger:
-        body = ledger.execute("select body from assignments where job = ? order by round limit 1", (job,)).fetchone()[0]
+        body = ledger.execute(
+            "select body from assignments where job = ? order by round limit 1", (job,)
+        ).fetchone()[0]
     return float(read_assignment(body).blobs["view"].size)
 
 
-async def overhead(home: Path, targets: list[str], rounds: int = 2, training_s: float = 60.0) -> dict[str, float]:
+async def overhead(
+    home: Path, targets: list[str], rounds: int = 2, training_s: float = 60.0
+) -> dict[str, float]:
     """Share of a round beside its `training_s` of training, sparse uploads."""
     os.environ["RANKFLEET_NOISE_S"] = str(training_s)
     try:
@@ -153,7 +161,10 @@ def main() -> None:
             continue
         (home / name).mkdir()
         figures = asyncio.run(run(home / name))
-        found |= {(k if name in ("transfer", "overhead", "idle") else f"{k}_all_maps"): round(v, 4) for k, v in figures.items()}
+        found |= {
+            (k if name in ("transfer", "overhead", "idle") else f"{k}_all_maps"): round(v, 4)
+            for k, v in figures.items()
+        }
         print(name, figures, flush=True)
     shutil.rmtree(home, ignore_errors=True)
     report("link", [{"figure": k, "value": v} for k, v in found.items()], **found)

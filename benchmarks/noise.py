@@ -1,9 +1,11 @@
 """Agents that do everything but train: each round adds a slice of a seeded noise table to the adapter.
 
     python -m benchmarks.noise run agent.yaml     one real agent with a worker process of its own
-    python -m benchmarks.noise fleet FOLDER       one coroutine for each `FOLDER/*.yaml`, in this process, with two worker processes for all
+    python -m benchmarks.noise fleet FOLDER       one coroutine for each `FOLDER/*.yaml` in this process,
+                                                  with two worker processes for all
 
-Identity, signatures, codecs, outbox, fsync, receipts: the code that is shipped. Only `Trainer` and the base model are replaced.
+Identity, signatures, codecs, outbox, fsync, receipts: the code that is shipped. Only `Trainer` and the
+base model are replaced.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from rankfleet.edge_agent.machine import system
 from rankfleet.edge_agent.order import Order
 
 WORKERS = 2
-"""A worker process for each agent, as shipped, would take 300 MB a hundred times; these hold the workers of all, each with its state."""
+"""A worker process for each agent, as shipped, would take 300 MB a hundred times; these hold the workers
+of all, each with its state."""
 _workers: dict[str, Any] = {}
 
 
@@ -40,13 +43,17 @@ def _idle(home: str) -> None:
 
 
 class SharedEngine:
-    """Stands where `ProcessEngine` stands: the worker's code in one of a few processes, always the same one for an agent."""
+    """Stands where `ProcessEngine` stands: the worker's code in one of a few processes, always the same
+    one for an agent."""
 
     pools: ClassVar[list[ProcessPoolExecutor]] = []
 
     def __init__(self, number: int) -> None:
         if not self.pools:
-            self.pools.extend(ProcessPoolExecutor(1, get_context("spawn"), initializer=system.die_with_parent) for _ in range(WORKERS))
+            self.pools.extend(
+                ProcessPoolExecutor(1, get_context("spawn"), initializer=system.die_with_parent)
+                for _ in range(WORKERS)
+            )
         self.pool = self.pools[number % WORKERS]
         self.later: asyncio.TimerHandle | None = None
 
@@ -56,7 +63,9 @@ class SharedEngine:
         if self.later:
             self.later.cancel()
         idle_in = await loop.run_in_executor(self.pool, _run, order)
-        self.later = loop.call_later(idle_in or 0.0, lambda: loop.run_in_executor(self.pool, _idle, order.home))
+        self.later = loop.call_later(
+            idle_in or 0.0, lambda: loop.run_in_executor(self.pool, _idle, order.home)
+        )
 
     async def stop(self) -> None:
         """Nothing runs on."""
@@ -75,7 +84,12 @@ def _agent(path: Path, engine: Any) -> Any:
     config = load(path, AgentConfig)
     who = identity.load(config.home)
     link = config.link
-    bus = MqttBus(link.broker or who.broker, f"rf-{who.fleet}-{who.device}", packet=link.packet_bytes, keepalive_s=link.keepalive_s)
+    bus = MqttBus(
+        link.broker or who.broker,
+        f"rf-{who.fleet}-{who.device}",
+        packet=link.packet_bytes,
+        keepalive_s=link.keepalive_s,
+    )
     return Agent(who, config, bus, engine, msgspec.to_builtins(probe.profile(config)), {})
 
 
@@ -107,7 +121,11 @@ def main() -> None:
     from rankfleet.edge_agent.cli import _serve
     from rankfleet.edge_agent.supervise.process import ProcessEngine
 
-    asyncio.run(_serve(_agent(args.where, ProcessEngine(memory_mb=None, idle_s=300, module="benchmarks.noise_worker"))))
+    asyncio.run(
+        _serve(
+            _agent(args.where, ProcessEngine(memory_mb=None, idle_s=300, module="benchmarks.noise_worker"))
+        )
+    )
 
 
 if __name__ == "__main__":

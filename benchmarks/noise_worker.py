@@ -1,4 +1,5 @@
-"""A worker that does everything but train: it adds a slice of a seeded noise table to the adapter that it is given."""
+"""A worker that does everything but train: it adds a slice of a seeded noise table to the adapter that it
+is given."""
 
 import os
 import time

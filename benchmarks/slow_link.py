@@ -1,11 +1,13 @@
-"""A bad link in user space: a TCP relay with a rate, a delay, stalls, and cuts; agents behind it cannot be reached from outside."""
+"""A bad link in user space: a TCP relay with a rate, a delay, stalls, and cuts; agents behind it cannot be
+reached from outside."""
 
 import asyncio
 import contextlib
 
 
 class SlowLink:
-    """Relays connections to `target`. Rates in bit/s for each direction, times in seconds; 0 means never or unlimited."""
+    """Relays connections to `target`. Rates in bit/s for each direction, times in seconds; 0 means never
+    or unlimited."""
 
     def __init__(
         self,
@@ -72,7 +74,11 @@ class SlowLink:
     def _stalled(self, now: float) -> float:
         """Seconds until the link moves again."""
         since = (now - self.started) % self.stall_every if self.stall_every else 0.0
-        return max(0.0, self.stall - since) if self.stall_every and now - self.started > self.stall_every else 0.0
+        return (
+            max(0.0, self.stall - since)
+            if self.stall_every and now - self.started > self.stall_every
+            else 0.0
+        )
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         """One direction: every block leaves when the link is free, and arrives `delay` later."""

@@ -1,4 +1,5 @@
-"""How fast the programs start, and what they import: seconds of `--help`, memory of an agent that has imported everything idle."""
+"""How fast the programs start, and what they import: seconds of `--help`, memory of an agent that has
+imported everything idle."""
 
 import subprocess
 import sys
@@ -6,7 +7,8 @@ import sys
 from .table import interleaved, report
 
 IDLE = (
-    "import rankfleet.edge_agent.service, rankfleet.edge_agent.supervise.process, rankfleet.edge_agent.trust.identity; "
+    "import rankfleet.edge_agent.service, rankfleet.edge_agent.supervise.process, "
+    "rankfleet.edge_agent.trust.identity; "
     "import rankfleet.edge_agent.machine.probe, rankfleet.federated.transport.mqtt, ssl, psutil; "
     "print(psutil.Process().memory_info().rss / 2**20)"
 )

@@ -26,10 +26,16 @@ def interleaved(work: dict[str, Callable[[], object]], repeats: int = 7) -> dict
 
 
 def problem(rows: list[dict[str, Any]]) -> str:
-    """Why rows are no measurement; empty if they are: there are some, with numbers, none of them NaN or infinite, none missing."""
+    """Why rows are no measurement; empty if they are: there are some, with numbers, none of them NaN or
+    infinite, none missing."""
     if not rows:
         return "there are no rows"
-    numbers = [(k, v) for row in rows for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers = [
+        (k, v)
+        for row in rows
+        for k, v in row.items()
+        if isinstance(v, int | float) and not isinstance(v, bool)
+    ]
     if not numbers:
         return "no row holds a number"
     if bad := [k for k, v in numbers if not math.isfinite(v)]:
@@ -39,7 +45,8 @@ def problem(rows: list[dict[str, Any]]) -> str:
 
 
 def report(name: str, rows: list[dict[str, Any]], **facts: Any) -> None:
-    """Print and write. Exits with 1 where nothing, or not everything, was measured; what there is is written all the same."""
+    """Print and write. Exits with 1 where nothing, or not everything, was measured; what there is is
+    written all the same."""
     OUT.mkdir(exist_ok=True)
     facts = {"machine": platform.machine(), "python": platform.python_version(), **facts}
     (OUT / f"{name}.json").write_text(json.dumps({**facts, "rows": rows}, indent=1), encoding="utf-8")

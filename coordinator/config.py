@@ -15,34 +15,40 @@ class Broker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where MQTT lives."""
 
     url: str = ""
-    """Address of a broker; empty: the coordinator runs one itself (Mosquitto where it is installed, else amqtt)."""
+    """Address of a broker; empty: the coordinator runs one itself (Mosquitto where it is installed, else
+    amqtt)."""
     kind: str = "auto"
     """`auto`, `mosquitto` or `amqtt`, for the broker that it runs."""
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] | None = None
     """Port of its own broker; 0 takes a free one; left out: 8883 with TLS, else 1883."""
     tls: bool | None = None
-    """Mutual TLS with certificates of the fleet's own authority. Left out: on its own broker, unless that listens on loopback alone.
-    True with a `url`: devices get certificates for that broker too (`coordinator broker config`)."""
+    """Mutual TLS with certificates of the fleet's own authority. Left out: on its own broker, unless that
+    listens on loopback alone. True with a `url`: devices get certificates for that broker too
+    (`coordinator broker config`)."""
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
-    """TLS to a broker at `mqtts://` or `wss://`: its authority, and a client certificate; empty: the system's authorities, none."""
+    """TLS to a broker at `mqtts://` or `wss://`: its authority, and a client certificate; empty: the
+    system's authorities, none."""
     proxy: str = ""
     """`http://user:password@host:port` or `socks5://…` on the way to `url`."""
     advertise: str = ""
-    """Address that claim tokens carry; empty: `url`, or this machine's name where the broker listens on all addresses."""
+    """Address that claim tokens carry; empty: `url`, or this machine's name where the broker listens on
+    all addresses."""
 
 
 class Https(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """HTTPS server: certificates for devices where the link has TLS of ours, and base models. It runs if one of them is wanted."""
+    """HTTPS server: certificates for devices where the link has TLS of ours, and base models. It runs if
+    one of them is wanted."""
 
     models: bool = False
     """Serve base models, for devices whose YAML says `models: {NAME: coordinator}`."""
     host: str = ""
     """Empty: where the broker listens; with certificates for a broker elsewhere, everywhere."""
     port: Annotated[int, Meta(ge=0, le=65535)] | None = None
-    """0 takes a free one; left out: 8443 with certificates, since devices come back to it to renew theirs, else a free one."""
+    """0 takes a free one; left out: 8443 with certificates, since devices come back to it to renew theirs,
+    else a free one."""
     advertise: str = ""
     """Address that devices are told; empty: this machine's name where it listens on all addresses."""
     cert_file: str = ""
@@ -68,11 +74,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outstanding_chunks: Annotated[int, Meta(ge=1)] = 400
     update_mb: Annotated[float, Meta(gt=0)] = 512.0
     keep_free_mb: Annotated[float, Meta(ge=0)] = 200.0
-    """No update is granted while less is free in the data directory: devices keep theirs until there is room."""
+    """No update is granted while less is free in the data directory: devices keep theirs until there is
+    room."""
     nudge_s: Annotated[float, Meta(gt=0)] = 20.0
-    """A device that says nothing about its assignment for so long is sent it again, then after twice as long."""
+    """A device that says nothing about its assignment for so long is sent it again, then after twice as
+    long."""
     messages_per_s: Annotated[float, Meta(gt=0)] = 10.0
-    """What one device may say, pieces that it was granted apart; a device that says more is slowed down, then suspended."""
+    """What one device may say, pieces that it was granted apart; a device that says more is slowed down,
+    then suspended."""
     burst: Annotated[int, Meta(ge=10)] = 300
     """Messages that a device may have saved up."""
     gather_ms: Annotated[float, Meta(ge=0)] = 50.0
@@ -99,7 +108,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     api_port: Annotated[int, Meta(ge=0, le=65535)] = 0
     """Port of the HTTP API on loopback; 0 takes a free one, which is written to `api.json` with its token."""
     models: dict[str, str] = {}
-    """Name of a base model → folder. The coordinator reads shapes from it, and weights to order channels for pruning."""
+    """Name of a base model → folder. The coordinator reads shapes from it, and weights to order channels
+    for pruning."""
     https: Https = Https()
     enrolment: Enrolment = Enrolment()
     limits: Limits = Limits()

@@ -28,7 +28,11 @@ def _disk(service: "Service", below: float, above: float = 0.0) -> str:
 
 
 def _broker(service: "Service") -> str:
-    return "" if service.bus.connected.is_set() else f"no broker: {getattr(service.bus, 'problem', '') or 'connecting'}"
+    return (
+        ""
+        if service.bus.connected.is_set()
+        else f"no broker: {getattr(service.bus, 'problem', '') or 'connecting'}"
+    )
 
 
 def _suspended(service: "Service") -> str:
@@ -38,13 +42,21 @@ def _suspended(service: "Service") -> str:
 
 def _silent(service: "Service") -> str:
     now = time.time()
-    names = [d["device"] for d in service.devices.table() if d["state"] == "enrolled" and d["seen"] and now - d["seen"] > SILENT_S]
+    names = [
+        d["device"]
+        for d in service.devices.table()
+        if d["state"] == "enrolled" and d["seen"] and now - d["seen"] > SILENT_S
+    ]
     return f"not heard of for three days: {', '.join(names)}" if names else ""
 
 
 def _certificates(service: "Service") -> str:
     now = time.time()
-    names = [d for d, ends in service.enrolment.ends().items() if service.devices.enrolled(d) and ends - now < SOON_S]
+    names = [
+        d
+        for d, ends in service.enrolment.ends().items()
+        if service.devices.enrolled(d) and ends - now < SOON_S
+    ]
     return f"end within a week and are not renewed: {', '.join(names)}" if names else ""
 
 
@@ -54,13 +66,38 @@ def _held(service: "Service") -> str:
 
 
 CONDITIONS: list[Declared["Service"]] = [
-    Declared("disk-full", "error", lambda s: _disk(s, s.config.limits.keep_free_mb), "make room; updates wait on the devices"),
-    Declared("disk-low", "warning", lambda s: _disk(s, LOW_MB, s.config.limits.keep_free_mb), "make room before it is full"),
+    Declared(
+        "disk-full",
+        "error",
+        lambda s: _disk(s, s.config.limits.keep_free_mb),
+        "make room; updates wait on the devices",
+    ),
+    Declared(
+        "disk-low",
+        "warning",
+        lambda s: _disk(s, LOW_MB, s.config.limits.keep_free_mb),
+        "make room before it is full",
+    ),
     Declared("broker-away", "error", _broker, "is the broker running, and its certificate valid?"),
-    Declared("job-waits", "error", lambda s: s.jobs.problem, "the text says for what", depends_on=("disk-full",)),
-    Declared("device-suspended", "warning", _suspended, "coordinator devices: the note says why; coordinator devices resume NAME"),
-    Declared("device-silent", "warning", _silent, "edge-agent doctor on the device", depends_on=("broker-away",)),
-    Declared("certificate-ends", "warning", _certificates, "can the device reach the HTTPS port?", depends_on=("broker-away",)),
+    Declared(
+        "job-waits", "error", lambda s: s.jobs.problem, "the text says for what", depends_on=("disk-full",)
+    ),
+    Declared(
+        "device-suspended",
+        "warning",
+        _suspended,
+        "coordinator devices: the note says why; coordinator devices resume NAME",
+    ),
+    Declared(
+        "device-silent", "warning", _silent, "edge-agent doctor on the device", depends_on=("broker-away",)
+    ),
+    Declared(
+        "certificate-ends",
+        "warning",
+        _certificates,
+        "can the device reach the HTTPS port?",
+        depends_on=("broker-away",),
+    ),
     Declared("job-held", "warning", _held, "coordinator approve JOB --key FILE"),
 ]
 """Causes before what follows from them."""
@@ -79,7 +116,10 @@ TEXTS = {
     "jobs": ("gauge", "Jobs by state."),
     "round": ("gauge", "The newest round of the running job."),
     "round_seconds": ("gauge", "How long the last closed round of the running job took."),
-    "heldout_loss": ("gauge", "Loss of the newest measured version of the running job on devices' held-out examples."),
+    "heldout_loss": (
+        "gauge",
+        "Loss of the newest measured version of the running job on devices' held-out examples.",
+    ),
     "assignments": ("gauge", "Assignments of the running job by state."),
     "messages_dropped_total": ("counter", "Messages that were refused, by reason."),
     "bytes_received_total": ("counter", "Payload that devices sent, as far as it is in the ledger."),
@@ -114,7 +154,9 @@ def exposition(service: "Service") -> str:
         ("disk_free_bytes", {}, _free_mb(service) * 1e6),
         ("bytes_received_total", {}, float(sum(d["bytes_in"] for d in table))),
     ]
-    samples += [("condition", {"code": d.code, "severity": d.severity}, float(d.code in now)) for d in CONDITIONS]
+    samples += [
+        ("condition", {"code": d.code, "severity": d.severity}, float(d.code in now)) for d in CONDITIONS
+    ]
     samples += _counted("devices", [d["state"] for d in table])
     samples += _counted("jobs", [r["state"] for r in service.ledger.jobs()])
     for reason, count in (

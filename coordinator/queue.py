@@ -1,4 +1,5 @@
-"""The queue of jobs: validated when they are submitted, run one after the other, each ended for good by a row in the ledger."""
+"""The queue of jobs: validated when they are submitted, run one after the other, each ended for good by a
+row in the ledger."""
 
 import asyncio
 import errno
@@ -51,7 +52,14 @@ class Jobs:
         models: HttpsServer,
         operators: Operators,
     ) -> None:
-        self.config, self.ledger, self.fleet, self.blobs, self.pending, self.models = config, ledger, fleet, blobs, pending, models
+        self.config, self.ledger, self.fleet, self.blobs, self.pending, self.models = (
+            config,
+            ledger,
+            fleet,
+            blobs,
+            pending,
+            models,
+        )
         self.operators = operators
         self.runner: JobRunner | None = None
         self.problem = ""
@@ -94,7 +102,9 @@ class Jobs:
                 self._running.cancel()
                 await asyncio.gather(self._running, return_exceptions=True)
             if not self._running.cancelled() and (failed := self._running.exception()) is not None:
-                await self._wait_for_room("the ledger", failed)  # it could not even be written down how the job ended
+                await self._wait_for_room(
+                    "the ledger", failed
+                )  # it could not even be written down how the job ended
 
     async def _job(self, job: str, text: str) -> None:
         state: JobState = "finished"
@@ -127,8 +137,11 @@ class Jobs:
             state, reason = "failed", str(error)
             log.error("job %s failed: %s", job, error)
         except Exception as error:
-            if isinstance(error, database.DatabaseAway) or (isinstance(error, OSError) and error.errno in PASSING):
-                # A disk that is full or a database that is away: nothing is lost, the job goes on when there is room again.
+            if isinstance(error, database.DatabaseAway) or (
+                isinstance(error, OSError) and error.errno in PASSING
+            ):
+                # A disk that is full or a database that is away: nothing is lost, the job goes on when there
+                # is room again.
                 await self._wait_for_room(f"job {job}", error)
                 return
             state, reason = "failed", f"{type(error).__name__}: {error}"
@@ -153,7 +166,8 @@ class Jobs:
         """The job with everything that follows from it. Raises ConfigError."""
         if spec.model not in self.config.models:
             raise ConfigError(
-                f"the coordinator has no base model `{spec.model}`; it has {', '.join(self.config.models) or 'none'}",
+                f"the coordinator has no base model `{spec.model}`; it has "
+                f"{', '.join(self.config.models) or 'none'}",
                 f"add `models: {{{spec.model}: FOLDER}}` to the coordinator's YAML",
             )
         if spec.model not in self._cards:
@@ -164,7 +178,8 @@ class Jobs:
         return Plan(spec, self._cards[spec.model])
 
     def submit(self, text: str, signed: tuple[bytes, bytes] | None = None) -> str:
-        """Queue a job, or hold it until enough operators have signed it. Raises ConfigError where it cannot be meant."""
+        """Queue a job, or hold it until enough operators have signed it. Raises ConfigError where it
+        cannot be meant."""
         spec = read_job(text)
         self.plan(spec)
         job = self.ledger.add_job(spec.name, text)

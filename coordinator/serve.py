@@ -34,7 +34,8 @@ def refuse_open_link(config: CoordinatorConfig) -> None:
     if bare:
         raise ConfigError(
             f"the broker at {where} would be used without TLS over a network",
-            "leave `broker.tls` out, give an `mqtts://` address, or serve --insecure on a network that you trust",
+            "leave `broker.tls` out, give an `mqtts://` address, or serve --insecure on a network that you "
+            "trust",
         )
 
 
@@ -47,7 +48,9 @@ def _ended() -> asyncio.Event:
     return ended
 
 
-async def _own_broker(config: CoordinatorConfig, authority: Authority | None, names: list[str]) -> BrokerChild | None:
+async def _own_broker(
+    config: CoordinatorConfig, authority: Authority | None, names: list[str]
+) -> BrokerChild | None:
     """The broker that the coordinator brings, listening; None where there is one at a `url`."""
     if config.broker.url:
         return None
@@ -95,7 +98,11 @@ async def serve(config: CoordinatorConfig, insecure: bool = False) -> None:
 
 
 async def _serve(
-    config: CoordinatorConfig, authority: Authority | None, names: list[str], broker: BrokerChild | None, ended: asyncio.Event
+    config: CoordinatorConfig,
+    authority: Authority | None,
+    names: list[str],
+    broker: BrokerChild | None,
+    ended: asyncio.Event,
 ) -> None:
     """Everything behind the broker, until `ended`."""
     b = config.broker
@@ -107,7 +114,11 @@ async def _serve(
     await service.start()
     runner = await Api(service).start(config.home, config.api_port)
     metrics = await _metrics(config, service)
-    print(f"coordinator of fleet `{config.fleet}` runs; broker {without_password(url)}{f' ({broker.kind})' if broker else ''}", flush=True)
+    print(
+        f"coordinator of fleet `{config.fleet}` runs; broker "
+        f"{without_password(url)}{f' ({broker.kind})' if broker else ''}",
+        flush=True,
+    )
     tasks = [asyncio.create_task(alive(service.in_words), name="notify")]
     if authority:
 

@@ -1,4 +1,5 @@
-"""`coordinator serve`: hears devices, runs jobs one after the other, answers the CLI. Nothing that arrives can end it."""
+"""`coordinator serve`: hears devices, runs jobs one after the other, answers the CLI. Nothing that arrives
+can end it."""
 
 import asyncio
 import logging
@@ -72,10 +73,14 @@ class Service:
         self.epoch = self.ledger.epoch()
         self.devices = Devices(self.ledger)
         self.topics = Topics(checked(config.fleet, "fleet"))
-        self.blobs = Blobs(bus, self.topics, home / "blobs", config.limits.packet_bytes, config.limits.gather_ms)
+        self.blobs = Blobs(
+            bus, self.topics, home / "blobs", config.limits.packet_bytes, config.limits.gather_ms
+        )
         self.pending = Pending()
         self.live: dict[str, dict[str, Any]] = {}
-        self.receiving = Receiving(home, config.limits, self.ledger, self.devices, self.pending, self.send, self.changed, self.live)
+        self.receiving = Receiving(
+            home, config.limits, self.ledger, self.devices, self.pending, self.send, self.changed, self.live
+        )
         self.uploads = self.receiving.uploads
         self.enrolment = Enrolment(config.enrolment, self.ledger, self.devices, authority)
         host = "0.0.0.0" if config.broker.url and authority else config.broker.host  # noqa: S104 - devices must reach it
@@ -128,7 +133,10 @@ class Service:
         """Seal for one device and publish."""
         key = self.devices.key(device)
         if key:
-            self._spawn(self.bus.publish(self.topics.device(device, "down"), seal(message, "coordinator", key)), "send")
+            self._spawn(
+                self.bus.publish(self.topics.device(device, "down"), seal(message, "coordinator", key)),
+                "send",
+            )
 
     def ended(self, job: str, device: str, state: str) -> None:
         """Tell a device that a job is over."""
@@ -283,12 +291,16 @@ class Service:
     def _chunk(self, topic: str, payload: bytes) -> None:
         device = device_of(topic)
         self.bytes_in[device] = self.bytes_in.get(device, 0) + len(payload)
-        if self.devices.suspended(device) or not (self.uploads.asked_of(device) or self.admission.take(device)):
+        if self.devices.suspended(device) or not (
+            self.uploads.asked_of(device) or self.admission.take(device)
+        ):
             return
         self.uploads.chunk(device, payload)
         upload = self.uploads.live.get(device)
         if upload is not None:
-            self.live.setdefault(device, {}).update(state="sending", chunks=[len(upload.assembly.have), upload.assembly.blob.chunks])
+            self.live.setdefault(device, {}).update(
+                state="sending", chunks=[len(upload.assembly.have), upload.assembly.blob.chunks]
+            )
 
     def changed(self) -> None:
         """Something happened that the running job may wait for."""
@@ -297,7 +309,10 @@ class Service:
     def invite(self, device: str) -> str:
         """A one-time claim token for a device."""
         if device == COORDINATOR:
-            raise ConfigError(f"no device can be called `{COORDINATOR}`: the coordinator is, towards the broker", "take another name")
+            raise ConfigError(
+                f"no device can be called `{COORDINATOR}`: the coordinator is, towards the broker",
+                "take another name",
+            )
         door, pin = (self.models.url, self.models.public_pin) if self.enrolment.authority else ("", b"")
         claim = Claim(
             self.config.fleet,

@@ -39,9 +39,15 @@ def main() -> int:
     batch = tokenizer([args.text], truncation=True, max_length=task["max_length"], return_tensors="pt")
     with torch.inference_mode():
         hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-        shares = torch.softmax((hidden * mask).sum(1) / mask.sum(1) @ head["head.weight"].T + head["head.bias"], -1)[0]
+        shares = torch.softmax(
+            (hidden * mask).sum(1) / mask.sum(1) @ head["head.weight"].T + head["head.bias"], -1
+        )[0]
     best = sorted(zip(task["labels"], shares.tolist(), strict=True), key=lambda p: -p[1])[:3]
-    print(json.dumps(dict(best)) if args.json else "\n".join(f"  {100 * share:5.1f}%  {label}" for label, share in best))
+    print(
+        json.dumps(dict(best))
+        if args.json
+        else "\n".join(f"  {100 * share:5.1f}%  {label}" for label, share in best)
+    )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""What the demo's figures are compared with: head only, every device alone, and what pooling the data would give."""
+"""What the demo's figures are compared with: head only, every device alone, and what pooling the data
+would give."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Evaluator:
         head = {k: as_tensor(t) for k, t in version.dense.items()}
         with torch.inference_mode():
             parts = [
-                self.task.forward(self.base, head, self.task.collate(self.examples[i : i + 64])) for i in range(0, len(self.examples), 64)
+                self.task.forward(self.base, head, self.task.collate(self.examples[i : i + 64]))
+                for i in range(0, len(self.examples), 64)
             ]
         return torch.cat(parts)
 
@@ -62,13 +64,23 @@ def whole(plan: Plan, version: Version) -> tuple[Spec, Tensors]:
     pairs, tensors = {}, {}
     for m in plan.modules:
         pair = version.pairs[m.name]
-        pairs[m.name] = Pair(m.layer, m.out, m.in_, pair.A.shape[0], plan.spec.adapter.scale, m.out, m.in_, "", trained=False)
+        pairs[m.name] = Pair(
+            m.layer, m.out, m.in_, pair.A.shape[0], plan.spec.adapter.scale, m.out, m.in_, "", trained=False
+        )
         tensors |= {f"{m.name}.A": pair.A, f"{m.name}.B": pair.B}
     return Spec(pairs, {k: Dense(t.shape) for k, t in version.dense.items()}), tensors
 
 
-def local_accuracy(model: str, plan_bytes: tuple[Any, ModelCard], shard: str, arms: list[dict[str, Any]], test: Rows, seed: int) -> float:
-    """A device alone: its own arms, steps and data, the same engine and aggregation with itself as only member."""
+def local_accuracy(
+    model: str,
+    plan_bytes: tuple[Any, ModelCard],
+    shard: str,
+    arms: list[dict[str, Any]],
+    test: Rows,
+    seed: int,
+) -> float:
+    """A device alone: its own arms, steps and data, the same engine and aggregation with itself as only
+    member."""
     torch.set_num_threads(1)
     plan = Plan(*plan_bytes)
     task = engine(plan.task(), model)
@@ -77,7 +89,10 @@ def local_accuracy(model: str, plan_bytes: tuple[Any, ModelCard], shard: str, ar
     rank = max(_rank(a, plan) for a in arms)
     version = Version(
         0,
-        {m.name: stacked.balanced(np.zeros((m.out, 1)), np.zeros(1), np.zeros((1, m.in_)), rank) for m in plan.modules},
+        {
+            m.name: stacked.balanced(np.zeros((m.out, 1)), np.zeros(1), np.zeros((1, m.in_)), rank)
+            for m in plan.modules
+        },
         _head(plan),
         {},
         {},
@@ -88,7 +103,10 @@ def local_accuracy(model: str, plan_bytes: tuple[Any, ModelCard], shard: str, ar
         arm = msgspec.convert(told, Arm)
         if base is None or base[0] != (arm.bits, arm.prune):
             masks = channels.masks(plan.card, scores, arm.prune)
-            base = ((arm.bits, arm.prune), Base(Path(model), [m.name for m in plan.card.modules], arm.bits, masks))
+            base = (
+                (arm.bits, arm.prune),
+                Base(Path(model), [m.name for m in plan.card.modules], arm.bits, masks),
+            )
         version = _alone(plan, version, arm, number, base[1], task, examples, masks, seed)
     return Evaluator(Path(model), plan, test).accuracy(version)
 
@@ -101,15 +119,35 @@ def _head(plan: Plan) -> Tensors:
     from rankfleet.federated.contract.stack import seed_of
 
     rng = np.random.default_rng(seed_of(plan.spec.seed, "head"))
-    return {k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32) for k, s in sorted(plan.heads.items())}
+    return {
+        k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32)
+        for k, s in sorted(plan.heads.items())
+    }
 
 
-def _alone(plan: Plan, version: Version, arm: Arm, number: int, base: Base, task: Any, examples: Rows, masks: Any, seed: int) -> Version:
+def _alone(
+    plan: Plan,
+    version: Version,
+    arm: Arm,
+    number: int,
+    base: Base,
+    task: Any,
+    examples: Rows,
+    masks: Any,
+    seed: int,
+) -> Version:
     placement = expand(arm.placement, plan.card, plan.modules)
     pairs, tensors = {}, dict(version.dense)
     for m in plan.modules:
         trained = m.name in placement
-        view = views.view(version.pairs[m.name], placement.get(m.name, version.pairs[m.name].A.shape[0]), None, seed, m.name, False)
+        view = views.view(
+            version.pairs[m.name],
+            placement.get(m.name, version.pairs[m.name].A.shape[0]),
+            None,
+            seed,
+            m.name,
+            False,
+        )
         out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
         tensors |= {f"{m.name}.{s}": t.astype(np.float32) for s, t in views.cut(view, out, in_).items()}
         pairs[m.name] = Pair(
@@ -126,7 +164,14 @@ def _alone(plan: Plan, version: Version, arm: Arm, number: int, base: Base, task
     spec = Spec(pairs, {k: Dense(t.shape) for k, t in version.dense.items()})
     base.place(spec, tensors)
     client = ClientSide(
-        Stack({}), "local", Round(number, plan.spec.rounds), "alone", spec, steps=arm.steps, lr=plan.spec.training.lr, down={}
+        Stack({}),
+        "local",
+        Round(number, plan.spec.rounds),
+        "alone",
+        spec,
+        steps=arm.steps,
+        lr=plan.spec.training.lr,
+        down={},
     )
     job = Assignment(
         "local",
@@ -145,8 +190,17 @@ def _alone(plan: Plan, version: Version, arm: Arm, number: int, base: Base, task
     )
     start = {k: tensors[k] for k in spec.shapes()}
     trained = Trainer(base, task, job, client, examples).run(client.begin(start), {})
-    update = Update("alone", 1.0, {k: trained[k] - tensors[k] for k in trained}, spec, {k: tensors[k] for k in tensors}, masks)
-    return combine.next_version(ServerSide(Stack({}), "local", plan.spec.rounds), version, [update], 1, number)[0]
+    update = Update(
+        "alone",
+        1.0,
+        {k: trained[k] - tensors[k] for k in trained},
+        spec,
+        {k: tensors[k] for k in tensors},
+        masks,
+    )
+    return combine.next_version(
+        ServerSide(Stack({}), "local", plan.spec.rounds), version, [update], 1, number
+    )[0]
 
 
 def features(evaluator: Evaluator, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -164,7 +218,12 @@ def features(evaluator: Evaluator, rows: Rows) -> tuple[np.ndarray[Any, Any], np
     return found, np.array([e["label"] for e in examples])
 
 
-def head_only(plan: Plan, shards: dict[str, tuple[Any, Any]], test: tuple[Any, Any], arms: dict[str, list[dict[str, Any]]]) -> float:
+def head_only(
+    plan: Plan,
+    shards: dict[str, tuple[Any, Any]],
+    test: tuple[Any, Any],
+    arms: dict[str, list[dict[str, Any]]],
+) -> float:
     """A federated head on frozen features: the job's rounds, steps, batch and rate, averaged by examples."""
     head = {k: torch.from_numpy(t) for k, t in _head(plan).items()}
     total = sum(len(y) for _, y in shards.values())
@@ -188,13 +247,20 @@ def head_only(plan: Plan, shards: dict[str, tuple[Any, Any]], test: tuple[Any, A
     return float((scores.argmax(-1) == torch.from_numpy(test[1])).float().mean())
 
 
-def pooled(train: Rows, test: Rows, probe: tuple[Any, Any], probe_test: tuple[Any, Any]) -> tuple[float, float]:
-    """(TF-IDF with logistic regression, logistic regression on frozen features), both on the pooled training set."""
+def pooled(
+    train: Rows, test: Rows, probe: tuple[Any, Any], probe_test: tuple[Any, Any]
+) -> tuple[float, float]:
+    """(TF-IDF with logistic regression, logistic regression on frozen features), both on the pooled
+    training set."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     words = TfidfVectorizer(sublinear_tf=True, min_df=2)
     x, z = words.fit_transform([r["text"] for r in train]), words.transform([r["text"] for r in test])
-    tfidf = LogisticRegression(max_iter=300, C=10).fit(x, [r["label"] for r in train]).score(z, [r["label"] for r in test])
+    tfidf = (
+        LogisticRegression(max_iter=300, C=10)
+        .fit(x, [r["label"] for r in train])
+        .score(z, [r["label"] for r in test])
+    )
     linear = LogisticRegression(max_iter=300, C=1).fit(*probe).score(*probe_test)
     return float(tfidf), float(linear)

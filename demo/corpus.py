@@ -1,7 +1,8 @@
-"""Real text that every machine has: paragraphs of the documentation strings of Python's standard library, by subject area.
+"""Real text that every machine has: paragraphs of the documentation strings of Python's standard library,
+by subject area.
 
-The list of modules is fixed. Paragraphs come from the sources with `ast`, nothing is imported. Exact duplicates are dropped
-before the split. The test set is made of whole modules that no device ever sees.
+The list of modules is fixed. Paragraphs come from the sources with `ast`, nothing is imported. Exact
+duplicates are dropped before the split. The test set is made of whole modules that no device ever sees.
 """
 
 import ast
@@ -210,7 +211,8 @@ _MARKUP = re.compile(r"^(>>>|\.\.\.|:|@|\s*[-=~*]{3})")
 
 
 def paragraphs(file: Path) -> list[str]:
-    """Prose paragraphs of all docstrings of a module, whitespace folded; code examples and rulers are left out."""
+    """Prose paragraphs of all docstrings of a module, whitespace folded; code examples and rulers are left
+    out."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
@@ -272,8 +274,11 @@ def _sample(rows: list[dict[str, str]], count: int, rng: random.Random) -> list[
     return kept
 
 
-def shards(train: list[dict[str, str]], devices: list[str], shares: list[float], skew: float = 0.5) -> dict[str, list[dict[str, str]]]:
-    """A non-IID shard for every device: areas drawn from a Dirichlet with concentration `skew`, at least 6 areas everywhere."""
+def shards(
+    train: list[dict[str, str]], devices: list[str], shares: list[float], skew: float = 0.5
+) -> dict[str, list[dict[str, str]]]:
+    """A non-IID shard for every device: areas drawn from a Dirichlet with concentration `skew`, at least 6
+    areas everywhere."""
     rng = random.Random(11)
     found: dict[str, list[dict[str, str]]] = {d: [] for d in devices}
     for label in sorted({r["label"] for r in train}):
@@ -297,7 +302,10 @@ def _at_least(found: dict[str, list[dict[str, str]]], areas: int) -> None:
             if len(have) >= areas:
                 break
             if label not in have:
-                giver = max((o for o in found.values() if o is not rows), key=lambda o: sum(r["label"] == label for r in o))
+                giver = max(
+                    (o for o in found.values() if o is not rows),
+                    key=lambda o: sum(r["label"] == label for r in o),
+                )
                 moved = [r for r in giver if r["label"] == label][:12]
                 rows += moved
                 for r in moved:

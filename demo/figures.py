@@ -1,4 +1,5 @@
-"""Collects the demo's figures: what was reached, what it cost, and what the alternatives reach on the same data."""
+"""Collects the demo's figures: what was reached, what it cost, and what the alternatives reach on the same
+data."""
 
 import json
 import multiprocessing
@@ -30,7 +31,9 @@ IDLE_AFTER_S = 60.0
 class Figures:
     """Everything that goes into `report.json`."""
 
-    def __init__(self, fleet: Fleet, watch: Watch, train: list[dict[str, Any]], test: list[dict[str, Any]], digest: str) -> None:
+    def __init__(
+        self, fleet: Fleet, watch: Watch, train: list[dict[str, Any]], test: list[dict[str, Any]], digest: str
+    ) -> None:
         self.fleet, self.watch, self.train, self.test, self.digest = fleet, watch, train, test, digest
         self.config = CoordinatorConfig(data_dir=str(fleet.home / "coordinator"))
         self.version, self.spec = load(self.config, watch.job, None)
@@ -77,7 +80,10 @@ class Figures:
         registry = Registry(self.config.home / "jobs" / self.watch.job)
         ours = evaluator.scores(self.version).argmax(-1)
         truth = torch.tensor([e["label"] for e in evaluator.examples])
-        shards = {d: [json.loads(line) for line in (self.fleet.home / d / "shard.jsonl").open(encoding="utf-8")] for d in self.arms}
+        shards = {
+            d: [json.loads(line) for line in (self.fleet.home / d / "shard.jsonl").open(encoding="utf-8")]
+            for d in self.arms
+        }
         found = {d: baselines.features(evaluator, r) for d, r in shards.items()}
         test = baselines.features(evaluator, self.test)
         everything = tuple(np.concatenate([f[i] for f in found.values()]) for i in (0, 1))
@@ -99,10 +105,18 @@ class Figures:
         code = (
             "import sys, json; sys.path.insert(0, sys.argv[1]); from load import load\n"
             "texts = json.load(open(sys.argv[3])); predict = load(sys.argv[2])\n"
-            "print(json.dumps([l for i in range(0, len(texts), 64) for l in predict([t['text'] for t in texts[i:i + 64]])]))"
+            "print(json.dumps([l for i in range(0, len(texts), 64) for l in predict([t['text'] for t in "
+            "texts[i:i + 64]])]))"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code, str(folder), str(self.fleet.model), str(self.fleet.home / "test.json")],
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(folder),
+                str(self.fleet.model),
+                str(self.fleet.home / "test.json"),
+            ],
             check=False,
             capture_output=True,
         )
@@ -128,7 +142,9 @@ class Figures:
         placed = [expand(a.placement, card, plan.modules) for a in arms]
         top = max(max(p.values()) for p in placed)
         every = sum(min(top, m.out, m.in_) * (m.out + m.in_) for m in plan.modules) + plan.head_size
-        same = sum(adapter_parameters(card, p, a.prune) + plan.head_size for p, a in zip(placed, arms, strict=True))
+        same = sum(
+            adapter_parameters(card, p, a.prune) + plan.head_size for p, a in zip(placed, arms, strict=True)
+        )
         return {
             "bytes_up_total": sum(self.up.values()),
             "bytes_up_dense_lora": 2 * every * len(arms),
@@ -140,7 +156,10 @@ class Figures:
     def _device(self, name: str) -> dict[str, Any]:
         arms = [msgspec.convert(a, Arm) for a in self.arms[name]]
         status = self.fleet.status(name)
-        shapes = [rank_and_depth(expand(a.placement, self.plan.card, self.plan.modules), self.plan.card) for a in arms]
+        shapes = [
+            rank_and_depth(expand(a.placement, self.plan.card, self.plan.modules), self.plan.card)
+            for a in arms
+        ]
         entry = next(d for d in self.fleet.spec.devices if d.name == name)
         last = [d["why"] for r in self.watch.rounds for d in r["devices"] if d["device"] == name and d["why"]]
         return {

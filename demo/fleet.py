@@ -1,4 +1,5 @@
-"""Starts and stops the demo's programs: one coordinator with its broker, one agent per device, each a real process."""
+"""Starts and stops the demo's programs: one coordinator with its broker, one agent per device, each a real
+process."""
 
 import contextlib
 import json
@@ -60,7 +61,9 @@ class Fleet:
     def start(self, name: str, *words: str) -> subprocess.Popen[bytes]:
         """A service in the background, logging into the home folder."""
         with (self.home / f"{name}.log").open("ab") as log:
-            return subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                [sys.executable, "-m", *words], stdout=log, stderr=log, start_new_session=True
+            )
 
     def serve(self) -> Client:
         """Start the coordinator and wait until it answers."""
@@ -75,7 +78,9 @@ class Fleet:
             },
         )
         api = self.home / "coordinator" / "api.json"
-        self.coordinator = self.start("coordinator", "rankfleet.coordinator", "serve", "--config", str(self.config))
+        self.coordinator = self.start(
+            "coordinator", "rankfleet.coordinator", "serve", "--config", str(self.config)
+        )
         for _ in range(300):
             if api.exists():
                 with contextlib.suppress(Exception):
@@ -100,7 +105,9 @@ class Fleet:
                     "threads": d.threads,
                     "model_budget_mb": d.model_budget_mb,
                     "models": {self.model_name: str(self.model)},
-                    "datasets": {"docs": {"path": str(data[d.name]), "columns": {"text": "text", "label": "label"}}},
+                    "datasets": {
+                        "docs": {"path": str(data[d.name]), "columns": {"text": "text", "label": "label"}}
+                    },
                     "link": {"up_kbps": d.up_kbps, "packet_bytes": self.spec.packet_bytes, "answer_s": 3},
                 },
             )
@@ -109,7 +116,9 @@ class Fleet:
 
     def agent(self, name: str) -> None:
         """Start one agent."""
-        self.agents[name] = self.start(name, "rankfleet.edge_agent", "run", "--config", str(self.home / name / "agent.yaml"))
+        self.agents[name] = self.start(
+            name, "rankfleet.edge_agent", "run", "--config", str(self.home / name / "agent.yaml")
+        )
 
     def kill_agent(self, name: str) -> None:
         """kill -9, no farewell."""
@@ -136,7 +145,9 @@ class Fleet:
     def idle_rss_mb(self, name: str) -> float:
         """VmRSS of an agent with its children."""
         process = psutil.Process(self.agents[name].pid)
-        return float(sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])) / (1 << 20)
+        return float(sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])) / (
+            1 << 20
+        )
 
     def stop(self) -> None:
         """End everything."""

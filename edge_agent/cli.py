@@ -22,11 +22,18 @@ DEFAULT = "/etc/edge-agent/agent.yaml"
 
 def build() -> argparse.ArgumentParser:
     """The parser."""
-    parse = cli.parser("edge-agent", "Trains an adapter on this device when a coordinator asks; no example ever leaves it.")
+    parse = cli.parser(
+        "edge-agent", "Trains an adapter on this device when a coordinator asks; no example ever leaves it."
+    )
     group = parse.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, run, text, example in (
         ("run", _run, "run the service", "edge-agent run --config agent.yaml"),
-        ("enroll", _enroll, "join a fleet with a claim token", "edge-agent enroll rf1.lqRtYWlu… --config agent.yaml"),
+        (
+            "enroll",
+            _enroll,
+            "join a fleet with a claim token",
+            "edge-agent enroll rf1.lqRtYWlu… --config agent.yaml",
+        ),
         ("status", _status, "what the service is doing", "edge-agent status --json"),
         ("infer", _infer, "ask the current model", 'edge-agent infer "where is my parcel?"'),
         ("doctor", _doctor, "find what is set up wrong", "edge-agent doctor --config agent.yaml"),
@@ -34,18 +41,36 @@ def build() -> argparse.ArgumentParser:
         ("leave", _leave, "leave the fleet and remove everything of ours", "edge-agent leave --yes"),
     ):
         made = cli.command(group, name, run, text, example)
-        made.add_argument("--config", type=Path, default=Path(DEFAULT), help=f"the agent's YAML (default {DEFAULT})")
+        made.add_argument(
+            "--config", type=Path, default=Path(DEFAULT), help=f"the agent's YAML (default {DEFAULT})"
+        )
         if name == "enroll":
             made.add_argument("token", help="the line that `coordinator invite` printed")
-            made.add_argument("--again", action="store_true", help="replace an earlier enrolment; adapter and cache stay")
-            made.add_argument("--no-probe", action="store_true", help="do not time the kernels of every precision")
+            made.add_argument(
+                "--again", action="store_true", help="replace an earlier enrolment; adapter and cache stay"
+            )
+            made.add_argument(
+                "--no-probe", action="store_true", help="do not time the kernels of every precision"
+            )
         if name == "infer":
-            made.add_argument("text", nargs="*", help="inputs; none: lines of standard input, text or JSON objects of the task's fields")
-            made.add_argument("--model", type=Path, help="folder of an adapter or of an export (default: the current adapter)")
+            made.add_argument(
+                "text",
+                nargs="*",
+                help="inputs; none: lines of standard input, text or JSON objects of the task's fields",
+            )
+            made.add_argument(
+                "--model",
+                type=Path,
+                help="folder of an adapter or of an export (default: the current adapter)",
+            )
         if name == "probe":
-            made.add_argument("--kernels", action="store_true", help="time a real kernel for every precision (loads torch)")
+            made.add_argument(
+                "--kernels", action="store_true", help="time a real kernel for every precision (loads torch)"
+            )
         if name == "leave":
-            made.add_argument("--yes", action="store_true", help="really remove identity, adapter, outbox and cache")
+            made.add_argument(
+                "--yes", action="store_true", help="really remove identity, adapter, outbox and cache"
+            )
         if name == "run":
             made.add_argument("--verbose", action="store_true", help="log more")
     return parse
@@ -78,7 +103,9 @@ def _run(args: argparse.Namespace) -> int:
         config.link.broker or who.broker, f"rf-{who.fleet}-{who.device}", keepalive_s=config.link.keepalive_s,
         packet=config.link.packet_bytes, tls=_tls(config), proxy=config.link.proxy,
     )  # fmt: skip
-    engine = GuardedEngine(ProcessEngine(memory_mb=config.worker.memory_mb, idle_s=config.worker.idle_s), Guard(config.guard))
+    engine = GuardedEngine(
+        ProcessEngine(memory_mb=config.worker.memory_mb, idle_s=config.worker.idle_s), Guard(config.guard)
+    )
     agent = Agent(who, config, bus, engine, profile, bits_ms)
     engine.tell = told(agent.status)
     agent.config_path = args.config
@@ -107,7 +134,9 @@ def _known(config: Any, probe: Any) -> tuple[dict[str, Any], dict[str, float]]:
     except KeyError:
         from rankfleet.profiles.device import library
 
-        raise ConfigError(f"profile `{config.profile}` is not known", f"auto, or one of {', '.join(library())}") from None
+        raise ConfigError(
+            f"profile `{config.profile}` is not known", f"auto, or one of {', '.join(library())}"
+        ) from None
     saved = config.home / "kernels.json"
     return profile, json.loads(saved.read_text(encoding="utf-8")) if saved.exists() else {}
 
@@ -123,7 +152,9 @@ async def _serve(agent: Any) -> None:
     if agent.config.metrics.port is not None:
         await metrics.start(agent.config.metrics.host, agent.config.metrics.port)
     task = asyncio.create_task(agent.run(), name="agent")
-    living = asyncio.create_task(alive(lambda: f"{agent.status['state']} {agent.status.get('job', '')}".strip()), name="notify")
+    living = asyncio.create_task(
+        alive(lambda: f"{agent.status['state']} {agent.status.get('job', '')}".strip()), name="notify"
+    )
     loop = asyncio.get_running_loop()
     for name in ("SIGTERM", "SIGINT"):
         if sys.platform != "win32":
@@ -148,7 +179,8 @@ def _enroll(args: argparse.Namespace) -> int:
     cli.show(
         args,
         {"device": who.device, "fleet": who.fleet, "broker": who.broker},
-        f"enrolled as `{who.device}` in fleet `{who.fleet}`; start it with: edge-agent run --config {args.config}",
+        f"enrolled as `{who.device}` in fleet `{who.fleet}`; start it with: edge-agent run --config "
+        f"{args.config}",
     )
     return 0
 
@@ -182,7 +214,10 @@ def _infer(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(answer, ensure_ascii=False))
         elif "shares" in answer:
-            print("  ".join(f"{100 * share:.1f}% {label}" for label, share in answer["shares"].items()) + f"  | {line[:60]}")
+            print(
+                "  ".join(f"{100 * share:.1f}% {label}" for label, share in answer["shares"].items())
+                + f"  | {line[:60]}"
+            )
         else:
             print(next(iter(answer.values())))
     return 0
@@ -223,8 +258,11 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _is_agent(words: list[str]) -> bool:
-    """Is this the command line of an agent: `edge-agent`, `rankfleet agent` or `python -m rankfleet.edge_agent`?"""
-    umbrella = any(Path(first).stem == "rankfleet" and second == "agent" for first, second in itertools.pairwise(words))
+    """Is this the command line of an agent: `edge-agent`, `rankfleet agent` or `python -m
+    rankfleet.edge_agent`?"""
+    umbrella = any(
+        Path(first).stem == "rankfleet" and second == "agent" for first, second in itertools.pairwise(words)
+    )
     return umbrella or any("edge_agent" in word or "edge-agent" in word for word in words)
 
 
@@ -250,7 +288,9 @@ def _leave(args: argparse.Namespace) -> int:
 
     config = _config(args)
     if not args.yes:
-        raise ConfigError(f"this removes identity, adapter, outbox and cache in {config.home}", "edge-agent leave --yes")
+        raise ConfigError(
+            f"this removes identity, adapter, outbox and cache in {config.home}", "edge-agent leave --yes"
+        )
     _end_service(config.home)
     told = False
     if (config.home / "identity.json").exists():
@@ -258,7 +298,9 @@ def _leave(args: argparse.Namespace) -> int:
 
         async def tell() -> None:
             url = config.link.broker or who.broker
-            bus = MqttBus(url, f"rf-{who.fleet}-{who.device}-leave", tls=_tls(config), proxy=config.link.proxy)
+            bus = MqttBus(
+                url, f"rf-{who.fleet}-{who.device}-leave", tls=_tls(config), proxy=config.link.proxy
+            )
             await bus.start()
             try:
                 message = seal(Leave(), who.device, who.link_key)

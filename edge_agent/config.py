@@ -18,7 +18,8 @@ class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """JSONL, CSV or Parquet file, or `hub:organisation/name`."""
     task: str = "text_classification"
     columns: dict[str, str] = {}
-    """Field of the task (`text`, `label`, `pixels`) → column of the file; a field without entry has its own name."""
+    """Field of the task (`text`, `label`, `pixels`) → column of the file; a field without entry has its
+    own name."""
     labels: dict[str, str] = {}
     """Value in the file → label of the job."""
 
@@ -41,7 +42,8 @@ class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The connection; rates emulate a slower one and are left out on real devices."""
 
     keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 240
-    """Seconds between signs of life on an idle link: 2.3 MB a month with all headers; NAT tables keep entries for five minutes."""
+    """Seconds between signs of life on an idle link: 2.3 MB a month with all headers; NAT tables keep
+    entries for five minutes."""
     packet_bytes: Annotated[int, Meta(ge=256, le=120_000)] = 120_000
     up_kbps: Annotated[float, Meta(gt=0)] | None = None
     down_kbps: Annotated[float, Meta(gt=0)] | None = None
@@ -71,14 +73,16 @@ class WorkerLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Disk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What training may put on the disk: prepared base models, and what lower layers put out for each example."""
+    """What training may put on the disk: prepared base models, and what lower layers put out for each
+    example."""
 
     quota_mb: Annotated[float, Meta(ge=0)] = 8000.0
     """For both together; 0: nothing, everything is made anew in memory."""
     writes_mb_per_day: Annotated[float, Meta(ge=0)] = 4000.0
     """Cards wear out by being written to; beyond this nothing more is kept today."""
     cache: Literal["auto", "on", "off"] = "auto"
-    """Layers' output on disk; `auto`: not on SD cards and USB sticks, whose reading is slow and whose cells are few."""
+    """Layers' output on disk; `auto`: not on SD cards and USB sticks, whose reading is slow and whose
+    cells are few."""
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,7 +108,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object a line."""
     on_adapter: tuple[str, ...] = ()
-    """Command that is run when a new adapter lies in `<state_dir>/adapter/current`: at a job's end, and in between at most every 30 s."""
+    """Command that is run when a new adapter lies in `<state_dir>/adapter/current`: at a job's end, and in
+    between at most every 30 s."""
 
     @property
     def home(self) -> Path:

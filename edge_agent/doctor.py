@@ -30,10 +30,20 @@ def examine(path: Path) -> list[Finding]:
     found = [finding("config", "ok", str(path))]
     found += [_state(config.home), _enrolled(config.home), _profile(config), _torch(), _gpu()]
     found += [_dataset(n, d.path) for n, d in config.datasets.items()] or [
-        finding("data", "error", "no dataset is mapped, so no job can run here", "add `datasets` to the agent's YAML")
+        finding(
+            "data",
+            "error",
+            "no dataset is mapped, so no job can run here",
+            "add `datasets` to the agent's YAML",
+        )
     ]
     found += [_model(n, p) for n, p in config.models.items()] or [
-        finding("model", "error", "no base model is named, so no job can run here", "add `models` to the agent's YAML")
+        finding(
+            "model",
+            "error",
+            "no base model is named, so no job can run here",
+            "add `models` to the agent's YAML",
+        )
     ]
     if (known := certificate.facts(config.home)) is not None:
         found.append(_certificate(known))
@@ -47,9 +57,20 @@ def _running(home: Path) -> list[Finding]:
     except (OSError, ValueError):
         return []
     if time.time() - float(said.get("at", 0)) > 120 or said.get("state") == "stopped":
-        return [finding("service", "warning", "the service does not run", "systemctl start edge-agent, or edge-agent run")]
+        return [
+            finding(
+                "service",
+                "warning",
+                "the service does not run",
+                "systemctl start edge-agent, or edge-agent run",
+            )
+        ]
     seen = ("disk-low", "broker-away", "certificate-ends", "clock-wrong", "data-missing")
-    return [finding(c["code"], c["severity"], c["text"], c["do"]) for c in said.get("conditions", []) if c["code"] not in seen]
+    return [
+        finding(c["code"], c["severity"], c["text"], c["do"])
+        for c in said.get("conditions", [])
+        if c["code"] not in seen
+    ]
 
 
 def _state(home: Path) -> Finding:
@@ -58,7 +79,12 @@ def _state(home: Path) -> Finding:
     if home.stat().st_mode & 0o077 and platform.system() != "Windows":
         return finding("state", "error", f"{home} can be read by others", f"chmod 700 {home}")
     free = shutil.disk_usage(home).free / 1e6
-    return finding("state", "ok" if free > 500 else "error", f"{home}, {free:,.0f} MB free", "" if free > 500 else "make room")
+    return finding(
+        "state",
+        "ok" if free > 500 else "error",
+        f"{home}, {free:,.0f} MB free",
+        "" if free > 500 else "make room",
+    )
 
 
 def _enrolled(home: Path) -> Finding:
@@ -77,20 +103,33 @@ def _profile(config: AgentConfig) -> Finding:
         profile = probe.profile(config)
     except KeyError:
         return finding("profile", "error", f"profile `{config.profile}` is not known", "use `auto`")
-    return finding("profile", "ok", f"{profile.title}, {profile.budget_mb:.0f} MB for the model, {profile.threads} threads")
+    return finding(
+        "profile",
+        "ok",
+        f"{profile.title}, {profile.budget_mb:.0f} MB for the model, {profile.threads} threads",
+    )
 
 
 def _torch() -> Finding:
     if importlib.util.find_spec("torch") is None:
         return finding("torch", "error", "torch is not installed in this environment", "make install")
-    missing = [m for m in ("transformers", "safetensors", "cryptography") if importlib.util.find_spec(m) is None]
-    return finding("torch", "error" if missing else "ok", f"missing: {', '.join(missing)}" if missing else "installed")
+    missing = [
+        m for m in ("transformers", "safetensors", "cryptography") if importlib.util.find_spec(m) is None
+    ]
+    return finding(
+        "torch", "error" if missing else "ok", f"missing: {', '.join(missing)}" if missing else "installed"
+    )
 
 
 def _gpu() -> Finding:
     release = platform.release()
     if "tegra" in release and not list(CUDA_HOME.glob("cuda*")):
-        return finding("gpu", "error", "a Jetson without CUDA: training would run on the CPU", "install JetPack's CUDA and NVIDIA's torch")
+        return finding(
+            "gpu",
+            "error",
+            "a Jetson without CUDA: training would run on the CPU",
+            "install JetPack's CUDA and NVIDIA's torch",
+        )
     return finding("gpu", "ok", ", ".join(probe.gpus()) or "none; trains on the CPU")
 
 
@@ -102,11 +141,19 @@ def _dataset(name: str, path: str) -> Finding:
 
 def _model(name: str, path: str) -> Finding:
     if path == "coordinator" or path.startswith("hub:"):
-        return finding("model", "ok", f"`{name}`: fetched from {'the coordinator' if path == 'coordinator' else path} when a job needs it")
+        return finding(
+            "model",
+            "ok",
+            f"`{name}`: fetched from {'the coordinator' if path == 'coordinator' else path} when a job "
+            "needs it",
+        )
     folder = Path(path)
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
         return finding(
-            "model", "error", f"`{name}`: {path} lacks config.json or *.safetensors", "copy the model there; pickled weights are not loaded"
+            "model",
+            "error",
+            f"`{name}`: {path} lacks config.json or *.safetensors",
+            "copy the model there; pickled weights are not loaded",
         )
     return finding("model", "ok", f"`{name}`: {path}")
 
@@ -114,11 +161,26 @@ def _model(name: str, path: str) -> Finding:
 def _certificate(known: certificate.Facts) -> Finding:
     until, now = time.strftime("%Y-%m-%d", time.localtime(known.ends)), time.time()
     if now < known.begins:
-        return finding("certificate", "error", f"the clock says {time.strftime('%Y-%m-%d')}: earlier than the certificate", "set the clock")
+        return finding(
+            "certificate",
+            "error",
+            f"the clock says {time.strftime('%Y-%m-%d')}: earlier than the certificate",
+            "set the clock",
+        )
     if now > known.ends:
-        return finding("certificate", "error", f"it ended on {until}", "edge-agent run renews it; else edge-agent enroll --again TOKEN")
+        return finding(
+            "certificate",
+            "error",
+            f"it ended on {until}",
+            "edge-agent run renews it; else edge-agent enroll --again TOKEN",
+        )
     if now > known.renew_at() + 86_400:
-        return finding("certificate", "warning", f"it ends on {until} and is not renewed", f"is {known.door} reachable from here?")
+        return finding(
+            "certificate",
+            "warning",
+            f"it ends on {until} and is not renewed",
+            f"is {known.door} reachable from here?",
+        )
     return finding("certificate", "ok", f"until {until}, renewed in time")
 
 
@@ -135,6 +197,16 @@ def _broker(config: AgentConfig) -> Finding:
                     return finding("broker", "ok", f"{url.host}:{url.port} answers, and is of this fleet")
         return finding("broker", "ok", f"{url.host}:{url.port} answers")
     except ssl.SSLError as error:
-        return finding("broker", "error", f"{url.host}:{url.port}: TLS: {error}", "is it the broker of this fleet, under a name it knows?")
+        return finding(
+            "broker",
+            "error",
+            f"{url.host}:{url.port}: TLS: {error}",
+            "is it the broker of this fleet, under a name it knows?",
+        )
     except OSError as error:
-        return finding("broker", "error", f"{url.host}:{url.port}: {error}", "is the coordinator running, and no firewall between?")
+        return finding(
+            "broker",
+            "error",
+            f"{url.host}:{url.port}: {error}",
+            "is the coordinator running, and no firewall between?",
+        )

@@ -1,4 +1,5 @@
-"""What can be wrong with a running agent, and its metrics. Standard library alone: the idle service carries it."""
+"""What can be wrong with a running agent, and its metrics. Standard library alone: the idle service
+carries it."""
 
 import shutil
 import time
@@ -28,23 +29,34 @@ def _clock(agent: "Agent") -> str:
 
 
 def _broker(agent: "Agent") -> str:
-    return "" if agent.bus.connected.is_set() else f"no broker: {getattr(agent.bus, 'problem', '') or 'connecting'}"
+    return (
+        ""
+        if agent.bus.connected.is_set()
+        else f"no broker: {getattr(agent.bus, 'problem', '') or 'connecting'}"
+    )
 
 
 def _certificate(agent: "Agent") -> str:
     known = certificate.facts(agent.config.home)
     if known is None or time.time() < known.renew_at() + 86_400:
         return ""
-    return f"the certificate ends on {time.strftime('%Y-%m-%d', time.localtime(known.ends))} and could not be renewed"
+    day = time.strftime("%Y-%m-%d", time.localtime(known.ends))
+    return f"the certificate ends on {day} and could not be renewed"
 
 
 def _outbox(agent: "Agent") -> str:
     old = [m for _, m in agent.outbox.due()] if agent.sender.unanswered_s() > STUCK_S else []
-    return f"{len(old)} updates wait, and nobody answers for {agent.sender.unanswered_s() / 3600:.0f} h" if old else ""
+    return (
+        f"{len(old)} updates wait, and nobody answers for {agent.sender.unanswered_s() / 3600:.0f} h"
+        if old
+        else ""
+    )
 
 
 def _data(agent: "Agent") -> str:
-    missing = [n for n, d in agent.config.datasets.items() if not d.path.startswith("hub:") and not _there(d.path)]
+    missing = [
+        n for n, d in agent.config.datasets.items() if not d.path.startswith("hub:") and not _there(d.path)
+    ]
     return f"dataset files are not there: {', '.join(missing)}" if missing else ""
 
 
@@ -62,9 +74,27 @@ def _spent(agent: "Agent") -> str:
 CONDITIONS: list[Declared["Agent"]] = [
     Declared("clock-wrong", "error", _clock, "set the clock; the agent waits for it"),
     Declared("disk-low", "error", _disk, "make room; a round needs the base model and its cache"),
-    Declared("broker-away", "error", _broker, "is there a network, and does the coordinator run?", depends_on=("clock-wrong",)),
-    Declared("certificate-ends", "error", _certificate, "is the coordinator's HTTPS port reachable?", depends_on=("clock-wrong",)),
-    Declared("updates-wait", "warning", _outbox, "an access rule or a size limit of the broker?", depends_on=("broker-away",)),
+    Declared(
+        "broker-away",
+        "error",
+        _broker,
+        "is there a network, and does the coordinator run?",
+        depends_on=("clock-wrong",),
+    ),
+    Declared(
+        "certificate-ends",
+        "error",
+        _certificate,
+        "is the coordinator's HTTPS port reachable?",
+        depends_on=("clock-wrong",),
+    ),
+    Declared(
+        "updates-wait",
+        "warning",
+        _outbox,
+        "an access rule or a size limit of the broker?",
+        depends_on=("broker-away",),
+    ),
     Declared("data-missing", "error", _data, "correct `datasets` in the agent's YAML"),
     Declared("traffic-spent", "warning", _spent, "`allow.mb_per_day`; it goes on tomorrow"),
 ]
@@ -105,5 +135,7 @@ def exposition(agent: "Agent") -> str:
         ("updates_waiting", {}, float(len(agent.outbox.due()))),
         ("workers_killed_total", {}, float(agent.status.get("worker_killed", 0))),
     ]
-    samples += [("condition", {"code": d.code, "severity": d.severity}, float(d.code in now)) for d in CONDITIONS]
+    samples += [
+        ("condition", {"code": d.code, "severity": d.severity}, float(d.code in now)) for d in CONDITIONS
+    ]
     return metrics.text("rankfleet_agent", TEXTS, samples)

@@ -1,8 +1,9 @@
 """What the service tells the worker, and where the answer lies: the contract between the two processes.
 
-A finished round is two files beside each other: `r000003.update` (what will be sent, with its address and signature) and
-`r000003.state` (methods' state after the round), written in this order, each durably. So a round is finished when its state is
-there, and an update without a state is as if it had not been made. The update goes with its receipt.
+A finished round is two files beside each other: `r000003.update` (what will be sent, with its address and
+signature) and `r000003.state` (methods' state after the round), written in this order, each durably. So a
+round is finished when its state is there, and an update without a state is as if it had not been made. The
+update goes with its receipt.
 """
 
 import struct
@@ -43,7 +44,8 @@ class Order(msgspec.Struct, frozen=True):
     accelerator: str = "auto"
     """Where to compute: `auto`, `cpu` or `cuda`."""
     kernel_ms: dict[str, float] = {}
-    """What the products took here (`rankfleet.profiles.kernels`): whether few-bit maps are computed with in bf16."""
+    """What the products took here (`rankfleet.profiles.kernels`): whether few-bit maps are computed with
+    in bf16."""
 
 
 MAX_META = 1 << 16
@@ -90,7 +92,9 @@ def last_state(result: Path) -> Path | None:
 def commit(result: Path, update: bytes, state: bytes, meta: Meta) -> None:
     """Put a finished round in its place, all or nothing."""
     head = msgspec.msgpack.encode(meta)
-    write_in_order({update_file(result): struct.pack("<I", len(head)) + head + update, state_file(result): state})
+    write_in_order(
+        {update_file(result): struct.pack("<I", len(head)) + head + update, state_file(result): state}
+    )
 
 
 def read_meta(file: Path) -> Meta:

@@ -1,6 +1,8 @@
-"""The agent's service: hears assignments, has them carried out, and keeps each update until its receipt comes.
+"""The agent's service: hears assignments, has them carried out, and keeps each update until its receipt
+comes.
 
-Imports neither NumPy, torch nor cryptography: idle it is an MQTT client and a few files. Nothing that arrives can end it.
+Imports neither NumPy, torch nor cryptography: idle it is an MQTT client and a few files. Nothing that
+arrives can end it.
 """
 
 import asyncio
@@ -61,7 +63,13 @@ class Agent:
     """One device. `run` returns when it is cancelled."""
 
     def __init__(
-        self, identity: Identity, config: AgentConfig, bus: Bus, engine: Engine, profile: dict[str, Any], bits_ms: dict[str, float]
+        self,
+        identity: Identity,
+        config: AgentConfig,
+        bus: Bus,
+        engine: Engine,
+        profile: dict[str, Any],
+        bits_ms: dict[str, float],
     ) -> None:
         self.identity, self.config, self.bus, self.engine = identity, config, bus, engine
         self.profile, self.bits_ms = profile, bits_ms
@@ -69,11 +77,20 @@ class Agent:
         self.outbox = Outbox(config.home)
         self.writes = Writes(config.home, config.disk)
         self.status = Status(config.home, bus, device=identity.device, fleet=identity.fleet, agent=VERSION)
-        self.sender = Sender(self.outbox, self.status, self.say, lambda kind, payload: self._publish(kind, payload), config.link.answer_s)
+        self.sender = Sender(
+            self.outbox,
+            self.status,
+            self.say,
+            lambda kind, payload: self._publish(kind, payload),
+            config.link.answer_s,
+        )
         self.fetcher = Fetcher(bus, self.topics, config.home / "blobs", self.say, config.link.answer_s)
         self.fetcher.kbps = config.link.down_kbps
         self.bases = Bases(
-            config.home, identity, config.allow.model_mb, lambda done, total: self.status.set(model_mb=[done >> 20, total >> 20])
+            config.home,
+            identity,
+            config.allow.model_mb,
+            lambda done, total: self.status.set(model_mb=[done >> 20, total >> 20]),
         )
         self._assignment: tuple[Assignment, bytes, str] | None = None
         self._handled: dict[str, Report | None] = {}
@@ -167,7 +184,9 @@ class Agent:
             async with self._narrow:
                 await asyncio.sleep(len(payload) * 8 / (link.up_kbps * 1e3) if link.up_kbps else 0.0)
             await asyncio.sleep(link.delay_ms / 1e3)
-        return await self.bus.publish(self.topics.device(self.identity.device, kind), payload, again=kind != "chunk")
+        return await self.bus.publish(
+            self.topics.device(self.identity.device, kind), payload, again=kind != "chunk"
+        )
 
     def _take(self, topic: str, payload: bytes) -> None:
         """A message of the coordinator; anything unreadable is logged and dropped."""
@@ -225,11 +244,15 @@ class Agent:
             return
         if self.outbox.over(job.job):
             log.warning("round %d of %s: that job has ended: an old message", job.round, job.job)
-            self._spawn(self.say(Report(job.job, job.round, "failed", "that job has ended here", "job")), "report")
+            self._spawn(
+                self.say(Report(job.job, job.round, "failed", "that job has ended here", "job")), "report"
+            )
             return
         if self.outbox.overtaken(result_of(self.outbox.jobs, job.job, job.round)):
             # It must not take the place of the current one. Whoever asks in earnest hears why nothing comes.
-            reason = "a later round was done here: an old message, or a coordinator that was put back to an older state"
+            reason = (
+                "a later round was done here: an old message, or a coordinator put back to an older state"
+            )
             log.warning("round %d of %s: %s", job.round, job.job, reason)
             self._spawn(self.say(Report(job.job, job.round, "failed", reason, "job")), "report")
             return
@@ -312,7 +335,9 @@ class Agent:
                 return None
             self._phase(job, "sending")
             self.outbox.add(result)
-            self.writes.add(sum(meta.cost.get("disk_mb", 0.0) for path, meta in self.outbox.due() if path == result))
+            self.writes.add(
+                sum(meta.cost.get("disk_mb", 0.0) for path, meta in self.outbox.due() if path == result)
+            )
             self.fetcher.forget({b.digest for b in job.blobs.values()})
             self.sender.mail.set()
             return None
@@ -341,7 +366,10 @@ class Agent:
             paths = await asyncio.gather(*(self.fetcher.get(b) for b in job.blobs.values()))
             return dict(zip(job.blobs, map(str, paths), strict=True))
 
-        fetch, other = asyncio.create_task(every(), name="fetch"), asyncio.create_task(self._superseded.wait(), name="superseded")
+        fetch, other = (
+            asyncio.create_task(every(), name="fetch"),
+            asyncio.create_task(self._superseded.wait(), name="superseded"),
+        )
         try:
             await asyncio.wait({fetch, other}, return_when=asyncio.FIRST_COMPLETED)
             return fetch.result() if fetch.done() else None
@@ -353,7 +381,9 @@ class Agent:
         log.error("round %d of %s: %s", job.round, job.job, reason)
         self.status.fail(reason)
         self.status.write(state="idle")
-        report = Report(job.job, job.round, "refused" if code in ("consent", "data") else "failed", reason, code)
+        report = Report(
+            job.job, job.round, "refused" if code in ("consent", "data") else "failed", reason, code
+        )
         if job.job not in self._over:
             await self.say(report)
         return report
@@ -364,11 +394,14 @@ class Agent:
 
     def _within_budget(self, job: Assignment) -> None:
         if job.recipe.memory_mb > self._budget_mb():
-            raise Refused(f"the arm needs {job.recipe.memory_mb:.0f} MB, this device allows {self._budget_mb():.0f} MB")
+            raise Refused(
+                f"the arm needs {job.recipe.memory_mb:.0f} MB, this device allows {self._budget_mb():.0f} MB"
+            )
         self.status.count()
         if self.status.counters.today > self.config.allow.mb_per_day * 1e6:
             raise Refused(
-                f"{self.status.counters.today / 1e6:.0f} MB went over the link today, {self.config.allow.mb_per_day:.0f} are allowed"
+                f"{self.status.counters.today / 1e6:.0f} MB went over the link today, "
+                f"{self.config.allow.mb_per_day:.0f} are allowed"
             )
 
     def _phase(self, job: Assignment, state: Literal["downloading", "training", "sending"]) -> None:
@@ -377,9 +410,19 @@ class Agent:
             self._telling.cancel()
         if state != "sending":
             report = Report(job.job, job.round, state)
-            self._telling = asyncio.get_running_loop().call_later(SHORT_S, lambda: self._spawn(self.say(report), "report"))
+            self._telling = asyncio.get_running_loop().call_later(
+                SHORT_S, lambda: self._spawn(self.say(report), "report")
+            )
         r = job.recipe
-        self.status.write(state=state, job=job.job, round=job.round, rounds=job.rounds, arm=job.say, bits=r.bits, prune=r.prune)
+        self.status.write(
+            state=state,
+            job=job.job,
+            round=job.round,
+            rounds=job.rounds,
+            arm=job.say,
+            bits=r.bits,
+            prune=r.prune,
+        )
 
     def _look_for_adapter(self) -> None:
         """Has the worker put another adapter in place? Then the owner's command is run."""
@@ -394,7 +437,8 @@ class Agent:
     async def _on_adapter(self) -> None:
         try:
             process = await asyncio.create_subprocess_exec(
-                *self.config.on_adapter, env={**os.environ, "RANKFLEET_ADAPTER": str(self.config.home / "adapter" / "current")}
+                *self.config.on_adapter,
+                env={**os.environ, "RANKFLEET_ADAPTER": str(self.config.home / "adapter" / "current")},
             )
             if await process.wait():
                 log.warning("on_adapter ended with code %d", process.returncode)

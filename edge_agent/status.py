@@ -1,4 +1,5 @@
-"""What the agent is doing and what it cost, on disk: `status.json` for people, `counters.json` for the next start."""
+"""What the agent is doing and what it cost, on disk: `status.json` for people, `counters.json` for the
+next start."""
 
 import logging
 import os
@@ -82,9 +83,15 @@ class Status:
             counters.day, counters.today = day, 0
         up, down = now[0] - self._seen[0], now[1] - self._seen[1]
         moved, self._seen = now != self._seen, now
-        counters.up, counters.down, counters.today = counters.up + up, counters.down + down, counters.today + up + down
+        counters.up, counters.down, counters.today = (
+            counters.up + up,
+            counters.down + down,
+            counters.today + up + down,
+        )
         total = counters.up + counters.down
-        if abs(total - self._saved[0]) > SAVE_BYTES or (total != self._saved[0] and time.monotonic() - self._saved[1] > SAVE_S):
+        if abs(total - self._saved[0]) > SAVE_BYTES or (
+            total != self._saved[0] and time.monotonic() - self._saved[1] > SAVE_S
+        ):
             self.save()
         return moved
 
@@ -97,13 +104,15 @@ class Status:
             log.warning("counters: %s", error)
 
     def write(self, **facts: Any) -> None:
-        """Remember facts and bring them to disk, now or, where that was done a moment ago, with the next `flush`."""
+        """Remember facts and bring them to disk, now or, where that was done a moment ago, with the next
+        `flush`."""
         self.facts |= facts
         self._stale = True
         self.flush()
 
     def flush(self, now: bool = False) -> None:
-        """To disk, if anything is new and the last time was not a moment ago, or `now`; a full disk is logged, never fatal."""
+        """To disk, if anything is new and the last time was not a moment ago, or `now`; a full disk is
+        logged, never fatal."""
         stale = self._stale or self.facts.get("connected") != self.bus.connected.is_set()
         if not stale or (not now and time.monotonic() - self._written <= OFTEN_S):
             return

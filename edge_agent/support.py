@@ -1,4 +1,5 @@
-"""What an operator may ask of a device from afar: the last lines of its log, and what its own doctor finds. Bounded, without secrets."""
+"""What an operator may ask of a device from afar: the last lines of its log, and what its own doctor
+finds. Bounded, without secrets."""
 
 import asyncio
 import logging
@@ -36,8 +37,17 @@ def bounded(text: str) -> str:
 
 async def doctor(config: Path | None) -> str:
     """What `edge-agent doctor --json` says, from a process of its own: the idle service stays small."""
-    command = [sys.executable, "-m", "rankfleet.edge_agent", "doctor", "--json", *(["--config", str(config)] if config else [])]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    command = [
+        sys.executable,
+        "-m",
+        "rankfleet.edge_agent",
+        "doctor",
+        "--json",
+        *(["--config", str(config)] if config else []),
+    ]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
     reading = asyncio.ensure_future(process.communicate())
     await asyncio.wait({reading}, timeout=DOCTOR_S)
     if not reading.done():

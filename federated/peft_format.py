@@ -1,6 +1,7 @@
 """A global adapter as a folder that plain peft loads: `PeftModel.from_pretrained(base, folder)`.
 
-Beside it the head as safetensors and a ten-line `load.py` that puts the two together: mean pooling and a linear map.
+Beside it the head as safetensors and a ten-line `load.py` that puts the two together: mean pooling and a
+linear map.
 """
 
 import json
@@ -16,18 +17,23 @@ from .contract.update import LowRank
 from .program.files import sync_files, write_atomic
 from .tasks import modules, task_kind
 
-LOAD = '''"""Loads this adapter with plain transformers and peft: `predict = load("path/to/base")`, `predict(["some text"])`."""
+LOAD = '''"""Loads this adapter with plain transformers and peft.
+
+`predict = load("path/to/base")`, then `predict(["some text"])`.
+"""
 import json, pathlib, torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 def load(base, folder=pathlib.Path(__file__).parent):
-    model, tokenizer = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder).eval(), AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
     head, task = load_file(folder / "head.safetensors"), json.loads((folder / "task.json").read_text())
     @torch.inference_mode()
     def predict(texts):
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=task["max_length"], return_tensors="pt")
+        cut = {"truncation": True, "max_length": task["max_length"]}
+        batch = tokenizer(texts, padding=True, return_tensors="pt", **cut)
         hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
         logits = (hidden * mask).sum(1) / mask.sum(1) @ head["head.weight"].T + head["head.bias"]
         return [task["labels"][i] for i in logits.argmax(-1)] if task["labels"] else logits[:, 0].tolist()
@@ -35,23 +41,31 @@ def load(base, folder=pathlib.Path(__file__).parent):
 '''
 
 
-LOAD_MERGED = '''"""Loads this model and its head with plain transformers: `predict = load()`, `predict(["some text"])`."""
+LOAD_MERGED = '''"""Loads this model and its head with plain transformers.
+
+`predict = load()`, then `predict(["some text"])`.
+"""
 import json, pathlib, torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 def load(folder=pathlib.Path(__file__).parent):
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    saved, task = load_file(folder / "head" / "head.safetensors"), json.loads((folder / "task.json").read_text())
+    saved = load_file(folder / "head" / "head.safetensors")
+    task = json.loads((folder / "task.json").read_text())
     @torch.inference_mode()
     def predict(texts):
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=task["max_length"], return_tensors="pt")
+        cut = {"truncation": True, "max_length": task["max_length"]}
+        batch = tokenizer(texts, padding=True, return_tensors="pt", **cut)
         hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
         logits = (hidden * mask).sum(1) / mask.sum(1) @ saved["head.weight"].T + saved["head.bias"]
         return [task["labels"][i] for i in logits.argmax(-1)] if task["labels"] else logits[:, 0].tolist()
     return predict
 '''
-LOAD_CAUSAL = '''"""Loads this adapter with plain transformers and peft: `answer = load("path/to/base")`, `answer("Instruction: …")`."""
+LOAD_CAUSAL = '''"""Loads this adapter with plain transformers and peft.
+
+`answer = load("path/to/base")`, then `answer("Instruction: …")`.
+"""
 import pathlib, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,18 +88,31 @@ def used_pairs(pairs: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 
 def head_files(dense: Tensors, task: dict[str, Any], program: str) -> dict[str, bytes]:
-    """What lies beside the weights: the head, what it means, and how to load it; no program where the tool needs none."""
+    """What lies beside the weights: the head, what it means, and how to load it; no program where the tool
+    needs none."""
     where = "head/head.safetensors" if program == LOAD_MERGED else "head.safetensors"
-    files = {"task.json": json.dumps(task, indent=1).encode()} | ({"load.py": program.encode()} if program else {})
+    files = {"task.json": json.dumps(task, indent=1).encode()} | (
+        {"load.py": program.encode()} if program else {}
+    )
     if dense:
-        files[where] = save({k: np.ascontiguousarray(v, np.float32) for k, v in dense.items()}, {"format": "pt"})
+        files[where] = save(
+            {k: np.ascontiguousarray(v, np.float32) for k, v in dense.items()}, {"format": "pt"}
+        )
     return files
 
 
 def write_adapter(
-    folder: Path, pairs: Mapping[str, LowRank], dense: Tensors, *, scale: float, base: str, task: dict[str, Any], transposed: bool = False
+    folder: Path,
+    pairs: Mapping[str, LowRank],
+    dense: Tensors,
+    *,
+    scale: float,
+    base: str,
+    task: dict[str, Any],
+    transposed: bool = False,
 ) -> None:
-    """Write `adapter_config.json`, `adapter_model.safetensors`, `head.safetensors`, `task.json` and `load.py`.
+    """Write `adapter_config.json`, `adapter_model.safetensors`, `head.safetensors`, `task.json` and
+    `load.py`.
 
     `transposed`: the base keeps its linear maps as (in, out), as GPT-2 does.
     """
@@ -120,5 +147,6 @@ def write_adapter(
     }
     for name, data in files.items():
         write_atomic(folder / name, data, durable=False)
-    # A version is only pointed to after this: all of it is on disk, at the price of one wait for each file and not three.
+    # A version is only pointed to after this: all of it is on disk, at the price of one wait for each file
+    # and not three.
     sync_files([folder / name for name in files])

@@ -1,4 +1,5 @@
-"""What a model is made of, read from its folder without loading it: `config.json` and the header of the safetensors."""
+"""What a model is made of, read from its folder without loading it: `config.json` and the header of the
+safetensors."""
 
 import hashlib
 import json
@@ -23,8 +24,8 @@ class Module(msgspec.Struct, frozen=True, rename={"in_": "in"}):
     out: int
     in_: int
     role: str
-    """`q`, `k`, `v` or `qkv` (rows are heads), `o` (columns are), `up` (rows are FFN channels), `down` (columns are); `attention` where
-    it is not known which, `other` for the rest."""
+    """`q`, `k`, `v` or `qkv` (rows are heads), `o` (columns are), `up` (rows are FFN channels), `down`
+    (columns are); `attention` where it is not known which, `other` for the rest."""
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -59,10 +60,13 @@ class ModelCard(msgspec.Struct, frozen=True):
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card of a Hugging Face model folder. Raises FileNotFoundError or ValueError with what is missing."""
+    """The card of a Hugging Face model folder. Raises FileNotFoundError or ValueError with what is
+    missing."""
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").exists() or not files:
-        raise FileNotFoundError(f"{folder} needs config.json and *.safetensors; pickled weights are never loaded")
+        raise FileNotFoundError(
+            f"{folder} needs config.json and *.safetensors; pickled weights are never loaded"
+        )
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = {**config, **config.get("text_config", {})}
     shapes = {k: s for file in files for k, s in header(file).items()}
@@ -71,7 +75,9 @@ def read_card(folder: Path) -> ModelCard:
     known = read_architecture(config)
     modules = list(_modules(shapes, hidden, ffn, config.get("model_type", ""), known))
     if not modules or not hidden:
-        raise ValueError(f"{folder}: no layers found in {len(shapes)} tensors of a `{config.get('model_type')}` model")
+        raise ValueError(
+            f"{folder}: no layers found in {len(shapes)} tensors of a `{config.get('model_type')}` model"
+        )
     inside = sum(m.out * m.in_ for m in modules)
     total = sum(_count(s) for s in shapes.values())
     return ModelCard(
@@ -92,7 +98,9 @@ def read_card(folder: Path) -> ModelCard:
     )
 
 
-def _modules(shapes: dict[str, list[int]], hidden: int, ffn: int, family: str, known: Architecture | None) -> Iterator[Module]:
+def _modules(
+    shapes: dict[str, list[int]], hidden: int, ffn: int, family: str, known: Architecture | None
+) -> Iterator[Module]:
     named = known.roles() if known else {}
     transposed = family == "gpt2"
     for key in sorted(shapes):
@@ -140,14 +148,20 @@ def entries(file: Path) -> dict[str, Entry]:
         if size > 100_000_000:
             raise ValueError(f"{file}: header of {size:,} bytes is not a safetensors header")
         found = json.loads(f.read(size))
-    return {k: Entry(v["dtype"], v["shape"], 8 + size + v["data_offsets"][0]) for k, v in found.items() if k != "__metadata__"}
+    return {
+        k: Entry(v["dtype"], v["shape"], 8 + size + v["data_offsets"][0])
+        for k, v in found.items()
+        if k != "__metadata__"
+    }
 
 
 def model_digest(folder: Path) -> str:
     """SHA-256 over weights, configuration and tokenizer: what must be equal on every device."""
     whole = hashlib.sha256()
     names = sorted(
-        p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.json", "vocab.txt")
+        p.name
+        for p in folder.iterdir()
+        if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.json", "vocab.txt")
     )
     for name in names:
         whole.update(name.encode() + b"\0")

@@ -37,7 +37,8 @@ def step_flops(
     cached: bool = False,
     checkpointing: bool = False,
 ) -> float:
-    """FLOPs of one training step: L·F forward (d·F with a cache), d·F for input gradients, three passes through the adapter."""
+    """FLOPs of one training step: L·F forward (d·F with a cache), d·F for input gradients, three passes
+    through the adapter."""
     tokens = batch * length
     layer = 2 * layer_parameters(card, prune) + 4 * length * card.hidden
     deep = card.layers - boundary(card, placement)
@@ -70,8 +71,8 @@ def price(
     correction: float = 1.0,
     how: StepPlan | None = None,
 ) -> Price:
-    """Everything at once. `wire_bits`: what the stack's codecs make of so many numbers; `correction`: the device's measured over
-    predicted time so far; `how`: the way that the memory leaves."""
+    """Everything at once. `wire_bits`: what the stack's codecs make of so many numbers; `correction`: the
+    device's measured over predicted time so far; `how`: the way that the memory leaves."""
     length = card.image_tokens or length
     how = how or step_plan(card, placement, prune, bits, batch, length, head, profile.budget_mb)
     flops = step_flops(card, placement, prune, batch, length, checkpointing=how.checkpointing)

@@ -1,4 +1,5 @@
-"""Device profiles: YAML files with what the planner must know of a kind of device, and how to recognise one."""
+"""Device profiles: YAML files with what the planner must know of a kind of device, and how to recognise
+one."""
 
 import re
 from functools import cache

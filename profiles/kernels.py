@@ -1,6 +1,8 @@
-"""Times of a frozen map's products as a device measured them: by bits of the weights and by width, and what is read from them.
+"""Times of a frozen map's products as a device measured them: by bits of the weights and by width, and
+what is read from them.
 
-Keys are `<bits>` at the smallest width (what older agents send) and `<bits>@<width>`; values are milliseconds.
+Keys are `<bits>` at the smallest width (what older agents send) and `<bits>@<width>`; values are
+milliseconds.
 """
 
 from collections.abc import Mapping
@@ -17,15 +19,19 @@ def key(bits: int, width: int) -> str:
 
 
 def times(measured: Mapping[str, float], hidden: int) -> dict[int, float]:
-    """Milliseconds by bits at the measured width that is nearest to a model's; by ratio, as costs grow with the square."""
+    """Milliseconds by bits at the measured width that is nearest to a model's; by ratio, as costs grow
+    with the square."""
     order = sorted(WIDTHS, key=lambda w: max(w, hidden) / min(w, max(1, hidden)))
     for width in order:
-        if found := {bits: measured[key(bits, width)] for bits in (32, 16, 8, 4) if key(bits, width) in measured}:
+        if found := {
+            bits: measured[key(bits, width)] for bits in (32, 16, 8, 4) if key(bits, width) in measured
+        }:
             return found
     return {}
 
 
 def half(measured: Mapping[str, float], hidden: int) -> bool:
-    """Should maps of 8 and 4 bits be computed with in bf16? Never assumed: without such instructions it is 25 to 40 times slower."""
+    """Should maps of 8 and 4 bits be computed with in bf16? Never assumed: without such instructions it is
+    25 to 40 times slower."""
     found = times(measured, hidden)
     return 16 in found and 32 in found and found[16] < WORTH * found[32]

@@ -1,7 +1,8 @@
-"""How much memory an arm takes on a device, over what the runtime itself needs, and how it is made to fit: pieces, checkpointing.
+"""How much memory an arm takes on a device, over what the runtime itself needs, and how it is made to fit:
+pieces, checkpointing.
 
-Formulas follow what the engine keeps (edge_agent/model): docs/specification.md, Memory. `make bench-memory` compares them with
-measured peaks. Numbers are bytes inside, MB (1e6) outside.
+Formulas follow what the engine keeps (edge_agent/model): docs/specification.md, Memory. `make
+bench-memory` compares them with measured peaks. Numbers are bytes inside, MB (1e6) outside.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,11 @@ SHORT = 64
 LOGITS, TABLE = 64e6, 16e6
 """Logits held at once, and the piece of an output table that is widened."""
 BASE, SLACK, AGAIN = 28.0, 1.25, 0.58
-"""MB of kernels and buffers that come with the first step; what an allocator wastes of what is held; how much of a layer's numbers are
-there once more where it is computed again. Fitted to measured peaks."""
+"""MB of kernels and buffers that come with the first step; what an allocator wastes of what is held; how
+much of a layer's numbers are there once more where it is computed again. Fitted to measured peaks."""
 TOUCHED = 0.05
-"""Share of an encoder's embeddings that a round's texts use, which alone are kept; a decoder's are its output table too."""
+"""Share of an encoder's embeddings that a round's texts use, which alone are kept; a decoder's are its
+output table too."""
 WORTH = 256
 """Tokens of a micro-batch below which a product loses speed."""
 LEAST = 64
@@ -61,7 +63,8 @@ def shape(card: ModelCard, module: Module, prune: float) -> tuple[int, int]:
 
 
 def stored(out: int, in_: int, bits: int) -> float:
-    """Bytes of a map: fp32, bf16, INT8 with a scale per row, NF4 with double quantisation (8 bits a block of 64, 32 a block of 256)."""
+    """Bytes of a map: fp32, bf16, INT8 with a scale per row, NF4 with double quantisation (8 bits a block
+    of 64, 32 a block of 256)."""
     weights = out * in_
     if bits >= 16:
         return weights * bits / 8
@@ -85,7 +88,11 @@ def adapter_parameters(card: ModelCard, placement: Mapping[str, int], prune: flo
 
 def weights(card: ModelCard, prune: float, bits: int, start: int = 0) -> float:
     """Bytes of the layers from `start` on."""
-    return sum(stored(*shape(card, m, prune), bits) + 4.0 * shape(card, m, prune)[0] for m in card.modules if m.layer >= start)
+    return sum(
+        stored(*shape(card, m, prune), bits) + 4.0 * shape(card, m, prune)[0]
+        for m in card.modules
+        if m.layer >= start
+    )
 
 
 def tables(card: ModelCard, bits: int) -> float:
@@ -114,15 +121,19 @@ def activation_floats(card: ModelCard, placement: Mapping[str, int], prune: floa
 
 
 def peak_mb(
-    card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, micro: int, length: int, head: int = 0, *,
+    card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, micro: int, length: int,
+    head: int = 0, *,
     checkpointing: bool = False, cached: bool = False,
 ) -> float:  # fmt: skip
-    """Peak over the runtime's own need, MB: weights, tables, adapter with gradient and moments, activations, what is there for a moment.
+    """Peak over the runtime's own need, MB: weights, tables, adapter with gradient and moments,
+    activations, what is there for a moment.
 
     `cached`: layers below the boundary have left memory.
     """
     start = boundary(card, placement)
-    fixed = weights(card, prune, bits, start if cached else 0) + (0.0 if cached and not card.causal else tables(card, bits))
+    fixed = weights(card, prune, bits, start if cached else 0) + (
+        0.0 if cached and not card.causal else tables(card, bits)
+    )
     fixed += 16.0 * (adapter_parameters(card, placement, prune) + head)
     tokens, width = micro * length, 2.0 if bits == 16 else 4.0
     deep = card.layers - start
@@ -133,7 +144,11 @@ def peak_mb(
     if bits < 16:
         moment += 4.0 * max(o * i for o, i in (shape(card, m, prune) for m in card.of_layer(0)))
     if card.causal:
-        moment += min(LOGITS, 4.0 * tokens * card.vocab) + (TABLE if bits < 32 else 0.0) + tokens * card.hidden * 4.0
+        moment += (
+            min(LOGITS, 4.0 * tokens * card.vocab)
+            + (TABLE if bits < 32 else 0.0)
+            + tokens * card.hidden * 4.0
+        )
     return BASE + (fixed + SLACK * held + moment) / 1e6
 
 
@@ -150,10 +165,12 @@ def ways(batch: int, length: int) -> Iterator[tuple[int, bool]]:
 
 
 def step_plan(
-    card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, batch: int, length: int, head: int = 0,
+    card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, batch: int, length: int,
+    head: int = 0,
     budget_mb: float = 0.0, again: bool = True,
 ) -> StepPlan:  # fmt: skip
-    """The fastest way to carry a batch out in `budget_mb`; the leanest one where none fits. `again`: may layers be computed twice?"""
+    """The fastest way to carry a batch out in `budget_mb`; the leanest one where none fits. `again`: may
+    layers be computed twice?"""
     found, length = StepPlan(float("inf"), 1), card.image_tokens or length
     for micro, checkpointing in ways(batch, length):
         if checkpointing and not again:
@@ -166,6 +183,14 @@ def step_plan(
     return found
 
 
-def memory_mb(card: ModelCard, placement: Mapping[str, int], prune: float, bits: int, batch: int, length: int, head: int = 0) -> float:
+def memory_mb(
+    card: ModelCard,
+    placement: Mapping[str, int],
+    prune: float,
+    bits: int,
+    batch: int,
+    length: int,
+    head: int = 0,
+) -> float:
     """What the leanest way needs, MB."""
     return step_plan(card, placement, prune, bits, batch, length, head).memory_mb

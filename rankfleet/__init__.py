@@ -1,7 +1,8 @@
 """rankfleet tunes one language model on many small machines without moving their data.
 
-Everything is imported as `rankfleet.<folder>`; in a checkout the folders stand beside this one and are linked into it. What the
-author of a method needs stands here: `from rankfleet import Method, StepContext`. Nothing is imported before it is asked for.
+Everything is imported as `rankfleet.<folder>`; in a checkout the folders stand beside this one and are
+linked into it. What the author of a method needs stands here: `from rankfleet import Method, StepContext`.
+Nothing is imported before it is asked for.
 """
 
 import importlib

@@ -18,8 +18,12 @@ def build() -> argparse.ArgumentParser:
         "`edge-agent` and `coordinator` are short for them.",
     )
     parse.add_argument("--version", action="version", version=f"rankfleet {__version__}")
-    parse.add_argument("program", choices=PROGRAMS, help="the service on a device, or the one that plans jobs for a fleet")
-    parse.add_argument("words", nargs=argparse.REMAINDER, metavar="…", help="a verb of that program, and its options")
+    parse.add_argument(
+        "program", choices=PROGRAMS, help="the service on a device, or the one that plans jobs for a fleet"
+    )
+    parse.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="…", help="a verb of that program, and its options"
+    )
     return parse
 
 

@@ -1,4 +1,5 @@
-"""A method outside the catalogue that uses the hooks that no shipped method needs yet. Loaded by tests/test_hooks.py under a name."""
+"""A method outside the catalogue that uses the hooks that no shipped method needs yet. Loaded by
+tests/test_hooks.py under a name."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,4 +1,5 @@
-"""The small world over a real broker with mutual TLS: certificates of the fleet's own authority, from real enrolment over HTTPS."""
+"""The small world over a real broker with mutual TLS: certificates of the fleet's own authority, from real
+enrolment over HTTPS."""
 
 import asyncio
 import ssl
@@ -20,7 +21,9 @@ from .world import World
 class SecureWorld(World):
     """`kind` is the broker; everything else as in `World`."""
 
-    def __init__(self, home: Path, model: Path, kind: str, *, enrolment: Enrolment | None = None, devices: int = 2) -> None:
+    def __init__(
+        self, home: Path, model: Path, kind: str, *, enrolment: Enrolment | None = None, devices: int = 2
+    ) -> None:
         super().__init__(home, model, devices=devices)
         data = home / "coordinator"
         data.mkdir()

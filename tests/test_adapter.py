@@ -1,4 +1,5 @@
-"""What comes out of a job is an ordinary adapter: plain peft loads it and predicts the same; and real text with a real model works."""
+"""What comes out of a job is an ordinary adapter: plain peft loads it and predicts the same; and real text
+with a real model works."""
 
 import gzip
 import json
@@ -30,8 +31,14 @@ async def test_plain_peft_predicts_the_same(tmp_path: Path, tiny: Path) -> None:
         version, spec = load(config, name, number)
     plan = Plan(spec, read_card(tiny))
     base = Base(tiny, [m.name for m in plan.modules], 32, {})
-    pairs = {m.name: Pair(m.layer, m.out, m.in_, version.pairs[m.name].A.shape[0], 2.0, m.out, m.in_, "") for m in plan.modules}
-    base.place(Spec(pairs, {}), {f"{m}.{s}": t for m, p in version.pairs.items() for s, t in (("A", p.A), ("B", p.B))})
+    pairs = {
+        m.name: Pair(m.layer, m.out, m.in_, version.pairs[m.name].A.shape[0], 2.0, m.out, m.in_, "")
+        for m in plan.modules
+    }
+    base.place(
+        Spec(pairs, {}),
+        {f"{m}.{s}": t for m, p in version.pairs.items() for s, t in (("A", p.A), ("B", p.B))},
+    )
     task, texts = engine(plan.task(), str(tiny)), [r["text"] for r in rows(200, seed=99)]
     head = {k: as_tensor(t) for k, t in version.dense.items()}
     with torch.inference_mode():
@@ -75,5 +82,8 @@ async def test_real_text_with_a_real_model(tmp_path: Path, shared: Path) -> None
         versions = world.coordinator.ledger.rows(tables.versions, job=done)
         first, last = (database.read(versions[i]["metrics"]) for i in (0, -1))
         assert last["loss"] < first["loss"]
-        bits = {database.read(r["telemetry"])["bits"] for r in world.coordinator.ledger.rows(tables.assignments, job=done, round=0)}
+        bits = {
+            database.read(r["telemetry"])["bits"]
+            for r in world.coordinator.ledger.rows(tables.assignments, job=done, round=0)
+        }
         assert bits == {8, 32}

@@ -1,4 +1,5 @@
-"""A device that lies about its update or its data, a fleet that is upgraded in pieces, and jobs that aim at tags; over a real broker."""
+"""A device that lies about its update or its data, a fleet that is upgraded in pieces, and jobs that aim
+at tags; over a real broker."""
 
 import json
 import pickle
@@ -26,12 +27,17 @@ from .world import WORDS, World, job, tiny_llama
 
 KIND = "mosquitto" if mosquitto() else "amqtt"
 KEY = b"k" * 32
-CHATS = [{"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": w}]} for w in WORDS * 3]
+CHATS = [
+    {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": w}]} for w in WORDS * 3
+]
 
 
 @pytest.mark.parametrize("first", [0, 2])
-async def test_ten_times_the_norm(tmp_path: Path, tiny: Path, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over real Mosquitto; in the first round, when nothing is known yet, and in a later one. The others' round goes on without it."""
+async def test_ten_times_the_norm(
+    tmp_path: Path, tiny: Path, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over real Mosquitto; in the first round, when nothing is known yet, and in a later one. The others'
+    round goes on without it."""
     real = worker.LocalRound.train
 
     def train(self: Any) -> Tensors:
@@ -43,7 +49,9 @@ async def test_ten_times_the_norm(tmp_path: Path, tiny: Path, first: int, monkey
     monkeypatch.setattr(worker.LocalRound, "train", train)
     async with SecureWorld(tmp_path, tiny, KIND, devices=5) as world:
         name = await world.run(job(rounds=first + 1, stack=[]))
-        states = {(r["round"], r["device"]): r for r in world.coordinator.ledger.rows(tables.assignments, job=name)}
+        states = {
+            (r["round"], r["device"]): r for r in world.coordinator.ledger.rows(tables.assignments, job=name)
+        }
         assert states[first, "d3"]["state"] == "refused"
         assert "times the usual one" in states[first, "d3"]["reason"]
         assert {states[first, d]["state"] for d in ("d0", "d1", "d2", "d4")} == {"counted"}
@@ -71,8 +79,13 @@ async def test_jobs_aim_at_tags(tmp_path: Path, tiny: Path) -> None:
         name = await world.run(job(rounds=1, where={"site": "lab", "gpu": "*"}))
         assert {r["device"] for r in world.coordinator.ledger.rows(tables.assignments, job=name)} == {"d0"}
         plan = world.coordinator.jobs.plan(read_job(job(where={"site": "lab"})))
-        assert world.coordinator.devices.why_not("d1", plan) == "its tag `site` is 'office', the job wants 'lab'"
-        assert world.coordinator.devices.why_not("d2", plan) == "its tag `site` is 'not set', the job wants 'lab'"
+        assert (
+            world.coordinator.devices.why_not("d1", plan) == "its tag `site` is 'office', the job wants 'lab'"
+        )
+        assert (
+            world.coordinator.devices.why_not("d2", plan)
+            == "its tag `site` is 'not set', the job wants 'lab'"
+        )
 
 
 def test_the_protocol_before_ours_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +101,8 @@ def test_the_protocol_before_ours_is_understood(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(mosquitto() is None, reason="Mosquitto is not installed")
 async def test_a_broker_whose_stored_messages_were_tampered_with(tmp_path: Path, tiny: Path) -> None:
-    """Whoever holds the broker's disk changes the retained assignment, one bit at a time: it is dropped, and told again."""
+    """Whoever holds the broker's disk changes the retained assignment, one bit at a time: it is dropped,
+    and told again."""
     async with SecureWorld(tmp_path, tiny, "mosquitto", devices=1) as world:
         heard: list[bytes] = []
         agent = world.agents["d0"][0]
@@ -130,16 +144,27 @@ async def test_pickled_checkpoints_remote_code_and_hostile_templates(tmp_path: P
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w').write('owned')\n")
-    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         if (folder / name).exists():
             said = (folder / name).read_text()
-            (folder / name).write_text(template if name.endswith("jinja") else json.dumps({**json.loads(said), "chat_template": template}))
+            (folder / name).write_text(
+                template
+                if name.endswith("jinja")
+                else json.dumps({**json.loads(said), "chat_template": template})
+            )
     (folder / "chat_template.jinja").write_text(template)
     world = World(tmp_path / "w", folder, devices=1, task="causal_lm")
     world.data["d0"].write_text("\n".join(json.dumps(q) for q in CHATS))
     async with world:
-        text = job(rounds=1, task={"dataset": "words", "kind": "causal_lm", "template": "chat", "max_length": 32}, deadline_s=1, quorum=0.1)
+        text = job(
+            rounds=1,
+            task={"dataset": "words", "kind": "causal_lm", "template": "chat", "max_length": 32},
+            deadline_s=1,
+            quorum=0.1,
+        )
         name = world.coordinator.jobs.submit(text)
         await world.until(lambda: world.coordinator.ledger.rows(tables.events, job=name) != [])
         reason = str(world.coordinator.ledger.rows(tables.events, job=name)[0]["text"])
@@ -176,12 +201,16 @@ def test_claims_out_of_proportion() -> None:
     assert min(allowed.values()) == 1100.0
     again = bounds({**said, "a": 900.0}, {"a": 100.0, "liar": 90.0}, 10.0)
     assert (again["a"], again["liar"]) == (2 * 510.0, 2 * 510.0)
-    assert dict(notes({"a": 900.0}, {"a": 100.0}, {"a": 200.0})) == {"a": "of the 900 examples that it claims 200 count"}
+    assert dict(notes({"a": 900.0}, {"a": 100.0}, {"a": 200.0})) == {
+        "a": "of the 900 examples that it claims 200 count"
+    }
     assert [t for _, t in notes({"a": 30.0}, {"a": 100.0}, {})] == ["it claims 30 examples, 100 before"]
     assert bounds(said, {}, 0.0) == {}
 
 
-async def test_a_device_that_claims_a_million_examples_weighs_ten(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_device_that_claims_a_million_examples_weighs_ten(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, weights = worker.LocalRound.train, {}
 
     def train(self: Any) -> Tensors:
@@ -200,6 +229,8 @@ async def test_a_device_that_claims_a_million_examples_weighs_ten(tmp_path: Path
     monkeypatch.setattr(rankfleet.coordinator.rounds.closing, "lifted", lifted)
     async with World(tmp_path, tiny, devices=3) as world:
         name = await world.run(job(rounds=1))
-        told = [e["text"] for e in world.coordinator.ledger.rows(tables.events, job=name) if e["device"] == "d2"]
+        told = [
+            e["text"] for e in world.coordinator.ledger.rows(tables.events, job=name) if e["device"] == "d2"
+        ]
     assert weights["d2"] == 10 * max(weights["d0"], weights["d1"])
     assert "of the 1000000 examples that it claims" in told[0]

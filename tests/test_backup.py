@@ -1,4 +1,5 @@
-"""A coordinator is put back to an older state on another host; its devices, which are ahead of it, go on with it."""
+"""A coordinator is put back to an older state on another host; its devices, which are ahead of it, go on
+with it."""
 
 import shutil
 import tarfile
@@ -19,7 +20,9 @@ from .world import World, job
 async def test_every_enrolment_survives_and_the_job_goes_on(tmp_path: Path, tiny: Path) -> None:
     text = job(rounds=5, stack=["sparse"])
     async with World(tmp_path / "a", tiny) as world:
-        clean = [r["digest"] for r in world.coordinator.ledger.rows(tables.versions, job=await world.run(text))]
+        clean = [
+            r["digest"] for r in world.coordinator.ledger.rows(tables.versions, job=await world.run(text))
+        ]
     async with World(tmp_path / "b", tiny) as world:
         name = world.coordinator.jobs.submit(text)
         versions = lambda: len(world.coordinator.ledger.rows(tables.versions, job=name))  # noqa: E731
@@ -35,8 +38,12 @@ async def test_every_enrolment_survives_and_the_job_goes_on(tmp_path: Path, tiny
         await world.start_coordinator()
         assert world.coordinator.epoch > epoch
         await world.until(lambda: world.job_state(name) == "finished")
-        assert [r["digest"] for r in world.coordinator.ledger.rows(tables.versions, job=name)][:3] == clean[:3]
-        states = {r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < 5}
+        assert [r["digest"] for r in world.coordinator.ledger.rows(tables.versions, job=name)][:3] == clean[
+            :3
+        ]
+        states = {
+            r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < 5
+        }
         assert states == {"counted"}
         assert [d["state"] for d in world.coordinator.devices.table()] == ["enrolled"] * 3
         agent = world.agents["d0"][0]
@@ -44,7 +51,8 @@ async def test_every_enrolment_survives_and_the_job_goes_on(tmp_path: Path, tiny
 
 
 async def test_a_device_that_joins_a_younger_fleet_hears_it(tmp_path: Path, tiny: Path) -> None:
-    """The coordinator before was restored, far in the future; job names are the same. None of that may count any more."""
+    """The coordinator before was restored, far in the future; job names are the same. None of that may
+    count any more."""
     async with World(tmp_path / "a", tiny, devices=1) as first:
         first.coordinator.epoch += 10**9
         assert await first.run(job(rounds=2)) == "toy-1"

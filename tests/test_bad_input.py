@@ -23,7 +23,10 @@ BAD_JOBS = [
     (job(rouns=3), "unknown key `rouns`\n  try: did you mean `rounds`"),
     (job(model="other"), "the coordinator has no base model `other`; it has tiny"),
     (job(stack=["fedpox"]), "no method named `fedpox`\n  try: did you mean `fedprox`"),
-    (job(stack=["fedbuff", "fedit", "ditto", {"qsgd": {"levels": 999}}]), "method `qsgd`: Expected `int` <= 127"),
+    (
+        job(stack=["fedbuff", "fedit", "ditto", {"qsgd": {"levels": 999}}]),
+        "method `qsgd`: Expected `int` <= 127",
+    ),
     (job(policy={"name": "ucb7"}), "policy `ucb7` is not known"),
     (job(policy={"name": "ucb1", "settings": {"x": 1}}), "policy `ucb1`.*unknown field `x`"),
     (job(adapter={"targets": ["nothing"]}), "no module of .* ends with nothing"),
@@ -33,7 +36,10 @@ BAD_JOBS = [
     (job(arms={"placements": ["rising(0..9, total=4)"]}), "the model has layers 0..1"),
     (job(task={"dataset": "words", "labels": []}), "needs `labels`"),
     (job(task={"dataset": "words", "labels": ["a", "a"]}), "holds a label twice"),
-    (job(task={"dataset": "words", "kind": "translation", "labels": LABELS}), "task `translation` is not known"),
+    (
+        job(task={"dataset": "words", "kind": "translation", "labels": LABELS}),
+        "task `translation` is not known",
+    ),
     (job(stack=["scaffold"], arms={"prune": [0, 0.5]}), "`arms.prune` would cut them"),
     (job(name="a/b"), "job name 'a/b' is not allowed"),
     (job(training={"lr": -1}), "Expected `float` > 0"),
@@ -54,7 +60,9 @@ async def test_bad_jobs_are_refused_whole(tmp_path: Path, tiny: Path, text: str,
 async def refused_reason(world: World, name: str, device: str = "d0") -> str:
     """Why a device did not take part, while the others finished the job."""
     rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=0)
-    assert {r["device"]: r["state"] for r in rows if r["device"] != device} == {d: "counted" for d in world.names if d != device}
+    assert {r["device"]: r["state"] for r in rows if r["device"] != device} == {
+        d: "counted" for d in world.names if d != device
+    }
     return str(next(r["reason"] for r in rows if r["device"] == device))
 
 
@@ -62,13 +70,23 @@ async def refused_reason(world: World, name: str, device: str = "d0") -> str:
     ("change", "content", "message"),
     [
         ({}, None, "does not exist"),
-        ({"columns": {"text": "body"}}, [{"text": "red", "label": "sky"}], "has no column `body`; it has text, label"),
-        ({}, [{"text": f"red {i}", "label": "who knows"} for i in range(9)], "9 of 9 examples have a label that the job does not know"),
+        (
+            {"columns": {"text": "body"}},
+            [{"text": "red", "label": "sky"}],
+            "has no column `body`; it has text, label",
+        ),
+        (
+            {},
+            [{"text": f"red {i}", "label": "who knows"} for i in range(9)],
+            "9 of 9 examples have a label that the job does not know",
+        ),
         ({}, [], "no example to train on"),
         ({}, "{not json", "line 1"),
     ],
 )
-async def test_bad_data_is_one_refusal(tmp_path: Path, tiny: Path, change: dict[str, Any], content: Any, message: str) -> None:
+async def test_bad_data_is_one_refusal(
+    tmp_path: Path, tiny: Path, change: dict[str, Any], content: Any, message: str
+) -> None:
     world = World(tmp_path, tiny)
     if content is None:
         world.data["d0"].unlink()
@@ -88,7 +106,10 @@ async def test_the_owner_says_no(tmp_path: Path, tiny: Path) -> None:
     world.agent_changes["d1"] = {"require": ("qsgd",)}
     async with world:
         name = await world.run(job(rounds=1, stack=["norm_bound"]))
-        states = {r["device"]: (r["state"], r["reason"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=0)}
+        states = {
+            r["device"]: (r["state"], r["reason"])
+            for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=0)
+        }
         assert "d0" not in states
         assert "owner requires `qsgd`, which the coordinator would have to undo" in states["d1"][1]
         assert states["d2"][0] == "counted"
@@ -104,7 +125,9 @@ async def test_a_wrong_model_is_noticed(tmp_path: Path, tiny: Path) -> None:
     world = World(tmp_path, tiny)
     world.agent_changes["d0"] = {"models": {"tiny": str(other)}}
     async with world:
-        assert "put the same files on every device" in await refused_reason(world, await world.run(job(rounds=1)))
+        assert "put the same files on every device" in await refused_reason(
+            world, await world.run(job(rounds=1))
+        )
 
 
 async def test_hostile_messages_are_dropped_and_counted(tmp_path: Path, tiny: Path) -> None:
@@ -133,18 +156,30 @@ async def test_hostile_messages_are_dropped_and_counted(tmp_path: Path, tiny: Pa
 
 
 async def test_an_update_with_nan_is_refused_and_the_round_closes(tmp_path: Path, tiny: Path) -> None:
-    await forged_update(tmp_path, tiny, {"d/head.bias": np.array([np.nan] * 4, np.float32)}, "holds NaN or infinity")
+    await forged_update(
+        tmp_path, tiny, {"d/head.bias": np.array([np.nan] * 4, np.float32)}, "holds NaN or infinity"
+    )
 
 
 async def test_an_update_of_the_wrong_shape_is_put_aside(tmp_path: Path, tiny: Path) -> None:
-    await forged_update(tmp_path, tiny, {"d/head.bias": np.zeros(999, np.float32)}, "shape (999,), expected (4,)")
+    await forged_update(
+        tmp_path, tiny, {"d/head.bias": np.zeros(999, np.float32)}, "shape (999,), expected (4,)"
+    )
 
 
 async def test_an_unsigned_update_is_refused(tmp_path: Path, tiny: Path) -> None:
-    await forged_update(tmp_path, tiny, {"d/head.bias": np.zeros(4, np.float32)}, "not signed by this device's key", sign=False)
+    await forged_update(
+        tmp_path,
+        tiny,
+        {"d/head.bias": np.zeros(4, np.float32)},
+        "not signed by this device's key",
+        sign=False,
+    )
 
 
-async def forged_update(home: Path, model: Path, tensors: dict[str, Any], message: str, sign: bool = True) -> None:
+async def forged_update(
+    home: Path, model: Path, tensors: dict[str, Any], message: str, sign: bool = True
+) -> None:
     """d0's agent is replaced by one that sends what it likes, correctly sealed."""
     async with World(home, model) as world:
         agent, _ = world.agents["d0"]
@@ -153,7 +188,11 @@ async def forged_update(home: Path, model: Path, tensors: dict[str, Any], messag
         async def forged(job_: Any, raw: bytes, folder: Path) -> None:
             data = encode(tensors, {"examples": 5})
             blob = blob_of(data, 2000)
-            signature = identity.signer(home / "d0").sign(manifest(job_.job, job_.round, "d0", blob.digest)) if sign else b"x" * 64
+            signature = (
+                identity.signer(home / "d0").sign(manifest(job_.job, job_.round, "d0", blob.digest))
+                if sign
+                else b"x" * 64
+            )
             await agent.say(Offer(job_.job, job_.round, blob, signature))
             await asyncio.sleep(0.2)
             for n in range(blob.chunks):
@@ -208,7 +247,9 @@ async def test_a_second_device_with_the_same_token_is_refused(tmp_path: Path, ti
 async def test_cancel_and_pause(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny) as world:
         name = world.coordinator.jobs.submit(job(rounds=500))
-        await world.until(lambda: world.job_state(name) == "running" and world.coordinator.jobs.runner is not None)
+        await world.until(
+            lambda: world.job_state(name) == "running" and world.coordinator.jobs.runner is not None
+        )
         world.coordinator.jobs.cancel(name)
         await world.until(lambda: world.agents["d0"][0].status.get("job_state") == "cancelled")
         await world.until(lambda: not list((tmp_path / "d0" / "jobs").glob(name)))

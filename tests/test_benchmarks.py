@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
         ([{"figure": "a", "value": 1.0}], ""),
     ],
 )
-def test_what_is_no_measurement_fails(rows: list[dict[str, Any]], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_measurement_fails(
+    rows: list[dict[str, Any]], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(table, "OUT", tmp_path)
     assert table.problem(rows) == reason
     if reason:
@@ -38,7 +40,8 @@ def test_what_is_no_measurement_fails(rows: list[dict[str, Any]], reason: str, t
 
 
 def test_programs_end_with_all_that_they_started() -> None:
-    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)']); time.sleep(100)"
+    inner = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])"
+    child = f"import subprocess, sys, time; {inner}; time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", child])
     me = psutil.Process(process.pid)
     while not (children := me.children(recursive=True)):

@@ -1,4 +1,5 @@
-"""The set, not the member: every method in the catalogue, killed on both sides in mid-run, and beside awkward neighbours."""
+"""The set, not the member: every method in the catalogue, killed on both sides in mid-run, and beside
+awkward neighbours."""
 
 import asyncio
 from pathlib import Path
@@ -52,14 +53,17 @@ def text(stack: list[Any], **changes: Any) -> str:
 
 
 def moved(world: World, name: str) -> bool:
-    """Did the adapter change? Where no weight leaves a device, and there alone: what devices keep for themselves."""
+    """Did the adapter change? Where no weight leaves a device, and there alone: what devices keep for
+    themselves."""
     versions = world.coordinator.ledger.rows(tables.versions, job=name)
     if versions[0]["digest"] != versions[-1]["digest"]:
         return True
     stored = [p for p in (world.home / "coordinator" / "updates" / name).rglob("d?") if p.is_file()]
     assert stored
     weights = any(k.startswith("d/") for p in stored for k in decode(p.read_bytes())[0])
-    reports = [read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=1)]
+    reports = [
+        read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=1)
+    ]
     return not weights and all(r["personal"]["loss"] != r["held"]["loss"] for r in reports)
 
 
@@ -68,7 +72,8 @@ async def killed(world: World, name: str) -> None:
     for number in range(3):
         await world.until(
             lambda n=number: any(  # type: ignore[misc]
-                r["state"] in ("received", "counted") for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=n)
+                r["state"] in ("received", "counted")
+                for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=n)
             )
         )
         for d in world.names:
@@ -107,7 +112,9 @@ async def test_beside_awkward_neighbours(tmp_path: Path, tiny: Path, name: str) 
                     continue
                 done = await world.run(text(stack, rounds=2))
                 refused = [
-                    r["reason"] for r in world.coordinator.ledger.rows(tables.assignments, job=done) if r["state"] in ("refused", "failed")
+                    r["reason"]
+                    for r in world.coordinator.ledger.rows(tables.assignments, job=done)
+                    if r["state"] in ("refused", "failed")
                 ]
                 assert not refused, (stack, refused)
                 assert moved(world, done), f"{stack} moved nothing"

@@ -1,4 +1,5 @@
-"""The demo's data: the same on every machine with the same Python, disjoint, and unevenly spread as promised."""
+"""The demo's data: the same on every machine with the same Python, disjoint, and unevenly spread as
+promised."""
 
 import sys
 from collections import Counter
@@ -34,7 +35,9 @@ def test_counts_are_those_of_this_python() -> None:
         assert len(found) == pytest.approx(COUNTS[sys.version_info[:2]], rel=0.02)
 
 
-def test_train_and_test_share_neither_text_nor_module(built: tuple[list[dict[str, str]], list[dict[str, str]], str]) -> None:
+def test_train_and_test_share_neither_text_nor_module(
+    built: tuple[list[dict[str, str]], list[dict[str, str]], str],
+) -> None:
     train, test, digest = built
     assert len(test) >= 1000
     assert 8 <= len({r["label"] for r in train}) <= 12
@@ -44,7 +47,9 @@ def test_train_and_test_share_neither_text_nor_module(built: tuple[list[dict[str
     assert corpus.build()[2] == digest
 
 
-def test_shards_are_uneven_and_every_device_has_six_areas(built: tuple[list[dict[str, str]], list[dict[str, str]], str]) -> None:
+def test_shards_are_uneven_and_every_device_has_six_areas(
+    built: tuple[list[dict[str, str]], list[dict[str, str]], str],
+) -> None:
     train, _, _ = built
     found = corpus.shards(train, list("abcd"), SHARES)
     assert sorted(r["text"] for part in found.values() for r in part) == sorted(r["text"] for r in train)

@@ -1,4 +1,5 @@
-"""Pages: lines that fit, links that lead somewhere, figures that have a source, snippets that run, nothing out of date."""
+"""Pages: lines that fit, links that lead somewhere, figures that have a source, snippets that run, nothing
+out of date."""
 
 import dataclasses
 import inspect
@@ -43,7 +44,9 @@ def test_lines_fit_and_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not [line for line in text.splitlines() if len(line) > 110]
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", outside_of_code(text)):
-        assert "://" in target or (page.parent / target).exists(), f"{name(page)} leads to {target}, which does not exist"
+        assert "://" in target or (page.parent / target).exists(), (
+            f"{name(page)} leads to {target}, which does not exist"
+        )
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tour.md", "docs/words.md", "docs/add_a_method.md"])
@@ -59,7 +62,9 @@ def test_figures_of_the_readme_have_a_source() -> None:
     readme, source = ((ROOT / n).read_text(encoding="utf-8") for n in ("README.md", "docs/benchmarks.md"))
     table = readme.partition("## In figures")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("|")]
-    figures = re.findall(r"\d+(?:\.\d+)?(?:%| kB| MB| s\b| times)?", " ".join(re.sub(r"flwr [\d.]+", "", row) for row in rows))
+    figures = re.findall(
+        r"\d+(?:\.\d+)?(?:%| kB| MB| s\b| times)?", " ".join(re.sub(r"flwr [\d.]+", "", row) for row in rows)
+    )
     assert len(figures) > 8
     assert not [f for f in figures if not re.search(rf"(?<![\d.]){re.escape(f)}(?![\d.]*\d)", source)]
 
@@ -99,7 +104,9 @@ def snippets() -> dict[str, type[Method]]:
     space: dict[str, Any] = {"__name__": "docs.add_a_method"}
     for block in re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL):
         exec(compile(block, "docs/add_a_method.md", "exec"), space)
-    return {n: k for n, k in space.items() if isinstance(k, type) and issubclass(k, Method) and k is not Method}
+    return {
+        n: k for n, k in space.items() if isinstance(k, type) and issubclass(k, Method) and k is not Method
+    }
 
 
 def context(kind: type) -> Any:
@@ -159,7 +166,9 @@ def arguments(hook: str) -> dict[str, Any]:
         "ask": {"placement": {"m": 2, "n": 2}, "rank": 2, "steps": 4, "lr": 0.1},
         "device": "d0",
         "name": "m",
-        "model": SimpleNamespace(**dict.fromkeys(("before", "after", "enter", "front", "pooled"), lambda *a: None)),
+        "model": SimpleNamespace(
+            **dict.fromkeys(("before", "after", "enter", "front", "pooled"), lambda *a: None)
+        ),
         "examples": [{"ids": [1]}] * 4,
         "batch": {"labels": torch.zeros(4)},
         "loss": torch.tensor(1.0),
@@ -187,7 +196,11 @@ def test_snippets_run() -> None:
     kinds = snippets()
     assert len(kinds) > 20
     for title, kind in kinds.items():
-        unknown = [n for n, v in vars(kind).items() if inspect.isfunction(v) and not n.startswith("_") and n not in HOOKS]
+        unknown = [
+            n
+            for n, v in vars(kind).items()
+            if inspect.isfunction(v) and not n.startswith("_") and n not in HOOKS
+        ]
         assert not unknown, f"{title} defines {unknown}, which the contract does not have"
         for hook in HOOKS:
             if hook in vars(kind):

@@ -22,7 +22,10 @@ class Setup:
 
     def __init__(self, home: Path, model: Path) -> None:
         self.home = home / "state"
-        identity.enroll(write_claim(Claim("main", "d0", f"mqtt://127.0.0.1:{free_port()}", b"s" * 32, b"k" * 32)), self.home)
+        identity.enroll(
+            write_claim(Claim("main", "d0", f"mqtt://127.0.0.1:{free_port()}", b"s" * 32, b"k" * 32)),
+            self.home,
+        )
         (home / "data.jsonl").write_text("{}")
         self.yaml: dict[str, Any] = {
             "state_dir": str(self.home), "profile": "laptop-x86-16gb", "models": {"tiny": str(model)},
@@ -54,29 +57,37 @@ MISTAKES: dict[str, tuple[Callable[[Setup, pytest.MonkeyPatch], Any], str, str]]
     "a typing error in the YAML": (lambda s, m: s.yaml.update(dataset={}), "config", "unknown key"),
     "not enrolled": (lambda s, m: (s.home / "identity.json").unlink(), "identity", "not enrolled"),
     "others can read the state": (lambda s, m: s.home.chmod(0o755), "state", "can be read by others"),
-    "others can read the key": (lambda s, m: (s.home / "device.key").chmod(0o644), "identity", "can be read by others"),
+    "others can read the "
+    "key": (lambda s, m: (s.home / "device.key").chmod(0o644), "identity", "can be read by others"),
     "a profile that there is not": (lambda s, m: s.yaml.update(profile="toaster"), "profile", "not known"),
     "no dataset": (lambda s, m: s.yaml.update(datasets={}), "data", "no dataset is mapped"),
-    "a dataset that is elsewhere": (lambda s, m: s.yaml["datasets"]["words"].update(path="/nowhere"), "data", "does not exist"),
+    "a dataset that is "
+    "elsewhere": (lambda s, m: s.yaml["datasets"]["words"].update(path="/nowhere"), "data", "does not exist"),
     "no model": (lambda s, m: s.yaml.update(models={}), "model", "no base model is named"),
-    "pickled weights": (lambda s, m: s.yaml["models"].update(tiny=str(s.home)), "model", "lacks config.json or"),
+    "pickled weights": (lambda s, m: s.yaml["models"].update(tiny=str(s.home)), "model",
+    "lacks config.json or"),
     "the disk is full": (
-        lambda s, m: m.setattr(doctor.shutil, "disk_usage", lambda p: type("U", (), {"free": 10**6})()), "state", "1 MB free",
+        lambda s, m: m.setattr(doctor.shutil, "disk_usage", lambda p: type("U", (), {"free": 10**6})()),
+        "state", "1 MB free",
     ),
     "torch is not installed": (
-        lambda s, m: m.setattr(doctor.importlib.util, "find_spec", lambda n: None if n == "torch" else n), "torch", "not installed",
+        lambda s, m: m.setattr(doctor.importlib.util, "find_spec", lambda n: None if n == "torch" else n),
+        "torch", "not installed",
     ),
     "a Jetson without CUDA": (lambda s, m: _jetson(s, m), "gpu", "without CUDA"),
-    "the clock is wrong": (lambda s, m: m.setattr(certificate, "facts", _too_early), "certificate", "earlier than the certificate"),
+    "the clock is wrong": (lambda s, m: m.setattr(certificate, "facts", _too_early), "certificate",
+    "earlier than the certificate"),
     "the certificate has ended": (
-        lambda s, m: m.setattr(certificate, "facts", lambda home: facts(ends=time.time() - 1)), "certificate", "it ended on",
+        lambda s, m: m.setattr(certificate, "facts", lambda home: facts(ends=time.time() - 1)), "certificate",
+        "it ended on",
     ),
     "the broker does not answer": (lambda s, m: None, "broker", "Connection refused"),
     "the broker is another one": (
         lambda s, m: m.setattr(doctor.socket, "create_connection", _other_broker), "broker", "TLS",
     ),
     "the service does not run": (
-        lambda s, m: (s.home / "status.json").write_text(json.dumps({"at": 0.0, "state": "idle"})), "service", "does not run",
+        lambda s, m: (s.home / "status.json").write_text(json.dumps({"at": 0.0, "state": "idle"})), "service",
+        "does not run",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Who gets in, over real brokers with mutual TLS: enrolment, per-device rules, revocation, renewal; and who does not."""
+"""Who gets in, over real brokers with mutual TLS: enrolment, per-device rules, revocation, renewal; and
+who does not."""
 
 import asyncio
 import stat
@@ -24,7 +25,12 @@ from rankfleet.federated.wire.messages import Leave, seal
 from .secure import SecureWorld
 from .world import job
 
-KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.skipif(mosquitto() is None, reason="Mosquitto is not installed"))]
+KINDS = [
+    "amqtt",
+    pytest.param(
+        "mosquitto", marks=pytest.mark.skipif(mosquitto() is None, reason="Mosquitto is not installed")
+    ),
+]
 TOPICS = Topics("main")
 
 
@@ -32,15 +38,26 @@ TOPICS = Topics("main")
 async def test_a_job_over_mutual_tls(tmp_path: Path, tiny: Path, kind: str) -> None:
     async with SecureWorld(tmp_path, tiny, kind) as world:
         await world.run(job(rounds=2, stack=["sparse"]))
-        private = [p for name in ("d0", "coordinator") for p in (tmp_path / name).rglob("*") if p.suffix in (".key", ".pem")]
+        private = [
+            p
+            for name in ("d0", "coordinator")
+            for p in (tmp_path / name).rglob("*")
+            if p.suffix in (".key", ".pem")
+        ]
         secret = [p for p in private if b"PRIVATE KEY" in p.read_bytes()]
         assert {p.name for p in secret} >= {"device.pem", "ca.key", "server.key", "coordinator.key"}
-        secret += [tmp_path / "d0" / "device.key", tmp_path / "d0" / "identity.json", tmp_path / "coordinator" / "coordinator.key"]
+        secret += [
+            tmp_path / "d0" / "device.key",
+            tmp_path / "d0" / "identity.json",
+            tmp_path / "coordinator" / "coordinator.key",
+        ]
         assert {stat.S_IMODE(p.stat().st_mode) for p in secret} == {0o600}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_device_can_neither_speak_nor_listen_for_another(tmp_path: Path, tiny: Path, kind: str) -> None:
+async def test_a_device_can_neither_speak_nor_listen_for_another(
+    tmp_path: Path, tiny: Path, kind: str
+) -> None:
     async with SecureWorld(tmp_path, tiny, kind) as world:
         evil = world.stranger(certificate.context(tmp_path / "d0") or pytest.fail("no certificate"))
         heard: list[str] = []
@@ -50,7 +67,12 @@ async def test_a_device_can_neither_speak_nor_listen_for_another(tmp_path: Path,
         await world.until(evil.connected.is_set)
         # Even with the other's link key in hand, the broker does not take it.
         key = identity.load(tmp_path / "d1").link_key
-        for topic in (TOPICS.device("d1", "up"), TOPICS.device("d1", "job"), TOPICS.device("d1", "down"), TOPICS.blob("00")):
+        for topic in (
+            TOPICS.device("d1", "up"),
+            TOPICS.device("d1", "job"),
+            TOPICS.device("d1", "down"),
+            TOPICS.blob("00"),
+        ):
             task = asyncio.create_task(evil.publish(topic, seal(Leave(), "d1", key)))
             await asyncio.wait([task], timeout=0.5)
             task.cancel()
@@ -72,14 +94,21 @@ def self_signed(folder: Path, name: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_without_a_certificate_of_the_fleet_nobody_connects(tmp_path: Path, tiny: Path, kind: str) -> None:
+async def test_without_a_certificate_of_the_fleet_nobody_connects(
+    tmp_path: Path, tiny: Path, kind: str
+) -> None:
     async with SecureWorld(tmp_path, tiny, kind, devices=1) as world:
         ca = str(world.authority.ca)
         (tmp_path / "evil").mkdir()
         cert, key = self_signed(tmp_path / "evil", "coordinator")
-        buses = [world.stranger(tls_context(ca), "none"), world.stranger(tls_context(ca, str(cert), str(key)), "foreign")]
+        buses = [
+            world.stranger(tls_context(ca), "none"),
+            world.stranger(tls_context(ca, str(cert), str(key)), "foreign"),
+        ]
         server, server_key = world.authority.server([])
-        buses.append(world.stranger(tls_context(ca, str(server), str(server_key)), "server"))  # a server's certificate is no client's
+        buses.append(
+            world.stranger(tls_context(ca, str(server), str(server_key)), "server")
+        )  # a server's certificate is no client's
         for bus in buses:
             await bus.start()
         await asyncio.sleep(2.0)
@@ -125,7 +154,11 @@ async def test_claims(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatc
         claim = read_claim(token)
         assert claim.door.startswith("https://")
         # An answer that was lost: the same device asks again with the same key, and gets it.
-        monkeypatch.setattr(certificate, "write_atomic", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        monkeypatch.setattr(
+            certificate,
+            "write_atomic",
+            lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        )
         with pytest.raises(ConfigError, match="No space left"):
             await world.enrolled(token, "a")
         monkeypatch.undo()
@@ -169,7 +202,11 @@ async def test_an_old_claim_is_void_without_certificates_too(tmp_path: Path, tin
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [(b"{}", "not a certificate request"), (b"\xff" * 99, "not a certificate request"), (b"x" * 20_000, "at most 16,384")],
+    [
+        (b"{}", "not a certificate request"),
+        (b"\xff" * 99, "not a certificate request"),
+        (b"x" * 20_000, "at most 16,384"),
+    ],
 )
 async def test_rubbish_at_the_door(tmp_path: Path, tiny: Path, body: bytes, message: str) -> None:
     async with SecureWorld(tmp_path, tiny, "auto", devices=0) as world:
@@ -180,9 +217,13 @@ async def test_rubbish_at_the_door(tmp_path: Path, tiny: Path, body: bytes, mess
         assert world.coordinator.models.url
 
 
-async def test_a_certificate_is_renewed_before_it_ends(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_certificate_is_renewed_before_it_ends(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(certificate, "CLOCK_S", 0.1)
-    async with SecureWorld(tmp_path, tiny, "auto", devices=1, enrolment=Enrolment(certificate_days=1 / 24)) as world:
+    async with SecureWorld(
+        tmp_path, tiny, "auto", devices=1, enrolment=Enrolment(certificate_days=1 / 24)
+    ) as world:
         await world.kill_agent("d0")
         first = certificate.facts(tmp_path / "d0")
         assert first
@@ -191,14 +232,18 @@ async def test_a_certificate_is_renewed_before_it_ends(tmp_path: Path, tiny: Pat
         old = (tmp_path / "d0" / "tls" / "device.pem").read_bytes()
         agent = await world.start_agent("d0")
         await world.until(lambda: (tmp_path / "d0" / "tls" / "device.pem").read_bytes() != old, 30)
-        await world.until(lambda: (f := certificate.facts(tmp_path / "d0")) is not None and f.ends > time.time() + 1800)
+        await world.until(
+            lambda: (f := certificate.facts(tmp_path / "d0")) is not None and f.ends > time.time() + 1800
+        )
         await world.until(agent.bus.connected.is_set)
         assert len(world.coordinator.ledger.rows(tables.certificates, device="d0")) == 2
         await world.child_restart()
         await world.until(agent.bus.connected.is_set, 30)
 
 
-async def test_a_renewal_that_fails_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_renewal_that_fails_is_said_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from types import SimpleNamespace
 
     from rankfleet.edge_agent.status import Status
@@ -206,9 +251,13 @@ async def test_a_renewal_that_fails_is_said_and_tried_again(tmp_path: Path, monk
     monkeypatch.setattr(certificate, "RETRY_S", 0.05)
     folder = tmp_path / "tls"
     folder.mkdir()
-    (folder / "facts.json").write_bytes(msgspec.json.encode(Facts("https://127.0.0.1:1", b"", 0.0, time.time() + 60)))
+    (folder / "facts.json").write_bytes(
+        msgspec.json.encode(Facts("https://127.0.0.1:1", b"", 0.0, time.time() + 60))
+    )
     started: list[int] = []
-    bus: Any = SimpleNamespace(start=lambda: asyncio.sleep(0, started.append(1)), connected=asyncio.Event(), sent=0, received=0)
+    bus: Any = SimpleNamespace(
+        start=lambda: asyncio.sleep(0, started.append(1)), connected=asyncio.Event(), sent=0, received=0
+    )
     status = Status(tmp_path, bus)
     task = asyncio.create_task(certificate.keep(tmp_path, bus, status))
     while "cannot be renewed" not in str(status.get("last_error")):
@@ -218,7 +267,9 @@ async def test_a_renewal_that_fails_is_said_and_tried_again(tmp_path: Path, monk
     task.cancel()
 
 
-async def test_a_device_without_a_clock_waits_for_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_device_without_a_clock_waits_for_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from types import SimpleNamespace
 
     from rankfleet.edge_agent.status import Status
@@ -226,9 +277,16 @@ async def test_a_device_without_a_clock_waits_for_the_time(tmp_path: Path, monke
     monkeypatch.setattr(certificate, "CLOCK_S", 0.05)
     (tmp_path / "tls").mkdir()
     now = time.time()
-    (tmp_path / "tls" / "facts.json").write_bytes(msgspec.json.encode(Facts("https://x", b"", now + 0.5, now + 9e6)))
+    (tmp_path / "tls" / "facts.json").write_bytes(
+        msgspec.json.encode(Facts("https://x", b"", now + 0.5, now + 9e6))
+    )
     started: list[float] = []
-    bus: Any = SimpleNamespace(start=lambda: asyncio.sleep(0, started.append(time.time())), connected=asyncio.Event(), sent=0, received=0)
+    bus: Any = SimpleNamespace(
+        start=lambda: asyncio.sleep(0, started.append(time.time())),
+        connected=asyncio.Event(),
+        sent=0,
+        received=0,
+    )
     status = Status(tmp_path, bus)
     task = asyncio.create_task(certificate.keep(tmp_path, bus, status))
     await asyncio.sleep(0.2)
@@ -293,7 +351,11 @@ async def test_an_old_assignment_that_is_heard_again_is_not_carried_out(tmp_path
         assert len(refused) == 5
         assert all(m.round == 0 and "a later round was done here" in m.reason for m in refused)
         assert not (tmp_path / "d0" / "jobs" / name / "r000000.update").exists()
-        states = {r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name) if r["round"] < done}
+        states = {
+            r["state"]
+            for r in world.coordinator.ledger.rows(tables.assignments, job=name)
+            if r["round"] < done
+        }
         assert states == {"counted"}, "the rounds that were being done went on"
         world.coordinator.jobs.cancel(name)
 
@@ -356,12 +418,20 @@ async def test_the_coordinators_own_certificates_are_renewed_while_it_runs(
         await world.until(lambda: service.devices.enrolled("later"))
 
 
-async def test_certificates_are_not_made_without_end(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_certificates_are_not_made_without_end(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rankfleet.coordinator.fleet.enrolment.MOST_A_DAY", 3)
     async with SecureWorld(tmp_path, tiny, "auto", devices=0) as world:
         token = world.coordinator.invite("a")
         await world.enrolled(token, "a")
-        renew = [certificate.obtain, tmp_path / "a", "a", identity.load(tmp_path / "a").link_key, identity.signer(tmp_path / "a")]
+        renew = [
+            certificate.obtain,
+            tmp_path / "a",
+            "a",
+            identity.load(tmp_path / "a").link_key,
+            identity.signer(tmp_path / "a"),
+        ]
         known = certificate.facts(tmp_path / "a")
         assert known
         for _ in range(2):
@@ -379,7 +449,9 @@ async def test_a_new_invitation_ends_what_the_device_was_doing(tmp_path: Path, t
     async with World(tmp_path, tiny, devices=2) as world:
         await world.kill_agent("d1")
         name = world.coordinator.jobs.submit(job(rounds=1))
-        await world.until(lambda: len(world.coordinator.ledger.rows(tables.assignments, job=name, state="received")) == 1)
+        await world.until(
+            lambda: len(world.coordinator.ledger.rows(tables.assignments, job=name, state="received")) == 1
+        )
         world.coordinator.invite("d1")
         await world.until(lambda: world.job_state(name) == "finished", 20)
         rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=0)

@@ -20,8 +20,17 @@ def card(name: str, tiny: Path) -> ModelCard:
     """The shapes of the example's model, as far as the job asks for them."""
     if name not in LAYERS:
         return read_card(tiny)
-    ends = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-    modules = [Module(f"model.layers.{n}.{e}", n, 64, 64, "attention") for n in range(LAYERS[name]) for e in ends]
+    ends = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+    modules = [
+        Module(f"model.layers.{n}.{e}", n, 64, 64, "attention") for n in range(LAYERS[name]) for e in ends
+    ]
     return ModelCard(name, "00", "llama", LAYERS[name], 64, 128, 4, 512, 1000, modules, True)
 
 

@@ -32,9 +32,11 @@ async def tuned(home: Path, model: Path) -> Any:
     async with world:
         name = await world.run(
             job(
-                task={"dataset": "words", "kind": "causal_lm", "max_length": 24}, rounds=2, training={"lr": 0.05},
+                task={"dataset": "words", "kind": "causal_lm", "max_length": 24}, rounds=2,
+                training={"lr": 0.05},
                 policy={"name": "ucb1"},
-                arms={"ranks": [2, 4], "placements": ["rising(0..1, total=6)"], "bits": [32], "steps": [6], "batch": 8},
+                arms={"ranks": [2, 4], "placements": ["rising(0..1, total=6)"], "bits": [32], "steps": [6],
+                "batch": 8},
             )
         )  # fmt: skip
         return world.coordinator.config, name
@@ -108,7 +110,10 @@ def test_the_program_offers_every_format() -> None:
 
 def test_bf16_rounds_to_nearest_even() -> None:
     values = np.concatenate(
-        [np.random.default_rng(0).standard_normal(1000).astype(np.float32), np.float32([0, 1, -1, 1.00390625, 1.01171875])]
+        [
+            np.random.default_rng(0).standard_normal(1000).astype(np.float32),
+            np.float32([0, 1, -1, 1.00390625, 1.01171875]),
+        ]
     )
     assert np.array_equal(to_bf16(values), torch.from_numpy(values).bfloat16().view(torch.uint16).numpy())
 
@@ -121,9 +126,20 @@ async def test_gguf_keeps_to_the_rules_of_llama_cpp(tmp_path: Path) -> None:
     write(config, name, tmp_path / "adapter")
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
     fields = {k: f.contents() for k, f in reader.fields.items()}
-    assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == ("adapter", "lora", "llama")
+    assert (fields["general.type"], fields["adapter.type"], fields["general.architecture"]) == (
+        "adapter",
+        "lora",
+        "llama",
+    )
     tensors = {t.name: t for t in reader.tensors}
-    base = {"attn_q": (16, 16), "attn_k": (16, 8), "attn_v": (16, 8), "attn_output": (16, 16), "ffn_up": (16, 40), "ffn_down": (40, 16)}
+    base = {
+        "attn_q": (16, 16),
+        "attn_k": (16, 8),
+        "attn_v": (16, 8),
+        "attn_output": (16, 16),
+        "ffn_up": (16, 40),
+        "ffn_down": (40, 16),
+    }
     from safetensors.numpy import load_file
 
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -145,7 +161,9 @@ async def test_gguf_keeps_to_the_rules_of_llama_cpp(tmp_path: Path) -> None:
         theirs_a, theirs_b = (saved[f"base_model.model.{module}.lora_{s}.weight"] for s in "AB")
         rank = int(a.shape[1])
         ours = fields["adapter.lora.alpha"] / rank * (b.data.reshape(-1, rank) @ a.data.reshape(rank, -1))
-        scale = peft["alpha_pattern"].get(module, peft["lora_alpha"]) / peft["rank_pattern"].get(module, peft["r"])
+        scale = peft["alpha_pattern"].get(module, peft["lora_alpha"]) / peft["rank_pattern"].get(
+            module, peft["r"]
+        )
         expected = scale * (theirs_b @ theirs_a)
         if kind == "attn_k":
             expected = interleaved(expected, 2)

@@ -1,4 +1,5 @@
-"""A whole model as GGUF: numbers, tensors and tokenizer as llama.cpp reads them; and llama.cpp itself, where it is installed."""
+"""A whole model as GGUF: numbers, tensors and tokenizer as llama.cpp reads them; and llama.cpp itself,
+where it is installed."""
 
 import json
 from pathlib import Path
@@ -24,18 +25,23 @@ gguf = pytest.importorskip("gguf")
 WORDS = ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "ab", "▁ab"]
 SENTENCE = {
     "added_tokens": [{"id": n, "content": WORDS[n], "special": True} for n in range(3)],
-    "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}, "pre_tokenizer": None,
-    "model": {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": {w: n for n, w in enumerate(WORDS)},
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]},
+    "pre_tokenizer": None,
+    "model": {"type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "vocab": {w: n for n,
+    w in enumerate(WORDS)},
               "merges": ["a b", "▁ ab"]},
 }  # fmt: skip
 BYTES = {
     "added_tokens": [{"id": 2, "content": "<|end|>", "special": True}], "normalizer": None,
     "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
-    "model": {"type": "BPE", "byte_fallback": False, "vocab": {"a": 0, "b": 1, "ab": 3}, "merges": [["a", "b"]]},
+    "model": {"type": "BPE", "byte_fallback": False, "vocab": {"a": 0, "b": 1, "ab": 3}, "merges": [["a",
+    "b"]]},
 }  # fmt: skip
 
 
-def made(folder: Path, family: str, dtype: torch.dtype = torch.float32, tokenizer: Any = SENTENCE) -> tuple[Path, Version]:
+def made(
+    folder: Path, family: str, dtype: torch.dtype = torch.float32, tokenizer: Any = SENTENCE
+) -> tuple[Path, Version]:
     """A base that llama.cpp could hold, and a version over it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,10 +55,13 @@ def made(folder: Path, family: str, dtype: torch.dtype = torch.float32, tokenize
             p.add_(torch.randn_like(p) * 0.1)
     model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True})
+    )
     rng = np.random.default_rng(0)
     pairs = {
-        m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.1, rng.standard_normal((2, m.in_)) * 0.1) for m in read_card(folder).modules
+        m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.1, rng.standard_normal((2, m.in_)) * 0.1)
+        for m in read_card(folder).modules
     }
     return folder, Version(1, pairs, {}, {}, {})
 
@@ -65,7 +74,10 @@ def test_tensors_and_numbers(tmp_path: Path, family: str, ratio: float) -> None:
     folder, version = made(tmp_path / "base", family)
     reader = gguf.GGUFReader(write_model(Weights(version, folder, ratio, 0.7), tmp_path / "out", "x"))
     write_folder(version, folder, tmp_path / "hf", ratio, 0.7)
-    plain, config = load_file(tmp_path / "hf" / "model.safetensors"), json.loads((tmp_path / "hf" / "config.json").read_text())
+    plain, config = (
+        load_file(tmp_path / "hf" / "model.safetensors"),
+        json.loads((tmp_path / "hf" / "config.json").read_text()),
+    )
     fields = {k: f.contents() for k, f in reader.fields.items()}
     arch = fields["general.architecture"]
     assert arch == ("llama" if family in ("llama", "mistral") or (family == "qwen2" and ratio) else family)
@@ -80,12 +92,19 @@ def test_tensors_and_numbers(tmp_path: Path, family: str, ratio: float) -> None:
     assert np.array_equal(tensors["blk.0.attn_norm.weight"], norm + np.float32(family == "gemma"))
     if family == "qwen2":
         bias = plain["model.layers.1.self_attn.k_proj.bias"]
-        assert np.array_equal(tensors["blk.1.attn_k.bias"], turned(bias, config["num_key_value_heads"]) if ratio else bias)
+        assert np.array_equal(
+            tensors["blk.1.attn_k.bias"], turned(bias, config["num_key_value_heads"]) if ratio else bias
+        )
 
 
 def test_bf16_stays_bf16(tmp_path: Path) -> None:
     folder, version = made(tmp_path / "base", "llama", torch.bfloat16)
-    tensors = {t.name: t for t in gguf.GGUFReader(write_model(Weights(version, folder, 0.5, 0.7), tmp_path / "out", "x")).tensors}
+    tensors = {
+        t.name: t
+        for t in gguf.GGUFReader(
+            write_model(Weights(version, folder, 0.5, 0.7), tmp_path / "out", "x")
+        ).tensors
+    }
     assert tensors["blk.0.ffn_up.weight"].tensor_type == gguf.GGMLQuantizationType.BF16
     assert tensors["blk.0.ffn_up.weight"].shape.tolist() == [64, 48]
     assert tensors["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
@@ -118,7 +137,9 @@ def test_byte_level_keeps_its_merges(tmp_path: Path, family: str, expected: str)
 
 
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
-    folder, version = made(tmp_path / "base", "llama", tokenizer={**SENTENCE, "model": {"type": "Unigram", "vocab": []}})
+    folder, version = made(
+        tmp_path / "base", "llama", tokenizer={**SENTENCE, "model": {"type": "Unigram", "vocab": []}}
+    )
     with pytest.raises(ConfigError, match="Unigram"):
         write_model(Weights(version, folder, 0.0, 0.7), tmp_path / "out", "x")
     (folder / "tokenizer.json").unlink()
@@ -137,13 +158,16 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["stories260k", "babyllama361", "tinystories656k"])
 def test_llama_cpp_says_what_transformers_says(tmp_path: Path, shared: Path, name: str, ratio: float) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip builds it in ten minutes)")
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed (pip builds it in ten minutes)"
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shared / "models" / name
     rng = np.random.default_rng(0)
     pairs = {
-        m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.05, rng.standard_normal((2, m.in_)) * 0.05) for m in read_card(folder).modules
+        m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.05, rng.standard_normal((2, m.in_)) * 0.05)
+        for m in read_card(folder).modules
     }
     version = Version(1, pairs, {}, {}, {})
     file = write_model(Weights(version, folder, ratio, 0.7), tmp_path / "out", name)
@@ -154,5 +178,10 @@ def test_llama_cpp_says_what_transformers_says(tmp_path: Path, shared: Path, nam
     assert theirs.tokenize(text.encode()) == ids
     theirs.eval(ids)
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()(torch.tensor([ids])).logits[0].numpy()
+        expected = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+            .eval()(torch.tensor([ids]))
+            .logits[0]
+            .numpy()
+        )
     assert np.abs(np.array(theirs.scores[: len(ids)]) - expected).max() < 2e-3 * np.abs(expected).max()

@@ -30,7 +30,9 @@ def test_a_cause_hides_what_follows_from_it() -> None:
     assert "cannot be told" in holding(declared, {})[0].text
 
 
-@pytest.mark.parametrize("declared", [rankfleet.coordinator.health.CONDITIONS, rankfleet.edge_agent.health.CONDITIONS])
+@pytest.mark.parametrize(
+    "declared", [rankfleet.coordinator.health.CONDITIONS, rankfleet.edge_agent.health.CONDITIONS]
+)
 def test_causes_stand_before_what_follows_from_them(declared: Any) -> None:
     seen: set[str] = set()
     for d in declared:
@@ -53,15 +55,21 @@ async def test_what_prometheus_sees(tmp_path: Path, tiny: Path) -> None:
         await world.run(job(rounds=1, stack=["sparse"]))
         agent = world.agents["d0"][0]
         server = MetricsServer(
-            lambda: rankfleet.coordinator.health.exposition(world.coordinator) + rankfleet.edge_agent.health.exposition(agent)
+            lambda: (
+                rankfleet.coordinator.health.exposition(world.coordinator)
+                + rankfleet.edge_agent.health.exposition(agent)
+            )
         )
         await server.start("127.0.0.1", 0)
         said = await fetched(server.port)
         assert said.startswith("HTTP/1.1 200 OK")
         for line in (
-            'rankfleet_devices{state="enrolled"} 2', 'rankfleet_jobs{state="finished"} 1', "rankfleet_broker_connected 1",
-            'rankfleet_condition{code="disk-full",severity="error"} 0', "# TYPE rankfleet_messages_dropped_total counter",
-            "rankfleet_agent_jobs_done_total 1", 'rankfleet_agent_state{state="idle"} 1', "rankfleet_agent_updates_waiting 0",
+            'rankfleet_devices{state="enrolled"} 2', 'rankfleet_jobs{state="finished"} '
+                                                     '1', "rankfleet_broker_connected 1",
+            'rankfleet_condition{code="disk-full",severity="error"} '
+            '0', "# TYPE rankfleet_messages_dropped_total counter",
+            "rankfleet_agent_jobs_done_total 1", 'rankfleet_agent_state{state="idle"} '
+                                                 '1', "rankfleet_agent_updates_waiting 0",
         ):  # fmt: skip
             assert f"\n{line}\n" in said.replace("\r", ""), line
         assert (await fetched(server.port, b"GET /other HTTP/1.1\r\n\r\n")).startswith("HTTP/1.1 404")
@@ -97,7 +105,10 @@ async def test_conditions_of_a_fleet(tmp_path: Path, tiny: Path, monkeypatch: py
 
 
 def test_labels_are_escaped() -> None:
-    assert text("x", {"a": ("gauge", "b")}, [("a", {"n": 'q"\\\n'}, 1.0)]) == '# HELP x_a b\n# TYPE x_a gauge\nx_a{n="q\\"\\\\\\n"} 1\n'
+    assert (
+        text("x", {"a": ("gauge", "b")}, [("a", {"n": 'q"\\\n'}, 1.0)])
+        == '# HELP x_a b\n# TYPE x_a gauge\nx_a{n="q\\"\\\\\\n"} 1\n'
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Hooks that no shipped method uses are called all the same, at their place and with what the contract promises."""
+"""Hooks that no shipped method uses are called all the same, at their place and with what the contract
+promises."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,12 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_every_hook_is_called(tmp_path: Path, tiny: Path, space: str) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
         name = await world.run(
-            job(rounds=2, stack=["every_hook"], space=space, arms={"ranks": [4], "bits": [32], "steps": [5], "batch": 4})
+            job(
+                rounds=2,
+                stack=["every_hook"],
+                space=space,
+                arms={"ranks": [4], "bits": [32], "steps": [5], "batch": 4},
+            )
         )
         assert set(every_hook.CALLED) == {"plan", "attach", "batch", "objective", "step"}
         rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=0)
@@ -38,7 +44,9 @@ async def test_every_hook_is_called(tmp_path: Path, tiny: Path, space: str) -> N
         assert not np.array_equal(last.dense["head.weight"], first.dense["head.weight"])
 
 
-async def test_what_stays_at_home_is_kept_and_used(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_stays_at_home_is_kept_and_used(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import rankfleet.edge_agent.worker.local_round
     from rankfleet.federated.wire.frame import thaw
 
@@ -51,7 +59,9 @@ async def test_what_stays_at_home_is_kept_and_used(tmp_path: Path, tiny: Path, m
 
     monkeypatch.setattr(rankfleet.edge_agent.worker.local_round, "commit", commit)
     async with World(tmp_path, tiny, devices=2) as world:
-        await world.run(job(rounds=3, stack=["every_hook"], arms={"ranks": [2], "bits": [32], "steps": [5], "batch": 4}))
+        await world.run(
+            job(rounds=3, stack=["every_hook"], arms={"ranks": [2], "bits": [32], "steps": [5], "batch": 4})
+        )
         assert np.any(states[0] != 0)
         assert np.any(states[1] != states[0])
 

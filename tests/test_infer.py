@@ -48,7 +48,9 @@ def test_every_form_says_the_same(fleet: Any, tmp_path: Path, kind: str) -> None
     assert set(answers[0]["shares"]) <= set(found.task.labels)
 
 
-def test_the_program_reads_arguments_and_lines(fleet: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_program_reads_arguments_and_lines(
+    fleet: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     agent, _, _ = fleet
     (tmp_path / "agent.yaml").write_text(json.dumps({"state_dir": str(agent.home), "models": agent.models}))
     assert cli.main(["infer", "red", "cat dog", "--json", "--config", str(tmp_path / "agent.yaml")]) == 0
@@ -68,8 +70,10 @@ async def test_a_causal_model_answers(tmp_path: Path) -> None:
     async with world:
         name = await world.run(
             job(
-                task={"dataset": "words", "kind": "causal_lm", "max_length": 24}, rounds=2, policy={"name": "ucb1"},
-                arms={"ranks": [2], "placements": ["rising(0..1, total=4)"], "bits": [32], "steps": [4], "batch": 8},
+                task={"dataset": "words", "kind": "causal_lm", "max_length": 24}, rounds=2,
+                policy={"name": "ucb1"},
+                arms={"ranks": [2], "placements": ["rising(0..1, total=4)"], "bits": [32], "steps": [4],
+                "batch": 8},
             )
         )  # fmt: skip
         agent, coordinator = next(iter(world.agents.values()))[0].config, world.coordinator.config
@@ -92,7 +96,9 @@ def test_what_is_missing_is_said(fleet: Any, tmp_path: Path) -> None:
     assert rows_of(Task("d", "text_classification"), ["{not json"]) == [{"text": "{not json"}]
     other = small.tiny_bert(tmp_path / "other")
     weights = load_file(other / "model.safetensors")
-    weights["encoder.layer.0.attention.self.query.weight"] = weights["encoder.layer.0.attention.self.query.weight"][:, :8].copy()
+    weights["encoder.layer.0.attention.self.query.weight"] = weights[
+        "encoder.layer.0.attention.self.query.weight"
+    ][:, :8].copy()
     save_file(weights, other / "model.safetensors")
     models = {name: str(other) for name in agent.models}
     with pytest.raises(ConfigError, match="belongs to another base model"):

@@ -12,10 +12,20 @@ from rankfleet.profiles.kernels import half, key, times
 
 from .edge_agent.families import make
 
-MEASURED = {"32": 4.0, "16": 3.0, "32@896": 20.0, "16@896": 400.0, "4@2048": 90.0, "32@2048": 100.0, "16@2048": 95.0}
+MEASURED = {
+    "32": 4.0,
+    "16": 3.0,
+    "32@896": 20.0,
+    "16@896": 400.0,
+    "4@2048": 90.0,
+    "32@2048": 100.0,
+    "16@2048": 95.0,
+}
 
 
-@pytest.mark.parametrize(("hidden", "expected"), [(64, 4.0), (384, 4.0), (576, 4.0), (600, 20.0), (1024, 20.0), (4096, 100.0)])
+@pytest.mark.parametrize(
+    ("hidden", "expected"), [(64, 4.0), (384, 4.0), (576, 4.0), (600, 20.0), (1024, 20.0), (4096, 100.0)]
+)
 def test_a_model_reads_the_nearest_width(hidden: int, expected: float) -> None:
     assert times(MEASURED, hidden)[32] == expected
 
@@ -40,7 +50,10 @@ def test_the_probe_measures_every_width() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_few_bits_in_bf16_stay_near_those_in_fp32(tmp_path: Path, bits: int) -> None:
-    folder, ids = make("llama", tmp_path), torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1))
+    folder, ids = (
+        make("llama", tmp_path),
+        torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(1)),
+    )
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         wide, narrow = (Base(folder, [], bits, {}, True, half=h).hidden(batch)[0] for h in (False, True))
@@ -49,7 +62,9 @@ def test_few_bits_in_bf16_stay_near_those_in_fp32(tmp_path: Path, bits: int) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems place threads themselves")
-def test_the_fastest_cores_are_taken_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_cores_are_taken_where_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_to: list[list[int]] = []
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
     monkeypatch.setattr("os.sched_setaffinity", lambda pid, cores: set_to.append(cores))

@@ -38,7 +38,9 @@ def imports(path: Path) -> set[str]:
 def test_import_arrows(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         ours = imports(path) & (set(MAY) | {"demo", "benchmarks", "tests"})
-        assert ours <= MAY[room] | {room}, f"{path.relative_to(ROOT)} imports {sorted(ours - MAY[room] - {room})}"
+        assert ours <= MAY[room] | {room}, (
+            f"{path.relative_to(ROOT)} imports {sorted(ours - MAY[room] - {room})}"
+        )
 
 
 INSIDE = {
@@ -47,9 +49,11 @@ INSIDE = {
         "transport": "errors program", "methods": "contract errors", "peft_format": "contract program tasks",
         "wire": "contract errors program", "trust": "contract errors program transport",
     },
-    "bandit": {"arms": "", "policy": "arms", "reward": "policy", "policies": "policy reward", "tuner": "arms policies policy"},
+    "bandit": {"arms": "", "policy": "arms", "reward": "policy", "policies": "policy reward",
+    "tuner": "arms policies policy"},
     "coordinator": {
-        "config": "", "jobs": "", "store": "config", "operators": "config store", "fleet": "config jobs store",
+        "config": "", "jobs": "", "store": "config", "operators": "config store",
+        "fleet": "config jobs store",
         "broker": "config fleet", "exchange": "config fleet store", "planning": "exchange jobs store",
         "aggregate": "exchange store", "export": "config jobs planning store",
         "rounds": "aggregate config exchange jobs planning store",
@@ -59,15 +63,18 @@ INSIDE = {
         "verbs": "broker config export fleet jobs operators serve store", "cli": "verbs", "__main__": "cli",
     },
     "edge_agent": {
-        "guard_config": "", "support": "", "model": "", "status": "", "tasks": "model", "config": "guard_config",
-        "order": "config", "supervise": "config guard_config order", "machine": "config model", "trust": "config",
+        "guard_config": "", "support": "", "model": "", "status": "", "tasks": "model",
+        "config": "guard_config",
+        "order": "config", "supervise": "config guard_config "
+                                        "order", "machine": "config model", "trust": "config",
         "exchange": "order status trust", "doctor": "config machine trust",
         "worker": "config machine model order tasks trust", "infer": "config exchange machine model tasks",
         "service": "config exchange order status supervise support trust", "health": "service trust",
         "cli": "config doctor health infer machine service supervise trust", "__main__": "cli",
     },
 }  # fmt: skip
-"""Room → what is inside it → what of the same room that may import. Written from the ground up: no arrow runs back."""
+"""Room → what is inside it → what of the same room that may import. Written from the ground up: no arrow
+runs back."""
 
 
 def room_of(module: str, room: str) -> str:
@@ -114,7 +121,9 @@ def test_one_import_name() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             bare = [n for n in names if n.partition(".")[0] in {*MAY, "simulator"}]
-            assert not bare, f"{path.relative_to(ROOT)} imports {bare}: a module under two names is two modules"
+            assert not bare, (
+                f"{path.relative_to(ROOT)} imports {bare}: a module under two names is two modules"
+            )
 
 
 def test_packaging_holds_no_python() -> None:
@@ -124,7 +133,9 @@ def test_packaging_holds_no_python() -> None:
 def test_sql_is_spoken_inside_the_store_alone() -> None:
     for room in MAY:
         for path in (ROOT / room).rglob("*.py"):
-            assert path.name in ("tables.py", "database.py", "ledger.py") or "sqlalchemy" not in imports(path), path
+            assert path.name in ("tables.py", "database.py", "ledger.py") or "sqlalchemy" not in imports(
+                path
+            ), path
 
 
 def test_no_pickle_and_no_remote_code() -> None:
@@ -149,7 +160,11 @@ def test_no_wait_that_is_deaf_to_a_cancellation() -> None:
 
 def loaded_after(code: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}\nprint(' '.join(sys.modules))"], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", f"import sys\n{code}\nprint(' '.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     return set(done.stdout.split())
 
@@ -160,7 +175,8 @@ def loaded_after(code: str) -> set[str]:
         "from rankfleet.edge_agent.cli import build; build()",
         "from rankfleet.coordinator.cli import build; build()",
         f"{IDLE}, rankfleet.edge_agent.machine.probe",
-        "import rankfleet.coordinator.verbs.client; from rankfleet.federated.contract import catalogue; catalogue.entries()",
+        "import rankfleet.coordinator.verbs.client; from rankfleet.federated.contract import catalogue; "
+        "catalogue.entries()",
     ],
 )
 def test_programs_start_without_heavy_imports(code: str) -> None:

@@ -1,4 +1,5 @@
-"""Whole jobs over links and brokers as they are found: TLS and passwords, proxies, small packets, queues that overflow, restarts."""
+"""Whole jobs over links and brokers as they are found: TLS and passwords, proxies, small packets, queues
+that overflow, restarts."""
 
 import asyncio
 import base64
@@ -37,12 +38,16 @@ class Mosquitto:
     def __init__(self, home: Path, *lines: str) -> None:
         self.port, self.home = free_port(), home
         home.mkdir(parents=True, exist_ok=True)
-        (home / "m.conf").write_text("\n".join([f"listener {self.port} 127.0.0.1", "log_type all", "user root", *lines]) + "\n")
+        (home / "m.conf").write_text(
+            "\n".join([f"listener {self.port} 127.0.0.1", "log_type all", "user root", *lines]) + "\n"
+        )
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
         with (self.home / "m.log").open("ab") as log:
-            self.process = subprocess.Popen([str(mosquitto()), "-c", str(self.home / "m.conf")], stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [str(mosquitto()), "-c", str(self.home / "m.conf")], stdout=log, stderr=log
+            )
         for _ in range(100):
             with contextlib.suppress(OSError):
                 _, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -67,7 +72,9 @@ class Mosquitto:
 class OverMqtt(World):
     """The small world, connected by real MQTT clients to a real broker."""
 
-    def __init__(self, home: Path, model: Path, url: str, protocol: MQTTProtocolVersion | None = None, **options: Any) -> None:
+    def __init__(
+        self, home: Path, model: Path, url: str, protocol: MQTTProtocolVersion | None = None, **options: Any
+    ) -> None:
         self.options = {k: options.pop(k) for k in ("tls", "proxy", "threaded") if k in options}
         super().__init__(home, model, **options)
         self.url, self.protocol = url, protocol
@@ -103,7 +110,12 @@ async def test_tls_with_user_and_password(tmp_path: Path, tiny: Path, protocol: 
     cert, key = tmp_path / "b.crt", tmp_path / "b.key"
     make_certificate(cert, key, "localhost")
     subprocess.run(["mosquitto_passwd", "-b", "-c", str(tmp_path / "users"), "fleet", "s3cr:t@"], check=True)
-    lines = [f"certfile {cert}", f"keyfile {key}", f"password_file {tmp_path / 'users'}", "allow_anonymous false"]
+    lines = [
+        f"certfile {cert}",
+        f"keyfile {key}",
+        f"password_file {tmp_path / 'users'}",
+        "allow_anonymous false",
+    ]
     tls = tls_context(str(cert))
     async with Mosquitto(tmp_path / "m", *lines) as broker:
         url = f"mqtts://fleet:s3cr%3At%40@localhost:{broker.port}"
@@ -152,7 +164,9 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        fields = {k.lower(): v for k, v in (line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)}
+        fields = {
+            k.lower(): v for k, v in (line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+        }
         self.seen.append(head.split("\r\n")[0])
         if fields.get("proxy-authorization", "").split(" ")[-1] != self.want:
             writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
@@ -176,7 +190,8 @@ class Proxy:
 
 @contextlib.asynccontextmanager
 async def websocket_broker(home: Path) -> AsyncIterator[tuple[int, ssl.SSLContext]]:
-    """amqtt with a WebSocket listener under TLS, as a process; Debian's Mosquitto is built without WebSockets."""
+    """amqtt with a WebSocket listener under TLS, as a process; Debian's Mosquitto is built without
+    WebSockets."""
     cert, key, port = home / "ws.crt", home / "ws.key", free_port()
     make_certificate(cert, key, "localhost")
     program = f"""
@@ -184,8 +199,11 @@ import asyncio, logging
 from amqtt.broker import Broker
 logging.disable(logging.CRITICAL)
 async def serve():
-    broker = Broker({{"listeners": {{"default": {{"type": "ws", "bind": "localhost:{port}", "ssl": True, "certfile": "{cert}",
-        "keyfile": "{key}"}}}}, "plugins": {{"amqtt.plugins.authentication.AnonymousAuthPlugin": {{"allow_anonymous": True}}}}}})
+    broker = Broker({{
+        "listeners": {{"default": {{"type": "ws", "bind": "localhost:{port}", "ssl": True,
+                                  "certfile": "{cert}", "keyfile": "{key}"}}}},
+        "plugins": {{"amqtt.plugins.authentication.AnonymousAuthPlugin": {{"allow_anonymous": True}}}},
+    }})
     await broker.start()
     await asyncio.Event().wait()
 asyncio.run(serve())
@@ -208,7 +226,9 @@ async def test_websocket_through_a_proxy_with_user_and_password(tmp_path: Path, 
     pytest.importorskip("socks")
     async with websocket_broker(tmp_path) as (port, tls), Proxy("joe", "pa ss") as proxy:
         url, through = f"wss://localhost:{port}/mqtt", f"http://joe:pa%20ss@127.0.0.1:{proxy.port}"
-        async with OverMqtt(tmp_path / "w", tiny, url, tls=tls, proxy=through, devices=2, packet=20_000) as world:
+        async with OverMqtt(
+            tmp_path / "w", tiny, url, tls=tls, proxy=through, devices=2, packet=20_000
+        ) as world:
             assert world.counted(await world.run(job(rounds=2, stack=["sparse"]), 60))[:4] == ["counted"] * 4
         assert set(proxy.seen) == {f"CONNECT localhost:{port} HTTP/1.1"}
         wrong = MqttBus(url, "x", tls=tls, proxy=f"http://joe:no@127.0.0.1:{proxy.port}")
@@ -270,7 +290,8 @@ async def test_a_broker_that_accepts_and_drops_is_named(tmp_path: Path, tiny: Pa
 
 @needs_mosquitto
 async def test_queues_that_overflow_lose_nothing(tmp_path: Path, tiny: Path) -> None:
-    """Mosquitto drops without a word what does not fit into a client's queue: what is missing is asked for again."""
+    """Mosquitto drops without a word what does not fit into a client's queue: what is missing is asked for
+    again."""
     lines = ["allow_anonymous true", "max_queued_messages 2", "max_inflight_messages 1"]
     async with (
         Mosquitto(tmp_path / "m", *lines) as broker,
@@ -291,7 +312,9 @@ async def test_a_broker_that_restarts(tmp_path: Path, tiny: Path, persistence: b
         async with OverMqtt(tmp_path / "w", tiny, f"mqtt://127.0.0.1:{broker.port}", devices=2) as world:
             name = world.coordinator.jobs.submit(job(rounds=4, stack=["sparse"]))
             for number, how in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
-                await world.until(lambda n=number: len(world.coordinator.ledger.rows(tables.versions, job=name)) > n)  # type: ignore[misc]
+                await world.until(
+                    lambda n=number: len(world.coordinator.ledger.rows(tables.versions, job=name)) > n
+                )  # type: ignore[misc]
                 broker.stop(how)
                 await asyncio.sleep(0.3)
                 await broker.start()
@@ -348,12 +371,15 @@ def test_passwords_are_not_shown() -> None:
 
 @pytest.fixture
 def far_away() -> Iterator[tuple[list[str], str]]:
-    """A network namespace behind a link of 2 Mbit/s: (how to run something there, this side's address). Skips where none can be had."""
+    """A network namespace behind a link of 2 Mbit/s: (how to run something there, this side's address).
+    Skips where none can be had."""
     name, net = f"rf{os.getpid()}", f"10.{os.getpid() % 200 + 20}.7"
     here, there = f"{net}.1", f"{net}.2"
     steps = [
-        f"ip netns add {name}", f"ip link add {name}h type veth peer name {name}n", f"ip link set {name}n netns {name}",
-        f"ip addr add {here}/24 dev {name}h", f"ip link set {name}h up", f"ip netns exec {name} ip addr add {there}/24 dev {name}n",
+        f"ip netns add {name}", f"ip link add {name}h type veth peer name "
+                                f"{name}n", f"ip link set {name}n netns {name}",
+        f"ip addr add {here}/24 dev {name}h", f"ip link set {name}h up", f"ip netns exec {name} ip addr add "
+                                                                         f"{there}/24 dev {name}n",
         f"ip netns exec {name} ip link set {name}n up", f"ip netns exec {name} ip link set lo up",
         f"tc qdisc add dev {name}h root tbf rate 2mbit burst 32kbit latency 400ms",
         f"ip netns exec {name} tc qdisc add dev {name}n root tbf rate 2mbit burst 32kbit latency 400ms",
@@ -373,16 +399,23 @@ def far_away() -> Iterator[tuple[list[str], str]]:
 
 
 @needs_mosquitto
-async def test_an_agent_in_a_network_of_its_own(tmp_path: Path, tiny: Path, far_away: tuple[list[str], str]) -> None:
-    """A real agent process that only it can call out from: its network has one narrow link and no way in for the coordinator."""
+async def test_an_agent_in_a_network_of_its_own(
+    tmp_path: Path, tiny: Path, far_away: tuple[list[str], str]
+) -> None:
+    """A real agent process that only it can call out from: its network has one narrow link and no way in
+    for the coordinator."""
     run_there, here = far_away
-    async with Mosquitto(tmp_path / "m", "allow_anonymous true", f"listener {(port := free_port())} {here}") as broker:
+    async with Mosquitto(
+        tmp_path / "m", "allow_anonymous true", f"listener {(port := free_port())} {here}"
+    ) as broker:
         world = OverMqtt(tmp_path / "w", tiny, f"mqtt://127.0.0.1:{broker.port}", devices=2, packet=20_000)
         async with world:
             await world.kill_agent("d1")
             agent = {
-                "state_dir": str(tmp_path / "w" / "d1"), "profile": "laptop-x86-16gb", "threads": 1, "models": {"tiny": str(tiny)},
-                "datasets": {"words": {"path": str(world.data["d1"])}}, "link": {"broker": f"mqtt://{here}:{port}", "answer_s": 2},
+                "state_dir": str(tmp_path / "w" / "d1"), "profile": "laptop-x86-16gb", "threads": 1,
+                "models": {"tiny": str(tiny)},
+                "datasets": {"words": {"path": str(world.data["d1"])}},
+                "link": {"broker": f"mqtt://{here}:{port}", "answer_s": 2},
             }  # fmt: skip
             (tmp_path / "d1.yaml").write_text(yaml.safe_dump(agent))
             command = [

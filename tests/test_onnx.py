@@ -23,13 +23,25 @@ from .edge_agent.families import ENCODERS, make
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
-TASK = {"dataset": "d", "kind": "text_classification", "labels": ["a", "b", "c"], "max_length": 9, "version": 3}
+TASK = {
+    "dataset": "d",
+    "kind": "text_classification",
+    "labels": ["a", "b", "c"],
+    "max_length": 9,
+    "version": 3,
+}
 
 
 def version(folder: Path) -> Version:
     card, rng = read_card(folder), np.random.default_rng(0)
-    pairs = {m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.2, rng.standard_normal((2, m.in_)) * 0.2) for m in card.modules}
-    dense = {"head.weight": rng.standard_normal((3, card.hidden)).astype(np.float32), "head.bias": np.float32([0.1, -0.2, 0.3])}
+    pairs = {
+        m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.2, rng.standard_normal((2, m.in_)) * 0.2)
+        for m in card.modules
+    }
+    dense = {
+        "head.weight": rng.standard_normal((3, card.hidden)).astype(np.float32),
+        "head.bias": np.float32([0.1, -0.2, 0.3]),
+    }
     return Version(3, pairs, dense, {}, {})
 
 
@@ -41,13 +53,17 @@ def ours(folder: Path, made: Version, ratio: float, ids: list[list[int]]) -> tor
     for name, site in base.sites.items():
         out, in_ = masks.get(f"{name}.out", slice(None)), masks.get(f"{name}.in", slice(None))
         pair = made.pairs[name]
-        site.place(torch.from_numpy(pair.A[:, in_]).float(), torch.from_numpy(pair.B[out]).float(), 0.7, False)
+        site.place(
+            torch.from_numpy(pair.A[:, in_]).float(), torch.from_numpy(pair.B[out]).float(), 0.7, False
+        )
     length = max(map(len, ids))
     padded = torch.tensor([i + [1] * (length - len(i)) for i in ids])
     mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i in ids])
     with torch.no_grad():
         rows, layout = base.hidden({"input_ids": padded, "attention_mask": mask})
-        return layout.means(rows) @ torch.from_numpy(made.dense["head.weight"]).t() + torch.from_numpy(made.dense["head.bias"])
+        return layout.means(rows) @ torch.from_numpy(made.dense["head.weight"]).t() + torch.from_numpy(
+            made.dense["head.bias"]
+        )
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
@@ -68,7 +84,11 @@ def test_it_computes_what_the_engine_computes(tmp_path: Path, family: str, ratio
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
     assert embedding.shape == (3, 32)
     if ratio:
-        assert file.stat().st_size < 0.75 * write_onnx(Weights(made, folder, 0.0, 0.7), tmp_path / "w", made.dense, TASK).stat().st_size
+        assert (
+            file.stat().st_size
+            < 0.75
+            * write_onnx(Weights(made, folder, 0.0, 0.7), tmp_path / "w", made.dense, TASK).stat().st_size
+        )
 
 
 def test_a_decoder_is_refused_with_what_to_do(tmp_path: Path) -> None:

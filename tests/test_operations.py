@@ -1,4 +1,5 @@
-"""What operators do in the life of a fleet: canaries, bundles from devices, older ledgers, a disk that fills up."""
+"""What operators do in the life of a fleet: canaries, bundles from devices, older ledgers, a disk that
+fills up."""
 
 import json
 import logging
@@ -32,7 +33,9 @@ async def test_a_good_version_goes_to_the_canaries_and_then_to_all(tmp_path: Pat
         assert installed(world, name, 1) == {"d0", "d1", "d2"}
 
 
-async def test_a_bad_version_stays_with_the_canaries(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bad_version_stays_with_the_canaries(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = worker.LocalRound.evaluate
 
     def worse(self: Any, held: Any) -> None:
@@ -82,7 +85,10 @@ async def test_logs_and_doctor_from_afar(tmp_path: Path, tiny: Path) -> None:
 def test_an_older_ledger_gets_what_it_lacks_and_a_newer_one_is_left_alone(tmp_path: Path) -> None:
     config = CoordinatorConfig(data_dir=str(tmp_path))
     with sqlite3.connect(tmp_path / "ledger.db") as old:
-        old.execute("create table devices (id varchar(64) primary key, link_key blob, public_key blob, state varchar(16), hello text)")
+        old.execute(
+            "create table devices (id varchar(64) primary key, link_key blob, public_key blob, state "
+            "varchar(16), hello text)"
+        )
         old.execute("insert into devices values ('d0', x'01', x'02', 'enrolled', '{}')")
     old.close()
     ledger = database.Store(database.url_of(config))
@@ -100,7 +106,9 @@ async def test_a_job_that_lacks_nothing_is_queued_after_a_kill(tmp_path: Path, t
         await world.kill_coordinator()
         with sqlite3.connect(tmp_path / "coordinator" / "ledger.db") as ledger:
             ledger.execute(
-                "insert into jobs (id, text, state, created, number, reason) values ('toy-1', ?, 'held', 0, 1, '')", (job(rounds=1),)
+                "insert into jobs (id, text, state, created, number, reason) values ('toy-1', ?, 'held', 0, "
+                "1, '')",
+                (job(rounds=1),),
             )
         ledger.close()
         await world.start_coordinator()
@@ -113,21 +121,31 @@ async def test_with_little_room_left_devices_keep_their_updates(
 ) -> None:
     free = [1e6]
     real = shutil.disk_usage
-    monkeypatch.setattr(rankfleet.coordinator.exchange.uploads.shutil, "disk_usage", lambda path: real(path)._replace(free=free[0]))
+    monkeypatch.setattr(
+        rankfleet.coordinator.exchange.uploads.shutil,
+        "disk_usage",
+        lambda path: real(path)._replace(free=free[0]),
+    )
     async with World(tmp_path, tiny, devices=2, packet=packet) as world:
         name = world.coordinator.jobs.submit(job(rounds=1))
         await world.until(lambda: all(a.outbox.due() for a, _ in world.agents.values()))
-        assert {r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name)} == {"assigned"}
+        assert {r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name)} == {
+            "assigned"
+        }
         free[0] = 1e12
         await world.until(lambda: world.job_state(name) == "finished")
 
 
-async def test_raw_updates_go_when_a_job_ends_well_and_stay_otherwise(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_raw_updates_go_when_a_job_ends_well_and_stay_otherwise(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
         folder = tmp_path / "coordinator" / "updates"
         good = await world.run(job(rounds=2))
         assert not (folder / good).exists()
-        monkeypatch.setattr("rankfleet.coordinator.rounds.verdict.is_good", lambda run, number, metrics: False)
+        monkeypatch.setattr(
+            "rankfleet.coordinator.rounds.verdict.is_good", lambda run, number, metrics: False
+        )
         doubtful = await world.run(job(rounds=6))
         assert sorted(p.name for p in (folder / doubtful).iterdir()) == [f"r{n:06d}" for n in range(6)]
         rows = world.coordinator.ledger.rows(tables.assignments, job=good)

@@ -1,4 +1,5 @@
-"""Operators: roles, signatures, approvals; and a coordinator in the wrong hands, which devices do not obey."""
+"""Operators: roles, signatures, approvals; and a coordinator in the wrong hands, which devices do not
+obey."""
 
 import json
 import time
@@ -50,20 +51,26 @@ def people(tmp_path: Path) -> People:
     return People(tmp_path / "people")
 
 
-async def asked(world: World, who: OperatorKey | None, method: str, path: str, body: str = "", **headers: str) -> tuple[int, Any]:
+async def asked(
+    world: World, who: OperatorKey | None, method: str, path: str, body: str = "", **headers: str
+) -> tuple[int, Any]:
     """A request to the API, signed."""
     api = Api(world.coordinator)
     token = next(v for k, v in api.app.items() if isinstance(v, str))
     async with TestClient(TestServer(api.app)) as client:
         signed = who.request("main", method, path, body.encode()) if who else {}
-        answer = await client.request(method, path, data=body, headers={"Authorization": f"Bearer {token}", **signed, **headers})
+        answer = await client.request(
+            method, path, data=body, headers={"Authorization": f"Bearer {token}", **signed, **headers}
+        )
         return answer.status, await answer.json()
 
 
 async def test_roles(tmp_path: Path, tiny: Path, people: People) -> None:
     async with World(tmp_path, tiny, devices=1) as world:
         operators = world.coordinator.operators
-        assert (await asked(world, None, "POST", "/devices/d0/suspend"))[0] == 200  # no roster: the token is enough
+        assert (await asked(world, None, "POST", "/devices/d0/suspend"))[
+            0
+        ] == 200  # no roster: the token is enough
         assert (await asked(world, None, "POST", "/devices/d0/resume"))[0] == 200
         operators.replace(people.roster(alice="admin", bob="operator", eve="viewer"))
         alice, bob, eve = people.keys.values()
@@ -74,7 +81,9 @@ async def test_roles(tmp_path: Path, tiny: Path, people: People) -> None:
         assert (await asked(world, alice, "POST", "/devices/d0/revoke"))[0] == 200
         for path in ("/devices/d0/revoke?dry=1", "/devices/d0/suspend?dry=1", "/jobs/toy-1/cancel?dry=1"):
             assert "not signed" in (await asked(world, None, "POST", path))[1]["error"]
-        assert "takes the role admin" in (await asked(world, bob, "POST", "/devices/d0/revoke?a=b"))[1]["error"]
+        assert (
+            "takes the role admin" in (await asked(world, bob, "POST", "/devices/d0/revoke?a=b"))[1]["error"]
+        )
         trail = [(r["operator"], r["text"]) for r in world.coordinator.ledger.rows(tables.audit)]
         assert trail[1:] == [("bob", "/devices/d0/suspend"), ("alice", "/devices/d0/revoke")]
 
@@ -88,7 +97,9 @@ async def test_requests_that_are_old_altered_or_heard_before(
         headers = bob.request("main", "POST", "/devices/d0/suspend", b"")
         assert (await asked(world, None, "POST", "/devices/d0/resume", **headers))[0] == 400
         assert (await asked(world, None, "POST", "/devices/d0/suspend", **headers))[0] == 200
-        assert "heard before" in (await asked(world, None, "POST", "/devices/d0/suspend", **headers))[1]["error"]
+        assert (
+            "heard before" in (await asked(world, None, "POST", "/devices/d0/suspend", **headers))[1]["error"]
+        )
         real = time.time
         with monkeypatch.context() as patched:
             patched.setattr(time, "time", lambda: real() - 400)
@@ -96,7 +107,9 @@ async def test_requests_that_are_old_altered_or_heard_before(
         assert "too long ago" in (await asked(world, None, "POST", "/devices/d0/resume", **old))[1]["error"]
 
 
-async def test_rosters_are_signed_by_an_admin_and_only_get_newer(tmp_path: Path, tiny: Path, people: People) -> None:
+async def test_rosters_are_signed_by_an_admin_and_only_get_newer(
+    tmp_path: Path, tiny: Path, people: People
+) -> None:
     async with World(tmp_path, tiny, devices=1) as world:
         operators = world.coordinator.operators
         for bad, why in (
@@ -140,18 +153,27 @@ async def test_two_must_sign(tmp_path: Path, tiny: Path, people: People) -> None
         assert "not signed" in answer["error"]
         name = await submitted(world, alice, text)
         assert world.job_state(name) == "held"
-        status, answer = await asked(world, alice, "POST", f"/jobs/{name}/approve", **{"X-Job": alice.job("main", text)})
+        status, answer = await asked(
+            world, alice, "POST", f"/jobs/{name}/approve", **{"X-Job": alice.job("main", text)}
+        )
         assert answer["lacks"] == 1  # the same person twice is one person
         for who, said in ((eve, text), (bob, text + " ")):
-            assert (await asked(world, who, "POST", f"/jobs/{name}/approve", **{"X-Job": who.job("main", said)}))[0] == 400
+            assert (
+                await asked(world, who, "POST", f"/jobs/{name}/approve", **{"X-Job": who.job("main", said)})
+            )[0] == 400
         assert world.job_state(name) == "held"
-        status, answer = await asked(world, bob, "POST", f"/jobs/{name}/approve", **{"X-Job": bob.job("main", text)})
+        status, answer = await asked(
+            world, bob, "POST", f"/jobs/{name}/approve", **{"X-Job": bob.job("main", text)}
+        )
         assert (status, answer["signed"], answer["lacks"]) == (200, ["alice", "bob"], 0)
         await world.until(lambda: world.job_state(name) == "finished")
 
 
-async def test_a_stolen_coordinator_without_an_operators_key(tmp_path: Path, tiny: Path, people: People) -> None:
-    """It holds every key of the coordinator and can send what it likes; the device knows the admins from its claim."""
+async def test_a_stolen_coordinator_without_an_operators_key(
+    tmp_path: Path, tiny: Path, people: People
+) -> None:
+    """It holds every key of the coordinator and can send what it likes; the device knows the admins from
+    its claim."""
     async with before_anybody_joins(SecureWorld(tmp_path, tiny, KIND, devices=1)) as world:
         operators = world.coordinator.operators
         operators.replace(people.roster())
@@ -170,7 +192,9 @@ async def test_a_stolen_coordinator_without_an_operators_key(tmp_path: Path, tin
         def forced(text: str) -> str:
             number = 1 + len(world.coordinator.ledger.rows(tables.jobs))
             name = f"toy-{number}"
-            world.coordinator.ledger.add(tables.jobs, id=name, text=text, state="queued", created=0.0, number=number)
+            world.coordinator.ledger.add(
+                tables.jobs, id=name, text=text, state="queued", created=0.0, number=number
+            )
             world.coordinator.jobs._news.set()
             return name
 
@@ -213,7 +237,9 @@ class Login:
 
     async def start(self) -> web.AppRunner:
         app = web.Application()
-        app.add_routes([web.get("/.well-known/openid-configuration", self.about), web.get("/keys", self.keys)])
+        app.add_routes(
+            [web.get("/.well-known/openid-configuration", self.about), web.get("/keys", self.keys)]
+        )
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -228,7 +254,14 @@ class Login:
         return web.json_response({"keys": [{**key, "kid": "1", "use": "sig", "alg": "RS256"}]})
 
     def token(self, key: Any = None, **claims: Any) -> str:
-        said = {"iss": self.url, "aud": "rankfleet", "sub": "carol", "exp": time.time() + 60, "roles": ["rankfleet-operator"], **claims}
+        said = {
+            "iss": self.url,
+            "aud": "rankfleet",
+            "sub": "carol",
+            "exp": time.time() + 60,
+            "roles": ["rankfleet-operator"],
+            **claims,
+        }
         return jwt.encode(said, key or self.key, algorithm="RS256", headers={"kid": "1"})
 
 
@@ -248,7 +281,12 @@ async def test_operators_who_log_in_at_an_issuer(tmp_path: Path, tiny: Path) -> 
             (login.token(iss="https://elsewhere"), "not taken"),
             (login.token(exp=time.time() - 60), "not taken"),
             (login.token(key=rsa.generate_private_key(public_exponent=65537, key_size=2048)), "not taken"),
-            (jwt.encode({"sub": "x", "roles": ["rankfleet-admin"]}, "", algorithm="none", headers={"kid": "1"}), "not taken"),
+            (
+                jwt.encode(
+                    {"sub": "x", "roles": ["rankfleet-admin"]}, "", algorithm="none", headers={"kid": "1"}
+                ),
+                "not taken",
+            ),
             ("rubbish", "not taken"),
         ):
             status, answer = await suspend(**{"X-Oidc": token})

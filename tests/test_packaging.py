@@ -1,4 +1,5 @@
-"""What is shipped beside the code: default YAML that says the truth, units that systemd accepts, signs of life."""
+"""What is shipped beside the code: default YAML that says the truth, units that systemd accepts, signs of
+life."""
 
 import asyncio
 import plistlib
@@ -44,7 +45,8 @@ def settings(unit: Path) -> dict[str, list[str]]:
 def test_units(unit: Path) -> None:
     found = settings(unit)
     for key, value in {
-        "Type": "notify", "Restart": "always", "NoNewPrivileges": "yes", "ProtectSystem": "strict", "CapabilityBoundingSet": "",
+        "Type": "notify", "Restart": "always", "NoNewPrivileges": "yes", "ProtectSystem": "strict",
+        "CapabilityBoundingSet": "",
         "OOMPolicy": "continue", "StateDirectoryMode": "0700", "UMask": "0077",
     }.items():  # fmt: skip
         assert found[key] == [value]
@@ -56,13 +58,18 @@ def test_units(unit: Path) -> None:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.name)
 def test_exposure_as_systemd_sees_it(unit: Path) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=30", str(unit)], capture_output=True, text=True, check=False
+        ["systemd-analyze", "security", "--offline=true", "--threshold=30", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "Overall exposure level" in done.stdout, done.stderr
     assert done.returncode == 0, done.stdout[-300:]
 
 
-async def test_systemd_hears_that_a_service_is_up_and_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_systemd_hears_that_a_service_is_up_and_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not notify("READY=1")
     assert watchdog_s() is None
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ours:
@@ -82,7 +89,9 @@ async def test_systemd_hears_that_a_service_is_up_and_alive(tmp_path: Path, monk
     assert not notify("READY=1")
 
 
-@pytest.mark.parametrize("file", sorted((PACKAGING / "container").glob("*.Containerfile")), ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "file", sorted((PACKAGING / "container").glob("*.Containerfile")), ids=lambda f: f.name
+)
 def test_container_files_copy_what_is_there(file: Path) -> None:
     text = file.read_text()
     assert re.search(r"^USER (rankfleet|edge-agent)$", text, re.MULTILINE)

@@ -39,12 +39,24 @@ class Postgres:
 
     def call(self, program: str, *words: str) -> None:
         assert BIN is not None
-        done = subprocess.run([*self.user, str(BIN / program), *words], capture_output=True, text=True, check=False, cwd="/")
+        done = subprocess.run(
+            [*self.user, str(BIN / program), *words], capture_output=True, text=True, check=False, cwd="/"
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     def start(self) -> None:
         options = f"-p {self.port} -k {self.home} -c listen_addresses=127.0.0.1"
-        self.call("pg_ctl", "-D", str(self.home / "data"), "-w", "-l", str(self.home / "log"), "-o", options, "start")
+        self.call(
+            "pg_ctl",
+            "-D",
+            str(self.home / "data"),
+            "-w",
+            "-l",
+            str(self.home / "log"),
+            "-o",
+            options,
+            "start",
+        )
 
     def stop(self) -> None:
         self.call("pg_ctl", "-D", str(self.home / "data"), "-m", "immediate", "-w", "stop")
@@ -64,13 +76,18 @@ def same(a: World, b: World) -> bool:
     def told(world: World) -> list[tuple[object, ...]]:
         ledger = world.coordinator.ledger
         # An update's own digest covers how long it took.
-        rows = [(r["round"], r["device"], r["state"], r["arm"], r["folded"]) for r in ledger.rows(tables.assignments)]
+        rows = [
+            (r["round"], r["device"], r["state"], r["arm"], r["folded"])
+            for r in ledger.rows(tables.assignments)
+        ]
         return [*rows, *((r["number"], r["state"], r["digest"]) for r in ledger.rows(tables.versions))]
 
     return told(a) == told(b)
 
 
-async def test_a_job_whose_ledger_is_in_postgres_is_the_same_job(tmp_path: Path, tiny: Path, postgres: Postgres) -> None:
+async def test_a_job_whose_ledger_is_in_postgres_is_the_same_job(
+    tmp_path: Path, tiny: Path, postgres: Postgres
+) -> None:
     text = job(rounds=3, stack=["sparse"])
     there = World(tmp_path / "a", tiny)
     there.database = postgres.url

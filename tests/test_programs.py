@@ -1,4 +1,5 @@
-"""Both programs as processes, over real brokers: a whole job, CLI included; broker restarts; a worker that is killed."""
+"""Both programs as processes, over real brokers: a whole job, CLI included; broker restarts; a worker that
+is killed."""
 
 import asyncio
 import json
@@ -24,7 +25,12 @@ from rankfleet.federated.transport.mqtt import MqttBus
 
 from .world import job, rows
 
-KINDS = ["amqtt", pytest.param("mosquitto", marks=pytest.mark.skipif(mosquitto() is None, reason="Mosquitto is not installed"))]
+KINDS = [
+    "amqtt",
+    pytest.param(
+        "mosquitto", marks=pytest.mark.skipif(mosquitto() is None, reason="Mosquitto is not installed")
+    ),
+]
 
 
 class Programs:
@@ -63,11 +69,15 @@ class Programs:
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         with (self.home / f"{words[0]}-{len(self.processes)}.log").open("wb") as log:
-            self.processes.append(subprocess.Popen([sys.executable, "-W", "ignore", "-m", *words], stdout=log, stderr=log))
+            self.processes.append(
+                subprocess.Popen([sys.executable, "-W", "ignore", "-m", *words], stdout=log, stderr=log)
+            )
         return self.processes[-1]
 
     def run(self, *words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-W", "ignore", "-m", *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", *words], capture_output=True, text=True, check=False
+        )
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 
@@ -118,7 +128,9 @@ def test_a_job_from_the_command_line(programs: Programs, tmp_path: Path) -> None
     programs.until(lambda: programs.json("jobs")[0]["state"] in ("finished", "failed"))
     assert programs.json("jobs")[0]["state"] == "finished", programs.json("jobs")
     assert "top(" in programs.coordinator("rounds", "toy-1")
-    assert "fixed" in programs.coordinator("arms", "toy-1", "explain") or "largest" in programs.coordinator("arms", "toy-1", "explain")
+    assert "fixed" in programs.coordinator("arms", "toy-1", "explain") or "largest" in programs.coordinator(
+        "arms", "toy-1", "explain"
+    )
     assert len(programs.json("versions", "list", "toy-1")) == 3
     programs.coordinator("versions", "rollback", "toy-1", "1")
     assert [v["state"] for v in programs.json("versions", "list", "toy-1")][-1] == "rolled back"
@@ -127,18 +139,26 @@ def test_a_job_from_the_command_line(programs: Programs, tmp_path: Path) -> None
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     programs.coordinator("export", "toy-1", "--to", str(tmp_path / "whole"), "--format", "merged")
     assert (tmp_path / "whole" / "model.safetensors").exists()
-    shown = programs.coordinator("watch", "toy-1", "--once", "--png", str(tmp_path / "job.png"), "--tensorboard", str(tmp_path / "tb"))
+    shown = programs.coordinator(
+        "watch", "toy-1", "--once", "--png", str(tmp_path / "job.png"), "--tensorboard", str(tmp_path / "tb")
+    )
     assert "toy-1: finished, 3 rounds closed" in shown
     assert (tmp_path / "job.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "tb" / "toy-1").iterdir())
     assert "another coordinator runs with" in programs.coordinator("serve", code=1)
-    assert "another edge-agent runs with" in programs.run("rankfleet.edge_agent", "run", "--config", str(programs.agents["d0"]), code=1)
+    assert "another edge-agent runs with" in programs.run(
+        "rankfleet.edge_agent", "run", "--config", str(programs.agents["d0"]), code=1
+    )
     assert "no job `nope`" in programs.coordinator("rounds", "nope", code=1)
     assert "is finished" in programs.coordinator("cancel", "toy-1", code=1)
-    status = json.loads(programs.run("rankfleet.edge_agent", "status", "--config", str(programs.agents["d0"]), "--json"))
+    status = json.loads(
+        programs.run("rankfleet.edge_agent", "status", "--config", str(programs.agents["d0"]), "--json")
+    )
     assert status["running"]
     assert status["bytes_up"] > 0
-    assert '"error"' not in programs.run("rankfleet.edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json")
+    assert '"error"' not in programs.run(
+        "rankfleet.edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json"
+    )
     assert '"error"' not in programs.coordinator("doctor", "--json")
     programs.run("rankfleet.edge_agent", "leave", "--yes", "--config", str(programs.agents["d0"]))
     assert not list((tmp_path / "d0").iterdir())
@@ -153,7 +173,9 @@ def test_mutual_tls_from_the_command_line(programs: Programs, tmp_path: Path) ->
     programs.until(lambda: programs.json("jobs")[0]["state"] in ("finished", "failed"))
     assert programs.json("jobs")[0]["state"] == "finished", programs.json("jobs")
     assert "until 2" in programs.coordinator("devices")
-    doctor = json.loads(programs.run("rankfleet.edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json"))
+    doctor = json.loads(
+        programs.run("rankfleet.edge_agent", "doctor", "--config", str(programs.agents["d0"]), "--json")
+    )
     assert next(f for f in doctor if f["check"] == "broker")["text"].endswith("is of this fleet")
     assert "which device, to revoke?" in programs.coordinator("devices", "revoke", code=1)
     assert "suspend: d1" in programs.coordinator("devices", "suspend", "d1")
@@ -161,32 +183,60 @@ def test_mutual_tls_from_the_command_line(programs: Programs, tmp_path: Path) ->
     assert "`d1` is not suspended" in programs.coordinator("devices", "resume", "d1", code=1)
     assert "revoked: d1" in programs.coordinator("devices", "revoke", "d1")
     programs.until(lambda: {d["device"]: d["state"] for d in programs.json("devices")}["d1"] == "revoked")
-    status = lambda name: json.loads(programs.run("rankfleet.edge_agent", "status", "--config", str(programs.agents[name]), "--json"))  # noqa: E731
+
+    def status(name: str) -> Any:
+        config = str(programs.agents[name])
+        return json.loads(programs.run("rankfleet.edge_agent", "status", "--config", config, "--json"))
+
     programs.until(lambda: status("d0")["connected"] and not status("d1")["connected"])
     qr = programs.coordinator("invite", "d1", "--qr")
     assert qr.count("\n") > 20
     assert "is enrolled as `d1`" in programs.run(
         "rankfleet.edge_agent", "enroll", qr.split()[0], "--config", str(programs.agents["d1"]), code=1
     )
-    programs.run("rankfleet.edge_agent", "enroll", qr.split()[0], "--again", "--no-probe", "--config", str(programs.agents["d1"]))
+    programs.run(
+        "rankfleet.edge_agent",
+        "enroll",
+        qr.split()[0],
+        "--again",
+        "--no-probe",
+        "--config",
+        str(programs.agents["d1"]),
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("programs", KINDS[-1:], indirect=True)
 def test_broker_worker_and_agent_killed(programs: Programs, tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text(job(rounds=4, arms={"ranks": [2], "bits": [32], "steps": [150], "batch": 8}))
+    (tmp_path / "job.yaml").write_text(
+        job(rounds=4, arms={"ranks": [2], "bits": [32], "steps": [150], "batch": 8})
+    )
     programs.coordinator("submit", str(tmp_path / "job.yaml"))
     coordinator, agent = psutil.Process(programs.processes[0].pid), psutil.Process(programs.processes[1].pid)
     programs.until(lambda: agent.children() and programs.json("rounds", "toy-1")["rounds"])
-    programs.until(lambda: any(d["state"] == "training" for d in programs.json("rounds", "toy-1")["live"].values()))
+    programs.until(
+        lambda: any(d["state"] == "training" for d in programs.json("rounds", "toy-1")["live"].values())
+    )
     killed = agent.children()[0]
     killed.send_signal(signal.SIGKILL)
-    programs.until(lambda: agent.children() and agent.children()[0].pid != killed.pid)  # once may have been chance
+    programs.until(
+        lambda: agent.children() and agent.children()[0].pid != killed.pid
+    )  # once may have been chance
     agent.children()[0].send_signal(signal.SIGKILL)
-    programs.until(lambda: any(d["state"] == "failed" for r in programs.json("rounds", "toy-1")["rounds"] for d in r["devices"]))
-    failed = [d for r in programs.json("rounds", "toy-1")["rounds"] for d in r["devices"] if d["state"] == "failed"]
+    programs.until(
+        lambda: any(
+            d["state"] == "failed" for r in programs.json("rounds", "toy-1")["rounds"] for d in r["devices"]
+        )
+    )
+    failed = [
+        d for r in programs.json("rounds", "toy-1")["rounds"] for d in r["devices"] if d["state"] == "failed"
+    ]
     assert "most likely for memory" in failed[0]["reason"]
-    broker = next(c for c in coordinator.children() if "mosquitto" in " ".join(c.cmdline()) or "amqtt" in " ".join(c.cmdline()))
+    broker = next(
+        c
+        for c in coordinator.children()
+        if "mosquitto" in " ".join(c.cmdline()) or "amqtt" in " ".join(c.cmdline())
+    )
     broker.kill()
     programs.until(lambda: programs.json("jobs")[0]["state"] in ("finished", "failed"), seconds=180)
     assert programs.json("jobs")[0]["state"] == "finished"
@@ -259,7 +309,9 @@ def test_programs_start_in_a_blink() -> None:
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "rankfleet.coordinator", "--help"], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "rankfleet.coordinator", "--help"], capture_output=True, check=True
+        )
         times.append(time.perf_counter() - start)
     # The figure to reach is 0.3 s; a loaded machine must not fail a test, a heavy import must.
     assert min(times) < 1.0

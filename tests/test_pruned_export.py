@@ -1,4 +1,5 @@
-"""A pruned model as files: plain transformers loads it, and it computes what a device at that ratio computes."""
+"""A pruned model as files: plain transformers loads it, and it computes what a device at that ratio
+computes."""
 
 import json
 from pathlib import Path
@@ -29,21 +30,29 @@ def test_the_files_are_the_devices_model(tmp_path: Path, family: str, dtype: tor
         AutoModelForCausalLM.from_pretrained(folder).to(dtype).save_pretrained(folder)
     card = read_card(folder)
     rng = np.random.default_rng(0)
-    pairs = {m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.2, rng.standard_normal((2, m.in_)) * 0.2) for m in card.modules}
+    pairs = {
+        m.name: LowRank(rng.standard_normal((m.out, 2)) * 0.2, rng.standard_normal((2, m.in_)) * 0.2)
+        for m in card.modules
+    }
     size = write_folder(Version(3, pairs, {}, {}, {}), folder, tmp_path / "small", 0.5, 0.7)
     assert size["after_mb"] < 0.8 * size["before_mb"]
     masks = channels.masks(card, channels.importance(folder, card), 0.5)
     base = Base(folder, [], 32, masks, True)
     for name, site in base.sites.items():
         out, in_ = masks.get(f"{name}.out", slice(None)), masks.get(f"{name}.in", slice(None))
-        site.place(torch.from_numpy(pairs[name].A[:, in_]).float(), torch.from_numpy(pairs[name].B[out]).float(), 0.7, False)
+        site.place(
+            torch.from_numpy(pairs[name].A[:, in_]).float(),
+            torch.from_numpy(pairs[name].B[out]).float(),
+            0.7,
+            False,
+        )
     given = batch()
     with torch.no_grad():
         ours, layout = base.hidden(given)
         plain = theirs(tmp_path / "small", True).float().base_model
-        expected = plain(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state[
-            given["attention_mask"].bool()
-        ]
+        expected = plain(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"]
+        ).last_hidden_state[given["attention_mask"].bool()]
     tolerance = 1e-5 if dtype is torch.float32 else 0.05
     assert (ours[: layout.real] - expected).norm() < tolerance * expected.norm()
     config = json.loads((tmp_path / "small/config.json").read_text())
@@ -61,4 +70,6 @@ def test_heads_that_no_configuration_can_express_are_refused(tmp_path: Path, fam
 def test_a_ratio_outside_is_refused(tmp_path: Path) -> None:
     assert "bert" in ENCODERS
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        write_folder(Version(0, {}, {}, {}, {}), make("llama", tmp_path / "base"), tmp_path / "small", 1.5, 1.0)
+        write_folder(
+            Version(0, {}, {}, {}, {}), make("llama", tmp_path / "base"), tmp_path / "small", 1.5, 1.0
+        )

@@ -26,7 +26,12 @@ def printed_job() -> dict[str, Any]:
 async def test_the_quickstarts_job_runs_on_devices_whose_arms_change(tmp_path: Path, policy: str) -> None:
     """Its stack, arms and quorum; on a small model and data of our own. `ucb1` tries arm after arm."""
     job = printed_job()
-    job |= {"model": "tiny", "rounds": 12, "policy": {"name": policy}, "training": {"lr": 0.01, "evaluate": 8, "probe": 4}}
+    job |= {
+        "model": "tiny",
+        "rounds": 12,
+        "policy": {"name": policy},
+        "training": {"lr": 0.01, "evaluate": 8, "probe": 4},
+    }
     job["task"] |= {"dataset": "words", "labels": LABELS}
     job["arms"] |= {"bits": [32], "steps": [2, 3], "ranks": [2, 4], "depths": [1, 2, 3]}
     job["adapter"] = {"max_depth": 3}
@@ -34,5 +39,7 @@ async def test_the_quickstarts_job_runs_on_devices_whose_arms_change(tmp_path: P
         name = await world.run(yaml.safe_dump(job), seconds=200)
         rows = world.coordinator.ledger.rows(tables.assignments, job=name)
         trained = [r for r in rows if r["round"] < 12]
-        assert {(r["state"], r["reason"]) for r in trained} <= {("counted", ""), ("late", "")}, "a device failed"
+        assert {(r["state"], r["reason"]) for r in trained} <= {("counted", ""), ("late", "")}, (
+            "a device failed"
+        )
         assert len({r["arm"] for r in trained}) >= (6 if policy == "ucb1" else 1)

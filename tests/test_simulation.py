@@ -1,4 +1,5 @@
-"""The deterministic simulation: some seeds, that a seed is one run, and that what it is there to find is found."""
+"""The deterministic simulation: some seeds, that a seed is one run, and that what it is there to find is
+found."""
 
 from pathlib import Path
 
@@ -30,9 +31,15 @@ def test_one_seed_is_one_run(tiny: Path) -> None:
     assert simulate(12, tiny).faults != simulate(11, tiny).faults
 
 
-@pytest.mark.parametrize("name", ["an update is on disk before its receipt", "what arrives is checked against its digest"])
-def test_a_guard_that_is_missing_is_noticed(tiny: Path, clean: Outcome, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["an update is on disk before its receipt", "what arrives is checked against its digest"]
+)
+def test_a_guard_that_is_missing_is_noticed(
+    tiny: Path, clean: Outcome, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(simulation, "LIMIT_S", 900.0)
     with DEFECTS[name]():
-        assert any(o.wrong or o.versions != clean.versions for o in (simulate(seed, tiny) for seed in range(20)))
+        assert any(
+            o.wrong or o.versions != clean.versions for o in (simulate(seed, tiny) for seed in range(20))
+        )
     assert len(DEFECTS) >= 12

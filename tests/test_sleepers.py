@@ -22,7 +22,10 @@ from .world import World, job
 
 
 def states(world: World, name: str, number: int) -> dict[str, str]:
-    return {r["device"]: r["state"] for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=number)}
+    return {
+        r["device"]: r["state"]
+        for r in world.coordinator.ledger.rows(tables.assignments, job=name, round=number)
+    }
 
 
 async def test_a_job_waits_for_its_minimum_of_devices(tmp_path: Path, tiny: Path) -> None:
@@ -54,7 +57,9 @@ async def test_a_device_joins_in_mid_job(tmp_path: Path, tiny: Path) -> None:
         assert states(world, name, 5) == dict.fromkeys(world.names, "counted")
 
 
-async def test_the_automatic_deadline_closes_without_a_sleeper(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_automatic_deadline_closes_without_a_sleeper(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Twice the predicted time and 30 s; here time runs 60 times as fast."""
     started = time.monotonic()
     async with World(tmp_path, tiny, devices=3) as world:
@@ -100,15 +105,23 @@ class Run:
         (2, 1, 231, {"deadline_s": "auto", "quorum": 0.6}, True),
     ],
 )
-def test_when_a_round_may_close(received: int, out: int, waited: float, changes: dict[str, Any], closes: bool) -> None:
+def test_when_a_round_may_close(
+    received: int, out: int, waited: float, changes: dict[str, Any], closes: bool
+) -> None:
     rows: Any = [{"state": "received"}] * received + [{"state": "assigned"}] * out
     assert may_close(Run(**changes), rows, {"expected_s": 100.0}, 0, waited) is closes  # type: ignore[arg-type]
 
 
-async def test_a_clock_that_jumps_moves_nothing(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_clock_that_jumps_moves_nothing(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng, real = random.Random(0), time.time
-    monkeypatch.setattr(time, "time", lambda: real() + rng.choice([-86_400 * 365, -3600, 0, 3600, 86_400 * 365]))
-    monkeypatch.setattr(rankfleet.coordinator.fleet.enrolment, "DAY_S", 1e9)  # when a claim ends is the one thing that goes by the clock
+    monkeypatch.setattr(
+        time, "time", lambda: real() + rng.choice([-86_400 * 365, -3600, 0, 3600, 86_400 * 365])
+    )
+    monkeypatch.setattr(
+        rankfleet.coordinator.fleet.enrolment, "DAY_S", 1e9
+    )  # when a claim ends is the one thing that goes by the clock
     async with World(tmp_path, tiny) as world:
         name = world.coordinator.jobs.submit(job(rounds=4, deadline_s=20, quorum=0.5, stack=["sparse"]))
         await world.until(lambda: len(world.coordinator.ledger.rows(tables.versions, job=name)) >= 3)
@@ -132,19 +145,30 @@ def full(calls: list[int], real: Any, times: int) -> Any:
     return write
 
 
-async def test_a_full_disk_at_the_coordinator_pushes_back(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_at_the_coordinator_pushes_back(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(rankfleet.coordinator.exchange.receiving, "_write", full(calls, rankfleet.coordinator.exchange.receiving._write, 5))
+    monkeypatch.setattr(
+        rankfleet.coordinator.exchange.receiving,
+        "_write",
+        full(calls, rankfleet.coordinator.exchange.receiving._write, 5),
+    )
     async with World(tmp_path, tiny, packet=50_000) as world:
         name = await world.run(job(rounds=2))
         assert states(world, name, 0) == states(world, name, 1) == dict.fromkeys(world.names, "counted")
         assert len(calls) > 5
 
 
-async def test_a_job_waits_while_versions_cannot_be_written(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_waits_while_versions_cannot_be_written(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     monkeypatch.setattr(rankfleet.coordinator.queue, "RETRY_S", 0.2)
-    monkeypatch.setattr("rankfleet.coordinator.store.versions.write_folder", full(calls, rankfleet.federated.program.files.write_folder, 3))
+    monkeypatch.setattr(
+        "rankfleet.coordinator.store.versions.write_folder",
+        full(calls, rankfleet.federated.program.files.write_folder, 3),
+    )
     async with World(tmp_path, tiny) as world:
         name = world.coordinator.jobs.submit(job(rounds=2, stack=["sparse"]))
         await world.until(lambda: "No space left on device" in world.coordinator.jobs.problem)
@@ -154,7 +178,9 @@ async def test_a_job_waits_while_versions_cannot_be_written(tmp_path: Path, tiny
         assert world.coordinator.jobs.problem == ""
 
 
-async def test_a_full_disk_on_a_device_is_a_reported_failure(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_on_a_device_is_a_reported_failure(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
     real = rankfleet.edge_agent.order.write_in_order
 

@@ -39,12 +39,21 @@ def lm(folder: Path, **options: Any) -> Any:
 
 def words(task: Any, ids: Any) -> str:
     tokenizer = task.tokens.rich
-    return " ".join(tokenizer.convert_ids_to_tokens(list(ids)) if tokenizer else (task.tokens.plain.id_to_token(i) for i in ids))
+    return " ".join(
+        tokenizer.convert_ids_to_tokens(list(ids))
+        if tokenizer
+        else (task.tokens.plain.id_to_token(i) for i in ids)
+    )
 
 
 def test_only_the_answer_is_learnt(llama: Path) -> None:
     task = lm(llama)
-    both = task.encode([{"instruction": "red sun", "output": "moon"}, {"instruction": "cat", "input": "dog", "output": "bird tree"}])
+    both = task.encode(
+        [
+            {"instruction": "red sun", "output": "moon"},
+            {"instruction": "cat", "input": "dog", "output": "bird tree"},
+        ]
+    )
     assert words(task, both[0]["ids"]) == "Instruction : red sun Answer : moon [SEP]"
     assert words(task, both[1]["ids"]) == "Instruction : cat Input : dog Answer : bird tree [SEP]"
     batch = task.collate(both)
@@ -54,7 +63,10 @@ def test_only_the_answer_is_learnt(llama: Path) -> None:
 
 def test_braces_in_a_row_are_text(llama: Path) -> None:
     task = lm(llama, template="{instruction} | {input} {other}")
-    assert task.prompt({"instruction": "a {input}", "input": "{instruction}"}) == "a {input} | {instruction} {other}"
+    assert (
+        task.prompt({"instruction": "a {input}", "input": "{instruction}"})
+        == "a {input} | {instruction} {other}"
+    )
 
 
 def test_long_prompts_lose_their_beginning_and_long_answers_their_end(llama: Path) -> None:
@@ -72,7 +84,10 @@ def test_every_assistant_turn_of_a_conversation_is_learnt(llama: Path) -> None:
     task = lm(llama, template="chat")
     said = [("user", "red"), ("assistant", "sun"), ("user", "blue"), ("assistant", "moon star")]
     (found,) = task.encode([{"messages": [{"role": r, "content": c} for r, c in said]}])
-    assert words(task, [i for i, y in zip(found["ids"], found["learnt"], strict=True) if y]) == "sun [SEP] moon star [SEP]"
+    assert (
+        words(task, [i for i, y in zip(found["ids"], found["learnt"], strict=True) if y])
+        == "sun [SEP] moon star [SEP]"
+    )
     with pytest.raises(Refused, match="not a list of"):
         task.encode([{"messages": "hello"}])
 
@@ -110,7 +125,9 @@ async def test_a_fleet_learns_to_answer(tmp_path: Path, causal: Path) -> None:
     async with world:
         name = await world.run(text)
         rows = world.coordinator.ledger.rows(tables.versions, job=name)
-        told = [database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name)]
+        told = [
+            database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name)
+        ]
     measured = [database.read(r["metrics"]) for r in rows]
     assert measured[-1]["loss"] < 0.6 * measured[0]["loss"]
     assert measured[-1]["accuracy"] > measured[0]["accuracy"] + 0.3
@@ -127,8 +144,10 @@ async def test_a_real_model_on_real_instructions(tmp_path: Path, shared: Path) -
     for n, path in enumerate(world.data.values()):
         path.write_text("\n".join(json.dumps(r) for r in found[n::2]))
     text = job(
-        task={"dataset": "words", "kind": "causal_lm", "max_length": 128, "samples": ["Tell me a story."]}, rounds=3, stack=["sparse"],
-        adapter={"targets": ["all"]}, arms={"ranks": [8], "bits": [32], "steps": [8], "batch": 8}, training={"lr": 0.005, "evaluate": 24},
+        task={"dataset": "words", "kind": "causal_lm", "max_length": 128, "samples": ["Tell me a story."]},
+        rounds=3, stack=["sparse"],
+        adapter={"targets": ["all"]}, arms={"ranks": [8], "bits": [32], "steps": [8], "batch": 8},
+        training={"lr": 0.005, "evaluate": 24},
     )  # fmt: skip
     async with world:
         name = await world.run(text, 120)
@@ -143,7 +162,10 @@ async def test_regression(tmp_path: Path, tiny: Path) -> None:
     """The value is how many of the words are colours."""
     world = World(tmp_path, tiny, devices=2, task="text_regression")
     for n, path in enumerate(world.data.values()):
-        found = [{"text": r["text"], "value": sum(w in small.WORDS[:3] for w in r["text"].split()) / 4} for r in small.rows(160, n)]
+        found = [
+            {"text": r["text"], "value": sum(w in small.WORDS[:3] for w in r["text"].split()) / 4}
+            for r in small.rows(160, n)
+        ]
         path.write_text("\n".join(json.dumps(r) for r in found))
     text = job(
         task={"dataset": "words", "kind": "text_regression", "max_length": 16, "tolerance": 0.25}, rounds=8,
@@ -152,7 +174,9 @@ async def test_regression(tmp_path: Path, tiny: Path) -> None:
     )  # fmt: skip
     async with world:
         name = await world.run(text)
-        measured = [database.read(r["metrics"]) for r in world.coordinator.ledger.rows(tables.versions, job=name)]
+        measured = [
+            database.read(r["metrics"]) for r in world.coordinator.ledger.rows(tables.versions, job=name)
+        ]
     assert measured[-1]["loss"] < 0.7 * measured[0]["loss"]
     assert measured[-1]["accuracy"] > measured[0]["accuracy"] + 0.2
 
@@ -184,10 +208,17 @@ def test_gzipped_lines_are_read(tmp_path: Path) -> None:
 
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.write("\n".join(json.dumps(q) for q in questions(30, 0)))
-    shard = Shard(Dataset(str(tmp_path / "d.jsonl.gz")), "x", ["instruction", "output", "input"], [], {"input"})
+    shard = Shard(
+        Dataset(str(tmp_path / "d.jsonl.gz")), "x", ["instruction", "output", "input"], [], {"input"}
+    )
     assert len(shard.train) + len(shard.held) == 30 - shard.duplicates
     with pytest.raises(Refused, match="no column `answer`"):
-        Shard(Dataset(str(tmp_path / "d.jsonl.gz"), columns={"output": "answer"}), "x", ["instruction", "output"], [])
+        Shard(
+            Dataset(str(tmp_path / "d.jsonl.gz"), columns={"output": "answer"}),
+            "x",
+            ["instruction", "output"],
+            [],
+        )
 
 
 def test_numbers_of_a_prompt_do_not_depend_on_its_neighbours(llama: Path) -> None:

@@ -16,7 +16,9 @@ NO_INDEX = ("No matching distribution found", "ConnectionError", "Temporary fail
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, cwd="/", env=ALONE)
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, cwd="/", env=ALONE
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -51,9 +53,13 @@ def test_the_wheel_holds_rankfleet_and_nothing_beside_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {n for n in archive.namelist() if ".dist-info/" not in n}
     rooms = [p.name for p in (ROOT / "rankfleet").iterdir() if p.is_symlink()]
-    files = [p for room in rooms for p in (ROOT / room).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = [
+        p for room in rooms for p in (ROOT / room).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
     files += list((ROOT / "rankfleet").glob("*.py"))
-    assert held == {f"rankfleet/{p.relative_to(ROOT)}".replace("rankfleet/rankfleet/", "rankfleet/") for p in files}
+    assert held == {
+        f"rankfleet/{p.relative_to(ROOT)}".replace("rankfleet/rankfleet/", "rankfleet/") for p in files
+    }
 
 
 @pytest.mark.slow
@@ -65,8 +71,11 @@ def test_beside_the_linter_bandit(environment: Path, wheel: Path, way: str) -> N
     assert "bandit" in run(environment / "bandit", "--version")
     assert run(environment / "rankfleet", "--version").startswith("rankfleet ")
     assert run(environment / "rankfleet", "agent", "--help") == run(environment / "edge-agent", "--help")
-    assert run(environment / "rankfleet", "coordinator", "--help") == run(environment / "coordinator", "--help")
-    code = "import rankfleet.federated.methods.codecs.qsgd as q, bandit; from rankfleet import Method; print(q.__file__, bandit.__file__)"
+    assert run(environment / "rankfleet", "coordinator", "--help") == run(
+        environment / "coordinator", "--help"
+    )
+    code = "import rankfleet.federated.methods.codecs.qsgd as q, bandit; from rankfleet import Method"
+    code += "; print(q.__file__, bandit.__file__)"
     method, linter = run(environment / "python", "-c", code).split()
     assert ("site-packages" in method) == (way == "wheel")
     assert "site-packages" in linter

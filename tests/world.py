@@ -1,4 +1,5 @@
-"""A fleet in one process: real coordinator, real agents, real training, over a MemoryBus; only the process boundary is missing."""
+"""A fleet in one process: real coordinator, real agents, real training, over a MemoryBus; only the process
+boundary is missing."""
 
 import asyncio
 import contextlib
@@ -83,7 +84,10 @@ def tiny_vit(folder: Path) -> Path:
     return folder
 
 
-CHAT = "{% for m in messages %}{{ m.role }} : {{ m.content }} [SEP] {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role }} : {{ m.content }} [SEP] {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
 
 
 def tiny_llama(folder: Path, family: str = "llama") -> Path:
@@ -95,7 +99,16 @@ def tiny_llama(folder: Path, family: str = "llama") -> Path:
     words = [*WORDS, "Instruction", "Input", "Answer", "user", "assistant", ":"]
     size = len(words) + 4
     config = (
-        GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3, initializer_range=0.3)
+        GPT2Config(
+            vocab_size=size,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            bos_token_id=2,
+            eos_token_id=3,
+            initializer_range=0.3,
+        )
         if family == "gpt2"
         else LlamaConfig(
             vocab_size=size,
@@ -119,10 +132,14 @@ def tiny_llama(folder: Path, family: str = "llama") -> Path:
 
 
 def questions(count: int, seed: int) -> list[dict[str, str]]:
-    """The answer depends on whether there is an input: what a random two-layer model can learn in a minute."""
+    """The answer depends on whether there is an input: what a random two-layer model can learn in a
+    minute."""
     rng = random.Random(seed)
     said = [" ".join(rng.choice(WORDS[:6]) for _ in range(2)) for _ in range(count)]
-    return [{"instruction": t, "input": rng.choice(WORDS[8:]) if i % 2 else "", "output": WORDS[6 + i % 2]} for i, t in enumerate(said)]
+    return [
+        {"instruction": t, "input": rng.choice(WORDS[8:]) if i % 2 else "", "output": WORDS[6 + i % 2]}
+        for i, t in enumerate(said)
+    ]
 
 
 def rows(count: int, seed: int, tilt: int = 0) -> list[dict[str, str]]:
@@ -184,7 +201,8 @@ class InlineEngine:
 
 
 class World:
-    """A coordinator and its devices. `kill` drops a side without a farewell; `start_*` brings it back from disk."""
+    """A coordinator and its devices. `kill` drops a side without a farewell; `start_*` brings it back from
+    disk."""
 
     def __init__(
         self,
@@ -262,7 +280,10 @@ class World:
 
     async def start_agent(self, name: str) -> Agent:
         profile: DeviceProfile = msgspec.structs.replace(
-            library()["laptop-x86-16gb"], name="laptop-x86-16gb", threads=1, model_budget_mb=self.budgets.get(name, 100.0)
+            library()["laptop-x86-16gb"],
+            name="laptop-x86-16gb",
+            threads=1,
+            model_budget_mb=self.budgets.get(name, 100.0),
         )
         agent = Agent(
             identity.load(self.home / name),

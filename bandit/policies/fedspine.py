@@ -1,8 +1,10 @@
-"""FedSpine-style extended UCB: per device, boxes of (pruning ratio, log₂ rank) that split where rewards come in.
+"""FedSpine-style extended UCB: per device, boxes of (pruning ratio, log₂ rank) that split where rewards
+come in.
 
-Yao et al., arXiv 2501.02438, name a smoothed UCB over a progressively refined space, rewarded by loss improvement, pruning
-progress, importance of the update and time relative to the others. The formulas are not public to us: leaves, discount, split
-rule and reward below are the reconstruction of docs/specification.md, not the paper's own. Depth and steps are the largest that fit.
+Yao et al., arXiv 2501.02438, name a smoothed UCB over a progressively refined space, rewarded by loss
+improvement, pruning progress, importance of the update and time relative to the others. The formulas are
+not public to us: leaves, discount, split rule and reward below are the reconstruction of
+docs/specification.md, not the paper's own. Depth and steps are the largest that fit.
 """
 
 import math
@@ -25,15 +27,23 @@ class FedSpine(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     discount: Annotated[float, Meta(gt=0, le=1, description="forgetting λ")] = 0.95
     split: Annotated[float, Meta(gt=0, le=1, description="longest side of a leaf before it splits, θ")] = 0.3
 
-    def choose(self, members: Sequence[Member], state: State, round: int, rng: random.Random) -> dict[str, Choice]:
+    def choose(
+        self, members: Sequence[Member], state: State, round: int, rng: random.Random
+    ) -> dict[str, Choice]:
         """The leaf with the highest index; a point drawn in it; the feasible arm nearest to the point."""
-        return {m.device: self._one(m, state.setdefault(m.device, {"leaves": [_leaf(0.0, 1.0, 0.0, 1.0)]}), rng) for m in members}
+        return {
+            m.device: self._one(m, state.setdefault(m.device, {"leaves": [_leaf(0.0, 1.0, 0.0, 1.0)]}), rng)
+            for m in members
+        }
 
     def _one(self, m: Member, own: State, rng: random.Random) -> Choice:
         leaves: list[Leaf] = own["leaves"]
         n = sum(q["n"] for q in leaves)
         scores = [
-            math.inf if q["n"] < 1e-9 else q["r"] / q["n"] + self.width * math.sqrt(2 * math.log(max(n, math.e)) / q["n"]) for q in leaves
+            math.inf
+            if q["n"] < 1e-9
+            else q["r"] / q["n"] + self.width * math.sqrt(2 * math.log(max(n, math.e)) / q["n"])
+            for q in leaves
         ]
         at = max(range(len(leaves)), key=lambda i: (scores[i], -i))
         q = leaves[at]
@@ -91,4 +101,6 @@ def _distance(a: Priced, arms: Sequence[Priced], point: tuple[float, float]) -> 
     def unit(value: float, values: list[float]) -> float:
         return (value - min(values)) / (max(values) - min(values)) if max(values) > min(values) else 0.0
 
-    return round((unit(a.arm.prune, prunes) - point[0]) ** 2 + (unit(math.log2(a.rank), ranks) - point[1]) ** 2, 9)
+    return round(
+        (unit(a.arm.prune, prunes) - point[0]) ** 2 + (unit(math.log2(a.rank), ranks) - point[1]) ** 2, 9
+    )

@@ -1,4 +1,5 @@
-"""Fixed: one placement for all devices (or the nearest smaller one that fits), for baselines and reproducible runs."""
+"""Fixed: one placement for all devices (or the nearest smaller one that fits), for baselines and
+reproducible runs."""
 
 import random
 from collections.abc import Sequence
@@ -7,11 +8,14 @@ from ..policy import Choice, Member, Outcome, Policy, State
 
 
 class Fixed(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`placement` where it is feasible, else the feasible arm with the highest utility; first steps, least pruning."""
+    """`placement` where it is feasible, else the feasible arm with the highest utility; first steps, least
+    pruning."""
 
     placement: str = ""
 
-    def choose(self, members: Sequence[Member], state: State, round: int, rng: random.Random) -> dict[str, Choice]:
+    def choose(
+        self, members: Sequence[Member], state: State, round: int, rng: random.Random
+    ) -> dict[str, Choice]:
         """The same every round."""
         chosen = {}
         for m in members:

@@ -1,4 +1,5 @@
-"""UCB1 per device over all feasible arms (Auer, Cesa-Bianchi, Fischer, 2002): mean + √(2 ln t / n), unseen arms first."""
+"""UCB1 per device over all feasible arms (Auer, Cesa-Bianchi, Fischer, 2002): mean + √(2 ln t / n), unseen
+arms first."""
 
 import math
 import random
@@ -11,7 +12,9 @@ from ..reward import rate
 class UCB1(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Model-free; needs many rounds before it beats a good fixed arm."""
 
-    def choose(self, members: Sequence[Member], state: State, round: int, rng: random.Random) -> dict[str, Choice]:
+    def choose(
+        self, members: Sequence[Member], state: State, round: int, rng: random.Random
+    ) -> dict[str, Choice]:
         """Unseen arms in random order, then the highest upper bound."""
         chosen = {}
         for m in members:
@@ -23,14 +26,20 @@ class UCB1(Policy, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 chosen[m.device] = Choice(pick.arm, f"not tried yet, {len(fresh)} arms are left to try")
                 continue
             bounds = [
-                (seen[a.arm.text()][1] / seen[a.arm.text()][0] + math.sqrt(2 * math.log(total) / seen[a.arm.text()][0]), a) for a in m.arms
+                (
+                    seen[a.arm.text()][1] / seen[a.arm.text()][0]
+                    + math.sqrt(2 * math.log(total) / seen[a.arm.text()][0]),
+                    a,
+                )
+                for a in m.arms
             ]
             bound, pick = max(bounds, key=lambda b: (b[0], b[1].arm))
             chosen[m.device] = Choice(pick.arm, f"upper confidence bound {bound:.2f} after {total:.0f} pulls")
         return chosen
 
     def observe(self, outcomes: Sequence[Outcome], state: State) -> None:
-        """Bounded reward: loss drop per second over the largest seen so far. An arm whose reward is unknown stays untried."""
+        """Bounded reward: loss drop per second over the largest seen so far. An arm whose reward is
+        unknown stays untried."""
         rates = {o.device: rate(o) for o in outcomes}
         top = max([state.get("top", {}).get("rate", [0, 0.0])[1], *rates.values(), 1e-12])
         state["top"] = {"rate": [0, top]}

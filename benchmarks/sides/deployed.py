@@ -1,6 +1,8 @@
-"""An exported encoder in a process of its own: python -m benchmarks.sides.deployed FOLDER TEXTS.jsonl THREADS.
+"""An exported encoder in a process of its own: python -m benchmarks.sides.deployed FOLDER TEXTS.jsonl
+THREADS.
 
-Prints one JSON line: milliseconds of one text after the other (p50, p95), tokens a second in batches, accuracy, memory.
+Prints one JSON line: milliseconds of one text after the other (p50, p95), tokens a second in batches,
+accuracy, memory.
 """
 
 import json
@@ -50,7 +52,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     cuts = statistics.quantiles(singles, n=20)
     print(json.dumps({
-        "p50_ms": cuts[9], "p95_ms": cuts[18], "tokens_per_s": sum(map(len, ids)) / seconds, "accuracy": 100 * right / len(rows),
+        "p50_ms": cuts[9], "p95_ms": cuts[18], "tokens_per_s": sum(map(len, ids)) / seconds,
+        "accuracy": 100 * right / len(rows),
         "peak_mb": psutil.Process().memory_info().rss / 1e6 - before,
     }))  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Matrix products of a training step, each at its best alone: python -m benchmarks.sides.gemm WORK KEY NUMERICS STEPS HOME THREADS.
+"""Matrix products of a training step, each at its best alone: python -m benchmarks.sides.gemm WORK KEY
+NUMERICS STEPS HOME THREADS.
 
 Prints one JSON line: seconds of all steps, and the sum of the best times of the products in them.
 """
@@ -12,7 +13,14 @@ from typing import Any
 
 from rankfleet.edge_agent.worker.__main__ import environment
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise", "aten::linear")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "mkldnn::_linear_pointwise",
+    "aten::linear",
+)
 BEST_OF = 7
 
 
@@ -34,7 +42,10 @@ def main() -> None:
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if op.name().split(".")[0] in PRODUCTS:
-                made, options = [shape_of(a) for a in args], {k: shape_of(a) for k, a in (kwargs or {}).items()}
+                made, options = (
+                    [shape_of(a) for a in args],
+                    {k: shape_of(a) for k, a in (kwargs or {}).items()},
+                )
                 name = f"{op} {made} {options}"
                 seen[name] += 1
                 calls[name] = (op, made, options)
@@ -46,7 +57,15 @@ def main() -> None:
     ours.train(work, key, numerics, watch.__enter__)
     watch.__exit__(None, None, None)
     best = {n: alone(*calls[n]) for n in seen}
-    print(json.dumps({"step_s": sum(whole), "gemm_s": sum(best[n] * c for n, c in seen.items()), "products": sum(seen.values())}))
+    print(
+        json.dumps(
+            {
+                "step_s": sum(whole),
+                "gemm_s": sum(best[n] * c for n, c in seen.items()),
+                "products": sum(seen.values()),
+            }
+        )
+    )
 
 
 def shape_of(value: Any) -> Any:

@@ -1,4 +1,5 @@
-"""One setting of `make bench-memory` in a process of its own: prints the peak of resident memory over that after imports, MB."""
+"""One setting of `make bench-memory` in a process of its own: prints the peak of resident memory over that
+after imports, MB."""
 
 import json
 import sys
@@ -35,7 +36,11 @@ class Peak:
         """MB."""
         if not self.exact:
             return self.sampled
-        (line,) = (line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        (line,) = (
+            line
+            for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            if line.startswith("VmHWM")
+        )
         return int(line.split()[1]) * 1024 / 1e6
 
 

@@ -1,7 +1,9 @@
-"""Ten rounds of one device in a fleet of mixed depth, as the demo's tuner chose them: python -m benchmarks.sides.mixed WORK HOME THREADS.
+"""Ten rounds of one device in a fleet of mixed depth, as the demo's tuner chose them: python -m
+benchmarks.sides.mixed WORK HOME THREADS.
 
-Depth moves between one and three layers; what lies between the floor and the device's boundary is frozen there and comes anew every
-second round. Where to cut is the engine's own choice. Prints one JSON line; making states anew is part of the time.
+Depth moves between one and three layers; what lies between the floor and the device's boundary is frozen
+there and comes anew every second round. Where to cut is the engine's own choice. Prints one JSON line;
+making states anew is part of the time.
 """
 
 import json
@@ -48,7 +50,9 @@ def main() -> None:
                 b = torch.full((pair.out, pair.rank), 1e-3 * (number // FRESH))
                 base.sites[n].place(torch.from_numpy(frozen[f"{n}.A"]), b, pair.scale, False)
         own = card.layers - depth
-        at, _ = choose(own, min(own, floor), STEPS * work.batch, len(work.examples), FRESH - number % FRESH, len(DEPTHS))
+        at, _ = choose(
+            own, min(own, floor), STEPS * work.batch, len(work.examples), FRESH - number % FRESH, len(DEPTHS)
+        )
         old = base.prefix
         if at:
             base.cache(at, [e["ids"] for e in work.examples], 1e5)
@@ -61,7 +65,12 @@ def main() -> None:
         tokens += sum(int(b["attention_mask"].sum()) for b in batches)
         trainer.run(tensors, {})
         seconds += time.perf_counter() - start
-    done: dict[str, Any] = {"tokens_per_s": round(tokens / seconds), "rounds": len(DEPTHS), "caches_made": made, "cut_below": cuts}
+    done: dict[str, Any] = {
+        "tokens_per_s": round(tokens / seconds),
+        "rounds": len(DEPTHS),
+        "caches_made": made,
+        "cut_below": cuts,
+    }
     print(json.dumps(done))
 
 

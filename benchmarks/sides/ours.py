@@ -13,7 +13,9 @@ import numpy as np
 from .work import RANK, SCALE, SEED, Work, depth
 
 
-def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> tuple[list[float], list[float]]:
+def train(
+    work: Work, key: str, numerics: str, loaded: Any, **options: Any
+) -> tuple[list[float], list[float]]:
     """Seconds and loss of every step."""
     from rankfleet.coordinator.planning import importance as channels
     from rankfleet.edge_agent.model import Base
@@ -23,9 +25,13 @@ def train(work: Work, key: str, numerics: str, loaded: Any, **options: Any) -> t
     folder = Path(work.folder)
     card = read_card(folder)
     masks = channels.masks(card, channels.importance(folder, card), 0.5) if key == "prune_50" else {}
-    shelf = Shelf(folder.parent / "shelf" if work.causal else Path(tempfile.gettempdir()) / "rankfleet-bench-shelf", 1e6)
+    shelf = Shelf(
+        folder.parent / "shelf" if work.causal else Path(tempfile.gettempdir()) / "rankfleet-bench-shelf", 1e6
+    )
     bits = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4}[numerics.removesuffix("-bf16")]
-    base = Base(folder, [], bits, masks, work.causal, half=numerics.endswith("-bf16"), shelf=shelf, digest=card.digest)
+    base = Base(
+        folder, [], bits, masks, work.causal, half=numerics.endswith("-bf16"), shelf=shelf, digest=card.digest
+    )
     first = card.layers - depth(card.layers, key)
     spec, tensors = adapter(base, card, work, first)
     stamps: list[float] = []
@@ -60,16 +66,24 @@ def adapter(base: Any, card: Any, work: Work, first: int) -> tuple[Any, dict[str
     rng = np.random.default_rng(SEED)
     size = {m.name: (base.sites[m.name].base.out, base.sites[m.name].base.in_) for m in modules}
     pairs = {m.name: Pair(m.layer, m.out, m.in_, RANK, SCALE, *size[m.name], "") for m in modules}
-    tensors = {f"{n}.A": rng.uniform(-1, 1, (RANK, i)).astype(np.float32) / i**0.5 for n, (_, i) in size.items()}
+    tensors = {
+        f"{n}.A": rng.uniform(-1, 1, (RANK, i)).astype(np.float32) / i**0.5 for n, (_, i) in size.items()
+    }
     tensors |= {f"{n}.B": np.zeros((o, RANK), np.float32) for n, (o, _) in size.items()}
-    dense = {} if work.causal else {"head.weight": Dense([work.labels, card.hidden]), "head.bias": Dense([work.labels])}
+    dense = (
+        {}
+        if work.causal
+        else {"head.weight": Dense([work.labels, card.hidden]), "head.bias": Dense([work.labels])}
+    )
     for name, d in dense.items():
         bound = card.hidden**-0.5 if name.endswith("weight") else 0.0
         tensors[name] = rng.uniform(-bound, bound, d.shape).astype(np.float32)
     return Spec(pairs, dense), tensors
 
 
-def trainer_of(base: Any, work: Work, spec: Any, steps: int, examples: Any, progress: Any, round: int = 1) -> Any:
+def trainer_of(
+    base: Any, work: Work, spec: Any, steps: int, examples: Any, progress: Any, round: int = 1
+) -> Any:
     """The worker's trainer for a round of so many steps."""
     from rankfleet.edge_agent.tasks import engine
     from rankfleet.edge_agent.worker.trainer import Trainer
@@ -79,9 +93,13 @@ def trainer_of(base: Any, work: Work, spec: Any, steps: int, examples: Any, prog
     from rankfleet.federated.contract.stack import Stack
     from rankfleet.federated.wire.messages import Recipe, Task
 
-    job: Any = SimpleNamespace(job="bench", round=round, rounds=round, recipe=Recipe(32, work.batch, steps, work.lr), seed=SEED)
+    job: Any = SimpleNamespace(
+        job="bench", round=round, rounds=round, recipe=Recipe(32, work.batch, steps, work.lr), seed=SEED
+    )
     stack = Stack(build_stack([]), "product")
-    client = ClientSide(stack, "bench", Round(round, round), "d", spec, steps=steps, lr=work.lr, down={}, state=None)
+    client = ClientSide(
+        stack, "bench", Round(round, round), "d", spec, steps=steps, lr=work.lr, down={}, state=None
+    )
     kind = "causal_lm" if work.causal else "text_classification"
     task = engine(Task("bench", kind, [str(n) for n in range(work.labels)], 512), str(work.folder))
     return Trainer(base, task, job, client, examples, progress)

@@ -1,4 +1,5 @@
-"""The peer's side of `make bench-device`: transformers.Trainer with peft, and bitsandbytes for NF4, as a user would set it up.
+"""The peer's side of `make bench-device`: transformers.Trainer with peft, and bitsandbytes for NF4, as a
+user would set it up.
 
 Dynamic padding, the same batches in the same order, no dropout, nothing logged but the loss.
 """
@@ -40,16 +41,25 @@ def model(work: Work, key: str, numerics: str) -> Any:
             setattr(config, name, 0.0)
     quantised = numerics.startswith("nf4")
     compute = torch.bfloat16 if numerics == "nf4-bf16" else torch.float32
-    few = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute)
+    few = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
     kind = AutoModelForCausalLM if work.causal else AutoModel
-    base = kind.from_pretrained(work.folder, config=config, dtype=torch.float32, **({"quantization_config": few} if quantised else {}))
+    base = kind.from_pretrained(
+        work.folder, config=config, dtype=torch.float32, **({"quantization_config": few} if quantised else {})
+    )
     if quantised:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     layers = config.num_hidden_layers
     torch.manual_seed(SEED)
     lora = LoraConfig(
-        r=RANK, lora_alpha=int(SCALE * RANK), lora_dropout=0.0, target_modules=["q_proj", "v_proj"] if work.causal else ["query", "value"],
-        layers_to_transform=list(range(layers - depth(layers, key), layers)), task_type="CAUSAL_LM" if work.causal else None,
+        r=RANK, lora_alpha=int(SCALE * RANK), lora_dropout=0.0,
+        target_modules=["q_proj", "v_proj"] if work.causal else ["query", "value"],
+        layers_to_transform=list(range(layers - depth(layers, key), layers)),
+        task_type="CAUSAL_LM" if work.causal else None,
     )  # fmt: skip
     tuned = get_peft_model(base, lora)
     return tuned if work.causal else Pooled(tuned, work.labels)
@@ -67,7 +77,11 @@ class Collator:
         ids = torch.tensor([e["ids"] + [0] * (longest - len(e["ids"])) for e in examples])
         mask = torch.tensor([[1] * len(e["ids"]) + [0] * (longest - len(e["ids"])) for e in examples])
         if not self.causal:
-            return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([e["label"] for e in examples])}
+            return {
+                "input_ids": ids,
+                "attention_mask": mask,
+                "labels": torch.tensor([e["label"] for e in examples]),
+            }
         learnt = torch.tensor([e["learnt"] + [False] * (longest - len(e["ids"])) for e in examples])
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(learnt, ids, -100)}
 
@@ -99,13 +113,22 @@ def train(work: Work, key: str, numerics: str, loaded: Any) -> tuple[list[float]
 
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
-            folder, per_device_train_batch_size=work.batch, max_steps=work.steps, learning_rate=work.lr, weight_decay=0.0,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=max(1, work.steps // 10), logging_steps=1, save_strategy="no",
-            report_to=[], use_cpu=True, bf16=numerics == "bf16", remove_unused_columns=False, dataloader_num_workers=0, seed=SEED,
+            folder, per_device_train_batch_size=work.batch, max_steps=work.steps, learning_rate=work.lr,
+            weight_decay=0.0,
+            lr_scheduler_type="constant_with_warmup", warmup_steps=max(1, work.steps // 10), logging_steps=1,
+            save_strategy="no",
+            report_to=[], use_cpu=True, bf16=numerics == "bf16", remove_unused_columns=False,
+            dataloader_num_workers=0, seed=SEED,
             disable_tqdm=True, optim="adamw_torch_fused",
         )  # fmt: skip
         tuned, collator = model(work, key, numerics), Collator(work.causal)
-        trainer = InOrder(model=tuned, args=options, train_dataset=work.examples, data_collator=collator, callbacks=[Clock()])
+        trainer = InOrder(
+            model=tuned,
+            args=options,
+            train_dataset=work.examples,
+            data_collator=collator,
+            callbacks=[Clock()],
+        )
         loaded()
         begin = time.perf_counter()
         trainer.train()

@@ -1,6 +1,8 @@
-"""One side on one workload, in a process of its own: python -m benchmarks.sides.side ours|peer WORK KEY NUMERICS STEPS HOME THREADS.
+"""One side on one workload, in a process of its own: python -m benchmarks.sides.side ours|peer WORK KEY
+NUMERICS STEPS HOME THREADS.
 
-Prints one JSON line: seconds a step (median of all but the first tenth), tokens a second, losses, peak memory.
+Prints one JSON line: seconds a step (median of all but the first tenth), tokens a second, losses, peak
+memory.
 """
 
 import json
@@ -66,7 +68,8 @@ def main() -> None:
     late = max(1, len(seconds) // 10)
     rate = sum(work.tokens()[late:]) / sum(seconds[late:])
     print(json.dumps({
-        "step_s": statistics.median(seconds[late:]), "tokens_per_s": rate, "loss": statistics.mean(losses[-10:]), "first": losses[0],
+        "step_s": statistics.median(seconds[late:]), "tokens_per_s": rate,
+        "loss": statistics.mean(losses[-10:]), "first": losses[0],
         "imports_mb": before, "loaded_mb": state["loaded"], "peak_mb": peak.rss, "pss_mb": peak.pss,
     }))  # fmt: skip
 

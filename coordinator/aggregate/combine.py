@@ -1,7 +1,8 @@
-"""From updates to the next version: weigh, admit, reduce, step, apply. The one place where product and factor space part.
+"""From updates to the next version: weigh, admit, reduce, step, apply. The one place where product and
+factor space part.
 
-Updates are read from disk in device order, and what they decode to is kept as far as there is room for it (`incoming.Keeper`): memory does
-not grow with the fleet, unless a method says that it `needs_all`.
+Updates are read from disk in device order, and what they decode to is kept as far as there is room for it
+(`incoming.Keeper`): memory does not grow with the fleet, unless a method says that it `needs_all`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,14 +24,18 @@ from .stacked import Operator, Term
 Moves = dict[str, Array | Operator]
 """A change of the adapter as the engine applies it, without s."""
 WIDE = 3
-"""Ranks of the server that a change keeps where `step` looks at it in product space: what is beyond them is lost in the new factors."""
+"""Ranks of the server that a change keeps where `step` looks at it in product space: what is beyond them
+is lost in the new factors."""
 
 
-def next_version(server: ServerSide, old: Version, updates: Iterable[Update], devices: int, number: int) -> tuple[Version, list[Update]]:
+def next_version(
+    server: ServerSide, old: Version, updates: Iterable[Update], devices: int, number: int
+) -> tuple[Version, list[Update]]:
     """The version after `updates` (in device order), and those that went in.
 
-    Where no update came it is the old version itself; where methods let none of them in, its tensors under the next number.
-    Raises WireError where a method's result fits nothing, HookError where a method gives what it must not.
+    Where no update came it is the old version itself; where methods let none of them in, its tensors under
+    the next number. Raises WireError where a method's result fits nothing, HookError where a method gives
+    what it must not.
     """
     server.left_out = {}
     server.adapter = Adapter(old.pairs, old.dense, old.carry)
@@ -50,11 +55,14 @@ def next_version(server: ServerSide, old: Version, updates: Iterable[Update], de
 
 
 def streams(server: ServerSide) -> bool:
-    """Is the default aggregate in product space used, which reads updates once or twice and makes new factors at once?"""
+    """Is the default aggregate in product space used, which reads updates once or twice and makes new
+    factors at once?"""
     return server.stack.space == "product" and not any(server.stack.using(h) for h in ("admit", "reduce"))
 
 
-def _streamed(server: ServerSide, old: Version, updates: Iterable[Update], devices: int, number: int) -> tuple[Version, list[Update]]:
+def _streamed(
+    server: ServerSide, old: Version, updates: Iterable[Update], devices: int, number: int
+) -> tuple[Version, list[Update]]:
     if server.stack.using("step"):
         zero = {m: _nothing(p, WIDE) for m, p in old.pairs.items()}
         pairs, means, used = streaming.product(updates, zero, devices)
@@ -65,7 +73,9 @@ def _streamed(server: ServerSide, old: Version, updates: Iterable[Update], devic
         change: Change = {**means, **{m: LowRank(p.B * scale, p.A) for m, p in pairs.items()}}
         return step(old, _moves(server.step(change, number), scale)), used
     pairs, means, used = streaming.product(updates, old.pairs, devices)
-    dense = {k: (old.dense[k] + means[k]).astype(np.float32) if k in means else t for k, t in old.dense.items()}
+    dense = {
+        k: (old.dense[k] + means[k]).astype(np.float32) if k in means else t for k, t in old.dense.items()
+    }
     return Version(old.number + 1, {**old.pairs, **pairs}, dense, {}, {}), used
 
 
@@ -76,7 +86,9 @@ def _nothing(pair: LowRank, times: int) -> LowRank:
     return LowRank(np.zeros((out, rank)), np.zeros((rank, in_)))
 
 
-def _collected(server: ServerSide, old: Version, found: list[Update], number: int) -> tuple[Version, list[Update]]:
+def _collected(
+    server: ServerSide, old: Version, found: list[Update], number: int
+) -> tuple[Version, list[Update]]:
     """Where methods see updates together, or the mean is that of factors."""
     admitted = server.admit(found, number) if found else []
     if not admitted:
@@ -90,15 +102,21 @@ def _unchanged(server: ServerSide, old: Version) -> Version:
     return Version(old.number + 1, old.pairs, old.dense, {}, {}) if server.left_out else old
 
 
-def _heard(server: ServerSide, old: Version, answers: list[Update], number: int) -> tuple[Version, list[Update]]:
+def _heard(
+    server: ServerSide, old: Version, answers: list[Update], number: int
+) -> tuple[Version, list[Update]]:
     """A leg in which nothing was trained."""
-    return step(old, _moves(server.hear({u.device: u.extra for u in answers}, number), scale_of(answers))), answers
+    return step(
+        old, _moves(server.hear({u.device: u.extra for u in answers}, number), scale_of(answers))
+    ), answers
 
 
 def mean(server: ServerSide, updates: Sequence[Update]) -> Change:
     """The engine's own aggregate of some updates, as methods see it."""
     if server.stack.space == "product":
-        return {k: v.stacked() if isinstance(v, Operator) else v for k, v in aggregate.product(updates).items()}
+        return {
+            k: v.stacked() if isinstance(v, Operator) else v for k, v in aggregate.product(updates).items()
+        }
     return dict(aggregate.factor_mean(updates))
 
 
@@ -106,7 +124,9 @@ def reduce(server: ServerSide, updates: list[Update], number: int) -> Moves:
     """The aggregate, after the stack's own `reduce` and `step` where it has them."""
     own, scale = server.reduce(updates, number), scale_of(updates)
     if own is None and not server.stack.using("step"):
-        default = aggregate.product(updates) if server.stack.space == "product" else aggregate.factor_mean(updates)
+        default = (
+            aggregate.product(updates) if server.stack.space == "product" else aggregate.factor_mean(updates)
+        )
         return {k: _unscaled(v, scale) if isinstance(v, Operator) else v for k, v in default.items()}
     return _moves(server.step(mean(server, updates) if own is None else own, number), scale)
 
@@ -147,12 +167,15 @@ def step(old: Version, change: Moves) -> Version:
 
 
 def carried(old: Mapping[str, LowRank], more: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """What is applied frozen, and what comes to it; of the map's own rank where it would be larger. Raises WireError."""
+    """What is applied frozen, and what comes to it; of the map's own rank where it would be larger. Raises
+    WireError."""
     total = dict(old)
     for module, new in more.items():
         before = total.get(module, LowRank(new.B[:, :0], new.A[:0]))
         if (len(before.B), before.A.shape[1]) != (len(new.B), new.A.shape[1]):
-            raise WireError(f"`ctx.carry` of `{module}` is {len(new.B)} by {new.A.shape[1]}, not as large as before")
+            raise WireError(
+                f"`ctx.carry` of `{module}` is {len(new.B)} by {new.A.shape[1]}, not as large as before"
+            )
         b, a = np.concatenate([before.B, new.B], axis=1), np.concatenate([before.A, new.A], axis=0)
         if b.shape[1] > (most := min(b.shape[0], a.shape[1])):
             b, a = aggregate.balanced(*aggregate.by_qr(LowRank(b, a)), most)

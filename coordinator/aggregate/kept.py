@@ -11,7 +11,8 @@ PINNED_MB, RECENT_MB = 20, 28
 
 
 class Keeper:
-    """Decoded updates: the first ones stay, of the others the last ones, so that passes in the same order profit."""
+    """Decoded updates: the first ones stay, of the others the last ones, so that passes in the same order
+    profit."""
 
     def __init__(self, pinned_mb: float = PINNED_MB, recent_mb: float = RECENT_MB) -> None:
         self.keys = itertools.count()

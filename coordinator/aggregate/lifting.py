@@ -1,7 +1,7 @@
 """A stored update, lifted: from the file that a device sent to an `Update` in canonical coordinates.
 
-Updates stay on disk. What one decodes to is kept as long as there is room, and decoded again where there is not, so that closing
-a round with a thousand devices takes no more memory than with twenty.
+Updates stay on disk. What one decodes to is kept as long as there is room, and decoded again where there
+is not, so that closing a round with a thousand devices takes no more memory than with twenty.
 """
 
 from dataclasses import replace
@@ -39,7 +39,11 @@ class Lifter:
             frame, meta = open_frame(self.blobs.path(digest))
             self._views[digest] = (
                 msgspec.convert(meta, Spec),
-                {k: t.astype(np.float32) if t.dtype.kind == "f" else t for k, t in frame.items() if not k.startswith("x/")},
+                {
+                    k: t.astype(np.float32) if t.dtype.kind == "f" else t
+                    for k, t in frame.items()
+                    if not k.startswith("x/")
+                },
             )
         return self._views[digest]
 
@@ -50,7 +54,8 @@ class Lifter:
         return self._masks[digest]
 
     def lift(self, path: Path, assignment: Assignment, device: str, weight: float | None = None) -> Update:
-        """Read, undo the codecs, check shapes and numbers. Raises WireError; the caller puts the update aside with the reason."""
+        """Read, undo the codecs, check shapes and numbers. Raises WireError; the caller puts the update
+        aside with the reason."""
         tensors, report = decode(path.read_bytes())
         spec, view = self.view(assignment.blobs["view"].digest)
         extra: dict[str, Tensors] = {}
@@ -88,7 +93,9 @@ class Lifter:
         shapes = raw.spec.shapes()
         for name, delta in found.items():
             if name not in shapes or delta.shape != shapes[name]:
-                raise WireError(f"the update holds `{name}` with shape {delta.shape}, expected {shapes.get(name)}")
+                raise WireError(
+                    f"the update holds `{name}` with shape {delta.shape}, expected {shapes.get(name)}"
+                )
             if not np.isfinite(delta).all():
                 raise NotFinite(f"the update holds NaN or infinity in `{name}`")
         return found

@@ -1,12 +1,14 @@
-"""Many updates to one change of the global adapter. Pure NumPy; the result does not depend on the order of arrival.
+"""Many updates to one change of the global adapter. Pure NumPy; the result does not depend on the order of
+arrival.
 
-Product space (docs/specification.md, Aggregation):
-ΔW ← ΔW + Σ_k w_k D⁻¹ M_k∘s(B₁A₁ - B₀A₀). Devices of one class (rank and mask of a module) share
-(B₀, A₀), so the sum is (Σ w dB)·A₀ + B₀·(Σ w dA) + Σ w dB·dA: two plain sums per class; only the last term is per device. It is
-kept as an operator and never as a dense matrix, unless the matrix is small.
+Product space (docs/specification.md, Aggregation): ΔW ← ΔW + Σ_k w_k D⁻¹ M_k∘s(B₁A₁ - B₀A₀). Devices of
+one class (rank and mask of a module) share (B₀, A₀), so the sum is (Σ w dB)·A₀ + B₀·(Σ w dA) + Σ w dB·dA:
+two plain sums per class; only the last term is per device. It is kept as an operator and never as a dense
+matrix, unless the matrix is small.
 
-w_k is a device's share over all that arrived; D_j = max(Σ_k w_k [k holds the module and keeps channel j], δ₀). So a layer or a
-channel that few devices hold is neither diluted by the others nor decided by one device alone.
+w_k is a device's share over all that arrived; D_j = max(Σ_k w_k [k holds the module and keeps channel j],
+δ₀). So a layer or a channel that few devices hold is neither diluted by the others nor decided by one
+device alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -61,7 +63,9 @@ class Operator:
     def stacked(self) -> LowRank:
         """All terms as one pair."""
         terms = self.terms()
-        return LowRank(np.concatenate([t.B for t in terms], axis=1), np.concatenate([t.A for t in terms], axis=0))
+        return LowRank(
+            np.concatenate([t.B for t in terms], axis=1), np.concatenate([t.A for t in terms], axis=0)
+        )
 
 
 def shares(updates: Sequence[Update]) -> list[float]:
@@ -71,7 +75,8 @@ def shares(updates: Sequence[Update]) -> list[float]:
 
 
 def normaliser(holders: Iterable[tuple[Array | None, float]], size: int) -> Array:
-    """D along one side of a module, (size,): what the holders (kept channels, None for all; share) of each weigh, at least `FLOOR`."""
+    """D along one side of a module, (size,): what the holders (kept channels, None for all; share) of each
+    weigh, at least `FLOOR`."""
     total = np.zeros(size)
     for kept, share in holders:
         total[slice(None) if kept is None else kept] += share
@@ -98,14 +103,16 @@ def dense_mean(updates: Iterable[Update], weights: Sequence[float]) -> Tensors:
 
 
 class Sums:
-    """Holder-normalised means by name, in one pass over the updates: memory is that of one adapter, however many devices there are."""
+    """Holder-normalised means by name, in one pass over the updates: memory is that of one adapter,
+    however many devices there are."""
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
         self._mass: dict[str, Array] = {}
 
     def add(self, update: Update, share: float, names: Iterable[str]) -> None:
-        """One update's deltas. The slots of a factor count apart: a short one leaves those behind its rank to others."""
+        """One update's deltas. The slots of a factor count apart: a short one leaves those behind its rank
+        to others."""
         for name in names:
             part = share * update.scaling * update.sent[name].astype(np.float64)
             axis = _slots(name, update)
@@ -114,8 +121,12 @@ class Sums:
                 self._sums[name], self._mass[name] = np.zeros(part.shape), np.zeros(slots)
             if slots > (have := len(self._mass[name])):
                 self._mass[name] = np.pad(self._mass[name], (0, slots - have))
-                self._sums[name] = np.pad(self._sums[name], [(0, slots - have) if i == axis else (0, 0) for i in range(part.ndim)])
-            place: Any = ... if axis is None else (slice(slots),) if axis == 0 else (slice(None), slice(slots))
+                self._sums[name] = np.pad(
+                    self._sums[name], [(0, slots - have) if i == axis else (0, 0) for i in range(part.ndim)]
+                )
+            place: Any = (
+                ... if axis is None else (slice(slots),) if axis == 0 else (slice(None), slice(slots))
+            )
             self._sums[name][place] += part
             self._mass[name][:slots] += share
 
@@ -124,7 +135,9 @@ class Sums:
         out: Tensors = {}
         for name, total in self._sums.items():
             mass = np.maximum(self._mass[name], FLOOR)
-            out[name] = (total / (mass[:, None] if len(mass) > 1 and name.endswith(".A") else mass)).astype(np.float32)
+            out[name] = (total / (mass[:, None] if len(mass) > 1 and name.endswith(".A") else mass)).astype(
+                np.float32
+            )
         return out
 
 
@@ -135,13 +148,24 @@ def _slots(name: str, update: Update) -> int | None:
     return 1 if name.endswith(".B") else 0
 
 
-def _terms(module: str, updates: Sequence[Update], weights: Sequence[float], out: int, in_: int) -> Callable[[], Sequence[Term]]:
+def _terms(
+    module: str, updates: Sequence[Update], weights: Sequence[float], out: int, in_: int
+) -> Callable[[], Sequence[Term]]:
     rows, columns = (
-        1 / normaliser(((u.masks.get(f"{module}.{side}"), w) for u, w in zip(updates, weights, strict=True) if u.holds(module)), size)
+        1
+        / normaliser(
+            (
+                (u.masks.get(f"{module}.{side}"), w)
+                for u, w in zip(updates, weights, strict=True)
+                if u.holds(module)
+            ),
+            size,
+        )
         for side, size in (("out", out), ("in", in_))
     )
     masked_in = any(f"{module}.in" in u.masks for u in updates)
-    # Each module is masked on one side at most, so D scales that side; without masks both are the same number.
+    # Each module is masked on one side at most, so D scales that side; without masks both are the same
+    # number.
     rows, columns = (np.ones(out), columns) if masked_in else (rows, np.ones(in_))
     classes: dict[tuple[str, int], list[tuple[Update, float]]] = {}
     for u, w in zip(updates, weights, strict=True):
@@ -160,7 +184,8 @@ def _terms(module: str, updates: Sequence[Update], weights: Sequence[float], out
 
 
 def _class_sum(module: str, members: Sequence[tuple[Update, float]]) -> tuple[Array, Array]:
-    """s·[Σ w dB | B₀ | w₁dB₁ …] and [A₀; Σ w dA; dA₁ …]: the sum over devices that share (B₀, A₀), compact, fp64."""
+    """s·[Σ w dB | B₀ | w₁dB₁ …] and [A₀; Σ w dA; dA₁ …]: the sum over devices that share (B₀, A₀),
+    compact, fp64."""
     first = members[0][0]
     a0, b0 = (first.view[f"{module}.{side}"].astype(np.float64) for side in "AB")
     deltas = [u.pair(module) for u, _ in members]
@@ -181,7 +206,8 @@ def _place(u: Update, module: str, b: Array, a: Array, rows: Array, columns: Arr
 
 
 def factor_mean(updates: Sequence[Update]) -> Tensors:
-    """Factor space: element-wise mean of dA and dB over the devices that hold each slot, holder-normalised like the product. One pass."""
+    """Factor space: element-wise mean of dA and dB over the devices that hold each slot, holder-normalised
+    like the product. One pass."""
     updates = sorted(updates, key=lambda u: u.device)
     sums = Sums()
     for u, w in zip(updates, shares(updates), strict=True):
@@ -192,8 +218,8 @@ def factor_mean(updates: Sequence[Update]) -> Tensors:
 def merge(old: LowRank, change: Operator, rank: int) -> LowRank:
     """The best rank-`rank` pair for B·A + change, balanced (U√S, √SVᵀ), padded with zeros to `rank`, fp64.
 
-    Full SVD where the matrix is small; QR of the stack where that is thin; else two passes of subspace iteration started at
-    the old row space and the mean row change, which hold nearly all of the result.
+    Full SVD where the matrix is small; QR of the stack where that is thin; else two passes of subspace
+    iteration started at the old row space and the mean row change, which hold nearly all of the result.
     """
     terms = [Term(old.B.astype(np.float64), old.A.astype(np.float64)), *change.terms()]
     whole = Operator(change.out, change.in_, lambda: terms)
@@ -224,12 +250,15 @@ def by_qr(stack: LowRank) -> tuple[Array, Array, Array]:
 
 
 def _by_subspace(whole: Operator, rank: int) -> tuple[Array, Array, Array]:
-    """Two passes of block power iteration, started at the old row space and a seeded sketch of all the others."""
+    """Two passes of block power iteration, started at the old row space and a seeded sketch of all the
+    others."""
     terms = whole.terms()
     width = min(2 * rank + 16, whole.out, whole.in_)
     own = min(rank, width)
     rng = np.random.default_rng(0)
-    sketch = sum((rng.standard_normal((width - own, len(t.A))) * np.linalg.norm(t.B, axis=0)) @ t.A for t in terms)
+    sketch = sum(
+        (rng.standard_normal((width - own, len(t.A))) * np.linalg.norm(t.B, axis=0)) @ t.A for t in terms
+    )
     q, _ = np.linalg.qr(np.concatenate([terms[0].A[:own], sketch]).T)
     for _ in range(2):
         left, _ = np.linalg.qr(whole.right(q))

@@ -1,11 +1,12 @@
 """The default aggregate in product space, in one pass over the updates and a second over their cross terms.
 
-With G = Σ_k w_k D⁻¹ M_k∘(B₁A₁ - B₀A₀) as in `aggregate.py`, devices of one class share (B₀, A₀), so
-G = (Σ w dB)·A₀ + B₀·(Σ w dA) + Σ w dB·dA. The first pass sums w dB and w dA and sketches the cross term: Y = (Σ w dB·dA)·Ω. The
-column spaces of the two sums are known exactly then, so Q = orth[B, Σ w dB, B₀, Y] misses nothing but a part of the cross
-term, which is of second order; the second pass gives Gᵀ·Q, and its SVD the new factors. Where the missed part is not small,
-two more passes of subspace iteration are made. Updates are read in blocks in device order: memory does not grow with the
-number of devices, and no bit depends on the order of arrival. Small matrices are summed densely, short stacks exactly.
+With G = Σ_k w_k D⁻¹ M_k∘(B₁A₁ - B₀A₀) as in `aggregate.py`, devices of one class share (B₀, A₀), so G = (Σ
+w dB)·A₀ + B₀·(Σ w dA) + Σ w dB·dA. The first pass sums w dB and w dA and sketches the cross term: Y = (Σ w
+dB·dA)·Ω. The column spaces of the two sums are known exactly then, so Q = orth[B, Σ w dB, B₀, Y] misses
+nothing but a part of the cross term, which is of second order; the second pass gives Gᵀ·Q, and its SVD the
+new factors. Where the missed part is not small, two more passes of subspace iteration are made. Updates
+are read in blocks in device order: memory does not grow with the number of devices, and no bit depends on
+the order of arrival. Small matrices are summed densely, short stacks exactly.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,13 +42,20 @@ class ModuleClass:
         kept = first.masks.get(f"{module}.in")
         self.omega = omega if kept is None else omega[kept]
         out, in_ = len(self.b0), self.a0.shape[1]
-        self.cross = np.zeros((out, in_ if mode == "dense" else self.omega.shape[1])) if mode in ("dense", "sketch") else np.zeros((0, 0))
+        self.cross = (
+            np.zeros((out, in_ if mode == "dense" else self.omega.shape[1]))
+            if mode in ("dense", "sketch")
+            else np.zeros((0, 0))
+        )
         self.back = np.zeros((0, 0))
 
     def stack(self, members: Sequence[Update]) -> tuple[Array, Array, Array]:
         """[dB₁ dB₂ …], [dA₁; dA₂; …] and the weight of every column."""
         deltas = [u.pair(self.module) for u in members]
-        db, da = np.concatenate([b for b, _ in deltas], axis=1), np.concatenate([a for _, a in deltas], axis=0)
+        db, da = (
+            np.concatenate([b for b, _ in deltas], axis=1),
+            np.concatenate([a for _, a in deltas], axis=0),
+        )
         weights = np.repeat(np.array([u.weight * u.scaling for u in members]), self.rank).astype(db.dtype)
         return db, da, weights
 
@@ -87,7 +95,11 @@ class Module:
         self.mode = "dense" if out * in_ <= DENSE else "stack" if columns <= min(out, in_) // 4 else "sketch"
         self.classes: dict[str, ModuleClass] = {}
         rng = np.random.default_rng(0)
-        start = np.concatenate([self.old.A, rng.standard_normal((RANDOM, in_))]) if self.mode == "sketch" else np.zeros((0, in_))
+        start = (
+            np.concatenate([self.old.A, rng.standard_normal((RANDOM, in_))])
+            if self.mode == "sketch"
+            else np.zeros((0, in_))
+        )
         self.omega = np.linalg.qr(start.T)[0] if self.mode == "sketch" else start.T
         self.q = np.zeros((0, 0))
 
@@ -103,7 +115,13 @@ class Module:
             self.terms += [Term(self._out(c, b) / total, self._in(c, a)) for b, a in parts]
 
     def _held(self, side: str, size: int) -> Array:
-        return normaliser(((c.first.masks.get(f"{self.name}.{side}"), c.weight / self.total) for c in self.classes.values()), size)
+        return normaliser(
+            (
+                (c.first.masks.get(f"{self.name}.{side}"), c.weight / self.total)
+                for c in self.classes.values()
+            ),
+            size,
+        )
 
     def _out(self, c: ModuleClass, b: Array) -> Array:
         return c.first.rows(self.name, b.astype(np.float64), self.out) * self.rows
@@ -113,7 +131,10 @@ class Module:
 
     def known(self) -> LowRank:
         """All terms but the cross term, as one pair."""
-        return LowRank(np.concatenate([t.B for t in self.terms], axis=1), np.concatenate([t.A for t in self.terms], axis=0))
+        return LowRank(
+            np.concatenate([t.B for t in self.terms], axis=1),
+            np.concatenate([t.A for t in self.terms], axis=0),
+        )
 
     def dense(self) -> Array:
         """The new matrix itself."""
@@ -130,7 +151,8 @@ class Module:
         return balanced(*by_qr(self.known()), self.rank)
 
     def open(self) -> None:
-        """Q for the second pass: the known column space, as far as it matters, and the sketch of the cross term."""
+        """Q for the second pass: the known column space, as far as it matters, and the sketch of the cross
+        term."""
         known = self.known()
         self.spread = known
         left = known.B
@@ -183,8 +205,11 @@ class Module:
         return balanced(self.q @ u, s, vt, self.rank)
 
 
-def product(updates: Iterable[Update], old: Mapping[str, LowRank], devices: int) -> tuple[dict[str, LowRank], Tensors, list[Update]]:
-    """New factors of every module that was moved, the mean change of dense tensors, and the updates that went in.
+def product(
+    updates: Iterable[Update], old: Mapping[str, LowRank], devices: int
+) -> tuple[dict[str, LowRank], Tensors, list[Update]]:
+    """New factors of every module that was moved, the mean change of dense tensors, and the updates that
+    went in.
 
     `updates` come in device order and may be decoded on demand; `devices` is how many there may be.
     """
@@ -196,7 +221,10 @@ def product(updates: Iterable[Update], old: Mapping[str, LowRank], devices: int)
         for u in block:
             for k, t in ((k, t) for k, t in u.sent.items() if k in u.spec.dense):
                 entry = dense.setdefault(k, [np.zeros(t.shape), 0.0])
-                entry[0], entry[1] = entry[0] + u.weight * u.scaling * t.astype(np.float64), entry[1] + u.weight
+                entry[0], entry[1] = (
+                    entry[0] + u.weight * u.scaling * t.astype(np.float64),
+                    entry[1] + u.weight,
+                )
         for name, members in _by_module(block, old, devices, modules):
             modules[name].classes[members[0].origin or members[0].device].add(members)
     if not used:
@@ -206,7 +234,10 @@ def product(updates: Iterable[Update], old: Mapping[str, LowRank], devices: int)
         m.settle(total)
     found = {n: m.exact() for n, m in modules.items() if m.mode != "sketch"}
     found |= _sketched({n: m for n, m in modules.items() if m.mode == "sketch"}, used)
-    means = {k: (np.asarray(s) / total / max(float(w) / total, FLOOR)).astype(np.float32) for k, (s, w) in dense.items()}
+    means = {
+        k: (np.asarray(s) / total / max(float(w) / total, FLOOR)).astype(np.float32)
+        for k, (s, w) in dense.items()
+    }
     return found, means, used
 
 
@@ -262,7 +293,8 @@ def _by_module(
 def _pass(modules: Mapping[str, Module], used: Sequence[Update], way: str) -> None:
     """Once more over all updates, for the modules given."""
     factors = {
-        (n, o): (m.q_of(c) if way == "left" else c.omega) for n, m in modules.items() for o, c in m.classes.items()
+        (n, o): (m.q_of(c) if way == "left" else c.omega) for n, m in modules.items() for o,
+        c in m.classes.items()
     }  # fmt: skip
     for block in ahead(_loaded(_blocks(used))):
         groups: dict[str, list[Update]] = {}

@@ -1,7 +1,8 @@
 """Who may read and write which topic, in one place, and the same rules as Mosquitto and EMQX want them.
 
-The user's name is the common name of the client certificate. A device writes and reads its own topics and reads blobs (parts of
-the global adapter, named by digest); the coordinator may do everything within its fleet; nobody else anything.
+The user's name is the common name of the client certificate. A device writes and reads its own topics and
+reads blobs (parts of the global adapter, named by digest); the coordinator may do everything within its
+fleet; nobody else anything.
 """
 
 import os
@@ -44,19 +45,30 @@ class Files:
 
 def mosquitto_config(port: int, host: str, files: Files | None = None, acl: Path | None = None) -> str:
     """For `mosquitto -c`; without `files` an open listener, which belongs on loopback."""
-    lines = ["per_listener_settings false", f"listener {port} {host}".rstrip(), "persistence false", "max_queued_messages 10000"]
+    lines = [
+        "per_listener_settings false",
+        f"listener {port} {host}".rstrip(),
+        "persistence false",
+        "max_queued_messages 10000",
+    ]
     lines += ["log_type error"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         lines += ["user root"]  # else it would give up the right to read our keys before it reads them
     if files is None:
         return "\n".join([*lines, "allow_anonymous true", ""])
     lines += [f"cafile {files.ca}", f"certfile {files.cert}", f"keyfile {files.key}", f"crlfile {files.crl}"]
-    lines += ["require_certificate true", "use_identity_as_username true", "allow_anonymous false", "tls_version tlsv1.2"]
+    lines += [
+        "require_certificate true",
+        "use_identity_as_username true",
+        "allow_anonymous false",
+        "tls_version tlsv1.2",
+    ]
     return "\n".join([*lines, f"acl_file {acl}", ""])
 
 
 def emqx_config(port: int, files: Files, rules: Path) -> str:
-    """For EMQX 5's `emqx.conf`: client certificates only, the common name as user, our rules and nothing else."""
+    """For EMQX 5's `emqx.conf`: client certificates only, the common name as user, our rules and nothing
+    else."""
     return f"""\
 listeners.tcp.default.enable = false
 listeners.ws.default.enable = false

@@ -1,6 +1,8 @@
-"""amqtt as a process: `python -m rankfleet.coordinator.broker.amqtt_broker HOST PORT FLEET [CA CERT KEY CRL]`. MQTT 3.1.1 only.
+"""amqtt as a process: `python -m rankfleet.coordinator.broker.amqtt_broker HOST PORT FLEET [CA CERT KEY
+CRL]`. MQTT 3.1.1 only.
 
-For machines without Mosquitto. With the four files every client needs a certificate, and may do what `access.py` allows it.
+For machines without Mosquitto. With the four files every client needs a certificate, and may do what
+`access.py` allows it.
 """
 
 import asyncio
@@ -18,11 +20,16 @@ def configuration(host: str, port: str, fleet: str, files: list[str]) -> dict[st
     """What amqtt's `Broker` takes."""
     listener: dict[str, Any] = {"type": "tcp", "bind": f"{host}:{port}", "max_connections": 20000}
     if not files:
-        plugins: dict[str, Any] = {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}}
+        plugins: dict[str, Any] = {
+            "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}
+        }
     else:
         ca, cert, key, crl = files
         listener |= {"ssl": True, "cafile": ca, "certfile": cert, "keyfile": key}
-        plugins = {f"rankfleet.coordinator.broker.amqtt_rules.{name}": {"fleet": fleet, "crl": crl} for name in ("Known", "Rules")}
+        plugins = {
+            f"rankfleet.coordinator.broker.amqtt_rules.{name}": {"fleet": fleet, "crl": crl}
+            for name in ("Known", "Rules")
+        }
     return {"listeners": {"default": listener}, "plugins": plugins}
 
 

@@ -1,4 +1,5 @@
-"""Who may connect to amqtt, and do what: client certificates and `access.py`, as plugins of the embedded broker.
+"""Who may connect to amqtt, and do what: client certificates and `access.py`, as plugins of the embedded
+broker.
 
 amqtt takes connections without a certificate, and reads no list of revoked ones; both are checked here.
 """
@@ -54,6 +55,10 @@ class Rules(BaseTopicPlugin):  # type: ignore[misc]
 
     Config = Settings
 
-    async def topic_filtering(self, *, session: Any = None, topic: str | None = None, action: Any = None) -> bool:
+    async def topic_filtering(
+        self, *, session: Any = None, topic: str | None = None, action: Any = None
+    ) -> bool:
         """amqtt's hook."""
-        return allowed(self.config.fleet, user_of(session), topic or "", "write" if action == Action.PUBLISH else "read")
+        return allowed(
+            self.config.fleet, user_of(session), topic or "", "write" if action == Action.PUBLISH else "read"
+        )

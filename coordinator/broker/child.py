@@ -1,4 +1,5 @@
-"""The broker that `coordinator serve` brings: Mosquitto as a managed child where it is installed, else amqtt in a child.
+"""The broker that `coordinator serve` brings: Mosquitto as a managed child where it is installed, else
+amqtt in a child.
 
 A child of its own, in both cases, so that a broker that dies takes nothing with it and is started again.
 """
@@ -24,7 +25,12 @@ LOOPBACK, EVERYWHERE = "127.0.0.1", ("0.0.0.0", "::")  # noqa: S104 - compared w
 def mosquitto() -> str | None:
     """The Mosquitto server, if it is installed; Debian puts it where users' PATH does not look."""
     return shutil.which("mosquitto") or next(
-        (p for p in ("/usr/sbin/mosquitto", "/opt/homebrew/sbin/mosquitto", "/usr/local/sbin/mosquitto") if Path(p).exists()), None
+        (
+            p
+            for p in ("/usr/sbin/mosquitto", "/opt/homebrew/sbin/mosquitto", "/usr/local/sbin/mosquitto")
+            if Path(p).exists()
+        ),
+        None,
     )
 
 
@@ -38,14 +44,23 @@ def free_port() -> int:
 class BrokerChild:
     """Runs until `stop`, restarted with a growing pause when it ends."""
 
-    def __init__(self, config: Broker, home: Path, fleet: str = "main", tls: access.Files | None = None) -> None:
+    def __init__(
+        self, config: Broker, home: Path, fleet: str = "main", tls: access.Files | None = None
+    ) -> None:
         self.kind = config.kind if config.kind != "auto" else ("mosquitto" if mosquitto() else "amqtt")
         if self.kind == "mosquitto" and not mosquitto():
-            raise ConfigError("broker.kind is mosquitto, and no mosquitto is installed", "apt install mosquitto, or `kind: amqtt`")
+            raise ConfigError(
+                "broker.kind is mosquitto, and no mosquitto is installed",
+                "apt install mosquitto, or `kind: amqtt`",
+            )
         if self.kind not in ("mosquitto", "amqtt"):
             raise ConfigError(f"broker.kind `{config.kind}` is not known", "auto, mosquitto or amqtt")
         standard = 1883 if tls is None else 8883
-        self.host, self.port, self.home = config.host, standard if config.port is None else config.port or free_port(), home
+        self.host, self.port, self.home = (
+            config.host,
+            standard if config.port is None else config.port or free_port(),
+            home,
+        )
         self.fleet, self.tls = fleet, tls
         self.process: asyncio.subprocess.Process | None = None
         self.restarts = 0
@@ -69,8 +84,18 @@ class BrokerChild:
     def command(self) -> list[str]:
         """What is run."""
         if self.kind == "amqtt":
-            files = [str(p) for p in (self.tls.ca, self.tls.cert, self.tls.key, self.tls.crl)] if self.tls else []
-            return [sys.executable, "-m", "rankfleet.coordinator.broker.amqtt_broker", self.host, str(self.port), self.fleet, *files]
+            files = (
+                [str(p) for p in (self.tls.ca, self.tls.cert, self.tls.key, self.tls.crl)] if self.tls else []
+            )
+            return [
+                sys.executable,
+                "-m",
+                "rankfleet.coordinator.broker.amqtt_broker",
+                self.host,
+                str(self.port),
+                self.fleet,
+                *files,
+            ]
         conf, rules = self.home / "mosquitto.conf", self.home / "mosquitto.acl"
         if self.tls:
             write_atomic(rules, access.mosquitto_rules(self.fleet).encode(), 0o600)
@@ -89,10 +114,13 @@ class BrokerChild:
             if self.restarts > 3:
                 break
         await self.stop()
-        raise ConfigError(f"the {self.kind} broker does not listen on {self.host}:{self.port}", "its own log says why")
+        raise ConfigError(
+            f"the {self.kind} broker does not listen on {self.host}:{self.port}", "its own log says why"
+        )
 
     def _end_orphan(self) -> None:
-        """The broker of a coordinator that was killed still runs, and holds the port: it is known by our folder in its command."""
+        """The broker of a coordinator that was killed still runs, and holds the port: it is known by our
+        folder in its command."""
         import psutil
 
         with contextlib.suppress(OSError, ValueError, psutil.Error):
@@ -125,13 +153,16 @@ class BrokerChild:
         if self.process is None or self.process.returncode is not None:
             return False
         with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection(LOOPBACK if self.host in EVERYWHERE else self.host, self.port)
+            _, writer = await asyncio.open_connection(
+                LOOPBACK if self.host in EVERYWHERE else self.host, self.port
+            )
             writer.close()
             return True
         return False
 
     def cut(self) -> None:
-        """End it, and with it every connection; it is started again at once, and reads anew who was revoked."""
+        """End it, and with it every connection; it is started again at once, and reads anew who was
+        revoked."""
         if self.process is not None and self.process.returncode is None:
             self._cut = True
             with contextlib.suppress(ProcessLookupError):

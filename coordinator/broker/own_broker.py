@@ -10,7 +10,8 @@ from . import access
 
 
 def write(authority: Authority, kind: str, to: Path, port: int, names: list[str]) -> list[Path]:
-    """Configuration, rules, the broker's certificate and key, the authority and the list of revoked devices. Raises ConfigError."""
+    """Configuration, rules, the broker's certificate and key, the authority and the list of revoked
+    devices. Raises ConfigError."""
     authority.ensure_crl()
     cert, key = authority.broker([*names, *own_names()])
     found = {

@@ -1,8 +1,10 @@
-"""How much one device may say: a device that floods, or sends what cannot be read again and again, is slowed down, then suspended.
+"""How much one device may say: a device that floods, or sends what cannot be read again and again, is
+slowed down, then suspended.
 
-Every device has a bucket of messages that fills steadily. An empty bucket, and everything that had to be refused, is a strike;
-strikes are forgiven one by one. After a few, nothing of the device is read for a while, each time twice as long; after more, it is
-suspended until an operator lets it go on. What is dropped is not lost: an honest device sends again until it is answered.
+Every device has a bucket of messages that fills steadily. An empty bucket, and everything that had to be
+refused, is a strike; strikes are forgiven one by one. After a few, nothing of the device is read for a
+while, each time twice as long; after more, it is suspended until an operator lets it go on. What is
+dropped is not lost: an honest device sends again until it is answered.
 """
 
 import time
@@ -32,7 +34,9 @@ class Standing:
 class Admission:
     """Buckets and strikes, in memory: a restart forgives."""
 
-    def __init__(self, limits: Limits, suspend: Callable[[str, str], None], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, limits: Limits, suspend: Callable[[str, str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.limits, self._suspend, self._clock = limits, suspend, clock
         self._known: dict[str, Standing] = {}
         self.dropped = 0

@@ -1,4 +1,5 @@
-"""Downloads by demand: wants are gathered for a moment, then each missing piece is published once for all who asked."""
+"""Downloads by demand: wants are gathered for a moment, then each missing piece is published once for all
+who asked."""
 
 import asyncio
 import contextlib
@@ -19,7 +20,13 @@ class Blobs:
     """Everything that devices may fetch, by digest, in one folder."""
 
     def __init__(self, bus: Bus, topics: Topics, folder: Path, packet: int, gather_ms: float) -> None:
-        self.bus, self.topics, self.folder, self.packet, self.gather_s = bus, topics, folder, packet, gather_ms / 1e3
+        self.bus, self.topics, self.folder, self.packet, self.gather_s = (
+            bus,
+            topics,
+            folder,
+            packet,
+            gather_ms / 1e3,
+        )
         self._known: dict[str, Blob] = {}
         self._wanted: dict[str, set[int]] = {}
         self._asked: dict[str, int] = {}

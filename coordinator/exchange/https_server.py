@@ -1,8 +1,10 @@
-"""The HTTPS server: certificates for devices, and base models for those that have none, with ranges, by the model's digest.
+"""The HTTPS server: certificates for devices, and base models for those that have none, with ranges, by
+the model's digest.
 
-For models a device shows that it belongs to the fleet by an HMAC over path and time under its link key. The certificate is the
-authority's, or made here, unless one is configured; its fingerprint travels in every signed assignment, and its key's in every
-claim, so a device trusts this server before it knows any authority.
+For models a device shows that it belongs to the fleet by an HMAC over path and time under its link key.
+The certificate is the authority's, or made here, unless one is configured; its fingerprint travels in
+every signed assignment, and its key's in every claim, so a device trusts this server before it knows any
+authority.
 """
 
 import datetime
@@ -33,12 +35,24 @@ SERVED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
 class HttpsServer:
-    """Serves the folders that `offer` names, and what `enrolment` answers; listens on `host` where the YAML says nothing else."""
+    """Serves the folders that `offer` names, and what `enrolment` answers; listens on `host` where the
+    YAML says nothing else."""
 
     def __init__(
-        self, config: Https, home: Path, key_of: Callable[[str], bytes | None], enrolment: Enrolment | None = None, host: str = "127.0.0.1"
+        self,
+        config: Https,
+        home: Path,
+        key_of: Callable[[str], bytes | None],
+        enrolment: Enrolment | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
-        self.config, self.home, self.key_of, self.enrolment, self.host = config, home, key_of, enrolment, config.host or host
+        self.config, self.home, self.key_of, self.enrolment, self.host = (
+            config,
+            home,
+            key_of,
+            enrolment,
+            config.host or host,
+        )
         self.url = self.pin = ""
         self.public_pin = b""
         self._folders: dict[str, Path] = {}
@@ -51,7 +65,9 @@ class HttpsServer:
         app = web.Application(client_max_size=MAX_BODY + 1)
         if self.enrolment:
             app.add_routes([web.post(PATH, self.enrolment.answer)])
-        app.add_routes([web.get("/models/{digest}", self._list), web.get("/models/{digest}/{name}", self._file)])
+        app.add_routes(
+            [web.get("/models/{digest}", self._list), web.get("/models/{digest}/{name}", self._file)]
+        )
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         cert, key = self._certificate()
@@ -93,7 +109,9 @@ class HttpsServer:
         if self.config.cert_file:
             return Path(self.config.cert_file), Path(self.config.key_file)
         if self.enrolment and self.enrolment.authority:
-            return self.enrolment.authority.server(own_names(self.host, urlsplit(self.config.advertise).hostname or ""))
+            return self.enrolment.authority.server(
+                own_names(self.host, urlsplit(self.config.advertise).hostname or "")
+            )
         cert, key = self.home / "models.crt", self.home / "models.key"
         if not cert.exists() or not key.exists():
             make_certificate(cert, key, self.host)
@@ -105,7 +123,9 @@ class HttpsServer:
         key = self.key_of(device)
         fresh = at.isdigit() and abs(time.time() - int(at)) < STALE_S
         if key is None or not fresh or not hmac.compare_digest(model_ticket(key, request.path, at), said):
-            raise web.HTTPForbidden(text="this device is not known here, or its clock is wrong by more than 15 minutes")
+            raise web.HTTPForbidden(
+                text="this device is not known here, or its clock is wrong by more than 15 minutes"
+            )
         folder = self._folders.get(request.match_info["digest"])
         if folder is None:
             raise web.HTTPNotFound(text="this model is not offered")
@@ -114,7 +134,9 @@ class HttpsServer:
     async def _list(self, request: web.Request) -> web.Response:
         folder = self._allowed(request)
         files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SERVED]
-        return web.json_response([{"name": p.name, "size": p.stat().st_size, "digest": self._digest(p)} for p in files])
+        return web.json_response(
+            [{"name": p.name, "size": p.stat().st_size, "digest": self._digest(p)} for p in files]
+        )
 
     def _digest(self, file: Path) -> str:
         changed = file.stat().st_mtime
@@ -153,7 +175,8 @@ def make_certificate(cert: Path, key: Path, host: str) -> None:
     made = (
         x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(private.public_key())
         .serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=3650)).add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .not_valid_after(now + datetime.timedelta(days=3650))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .sign(private, hashes.SHA256())
     )  # fmt: skip
     pem, raw = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8

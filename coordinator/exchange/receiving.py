@@ -28,7 +28,8 @@ from .uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
 HELD_BYTES = 8 << 20
-"""Updates in memory that wait for the disk; when there are more, offers wait for a grant, and pieces go to files."""
+"""Updates in memory that wait for the disk; when there are more, offers wait for a grant, and pieces go to
+files."""
 
 
 class Arrival(NamedTuple):
@@ -58,7 +59,9 @@ class Receiving:
         self.home, self.ledger, self.devices, self.pending, self.send, self.changed, self.live = (
             home, ledger, devices, pending, send, changed, live,
         )  # fmt: skip
-        self.uploads = Uploads(home / "spool", limits, send, self._assembled, self.put_aside, lambda: self._held < HELD_BYTES)
+        self.uploads = Uploads(
+            home / "spool", limits, send, self._assembled, self.put_aside, lambda: self._held < HELD_BYTES
+        )
         self.limits = limits
         self.refused: Callable[[str, str], None] = lambda device, reason: None
         """Told of every update that is refused for good."""
@@ -83,7 +86,11 @@ class Receiving:
             return
         if self.uploads.full():
             return  # it keeps its update and offers again
-        if offer.data and self._held + len(offer.data) <= HELD_BYTES and len(offer.data) <= self.limits.update_mb * 1e6:
+        if (
+            offer.data
+            and self._held + len(offer.data) <= HELD_BYTES
+            and len(offer.data) <= self.limits.update_mb * 1e6
+        ):
             if len(offer.data) != offer.blob.size or digest_of(offer.data) != offer.blob.digest:
                 raise WireError(f"the update of round {offer.round} is not what its offer says")
             self._take(Arrival(key, offer, offer.data, None, 0))
@@ -91,10 +98,13 @@ class Receiving:
             self.uploads.offer(device, offer)
 
     def _still_wanted(self, key: Key, offer: Offer) -> bool:
-        """What the ledger says of an update whose assignment is not open; the device is answered where it says no."""
+        """What the ledger says of an update whose assignment is not open; the device is answered where it
+        says no."""
         row = self.ledger.answer(*key)
         if row is None:
-            self._refuse(key, offer, f"no assignment of round {offer.round} in job `{offer.job[:64]}` is known")
+            self._refuse(
+                key, offer, f"no assignment of round {offer.round} in job `{offer.job[:64]}` is known"
+            )
         elif row["state"] in ARRIVED:
             same = row["digest"] == offer.blob.digest
             reason = "" if same else "another update of this round was taken"
@@ -173,7 +183,12 @@ class Receiving:
             self.live.setdefault(device, {})["last_error"] = f"its update cannot be stored: {answer}"
         else:
             self.pending.done(arrival.key)
-            self.live[device] = {"state": "done", "round": round, "loss": answer.get("loss_after"), "resumed": arrival.resumed}
+            self.live[device] = {
+                "state": "done",
+                "round": round,
+                "loss": answer.get("loss_after"),
+                "resumed": arrival.resumed,
+            }
             self.send(device, Receipt(job, round, arrival.offer.blob.digest, True))
 
     def _store(self, batch: list[Arrival]) -> list[dict[str, Any] | Exception]:
@@ -205,10 +220,13 @@ class Receiving:
         return answers
 
     def _place(self, arrival: Arrival) -> tuple[dict[str, Any], float, Path]:
-        """Check one update and put its file in place. Returns (its report, seconds since it was asked for, the folder)."""
+        """Check one update and put its file in place. Returns (its report, seconds since it was asked for,
+        the folder)."""
         job, round, device = arrival.key
         offer, public = arrival.offer, self.devices.public(device)
-        if not public or not signed_by(public, offer.signature, manifest(job, round, device, offer.blob.digest)):
+        if not public or not signed_by(
+            public, offer.signature, manifest(job, round, device, offer.blob.digest)
+        ):
             raise WireError("the update is not signed by this device's key")
         data = arrival.data or (arrival.path.read_bytes() if arrival.path else b"")
         told = {**checks.check(data), "cost": checks.bounded(offer.cost)}

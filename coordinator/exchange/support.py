@@ -33,7 +33,9 @@ class Support:
         try:
             return await within(patience_s, _result(self._open[key]))
         except asyncio.TimeoutError:
-            raise Unreachable(f"`{device}` does not answer", "is it on? `coordinator devices` says when it was seen") from None
+            raise Unreachable(
+                f"`{device}` does not answer", "is it on? `coordinator devices` says when it was seen"
+            ) from None
         finally:
             del self._open[key]
 

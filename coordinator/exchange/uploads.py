@@ -1,7 +1,9 @@
-"""Uploads: an offer gets a grant when there is room, pieces become a file, a whole and signed file gets a receipt.
+"""Uploads: an offer gets a grant when there is room, pieces become a file, a whole and signed file gets a
+receipt.
 
-A grant names the missing pieces, so an upload goes on where it stopped, whichever side was killed. At most `outstanding_mb` and
-`outstanding_chunks` are under way over the whole fleet: brokers drop silently when their queues overflow.
+A grant names the missing pieces, so an upload goes on where it stopped, whichever side was killed. At most
+`outstanding_mb` and `outstanding_chunks` are under way over the whole fleet: brokers drop silently when
+their queues overflow.
 """
 
 import shutil
@@ -32,8 +34,8 @@ class Upload:
 
 
 class Uploads:
-    """All uploads of a fleet. `done` is called with each complete one, in memory or as a file, and decides on the
-    receipt; while there is no `room` in memory it is a file."""
+    """All uploads of a fleet. `done` is called with each complete one, in memory or as a file, and decides
+    on the receipt; while there is no `room` in memory it is a file."""
 
     def __init__(
         self,
@@ -44,7 +46,14 @@ class Uploads:
         refuse: Callable[[str, Offer, str], None],
         room: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.folder, self.limits, self._grant, self._done, self._refuse, self.room = folder, limits, grant, done, refuse, room
+        self.folder, self.limits, self._grant, self._done, self._refuse, self.room = (
+            folder,
+            limits,
+            grant,
+            done,
+            refuse,
+            room,
+        )
         self.live: dict[str, Upload] = {}
         self.waiting: list[str] = []
         self.corrupt = 0
@@ -52,9 +61,17 @@ class Uploads:
     def offer(self, device: str, offer: Offer) -> None:
         """A device wants to send: grant what is missing, queue it, or refuse it for good."""
         blob = offer.blob
-        if blob.size > self.limits.update_mb * 1e6 or blob.chunk < 64 or blob.size < 1 or not _hex(blob.digest):
+        if (
+            blob.size > self.limits.update_mb * 1e6
+            or blob.chunk < 64
+            or blob.size < 1
+            or not _hex(blob.digest)
+        ):
             self._refuse(
-                device, offer, f"an update of {blob.size:,} bytes in chunks of {blob.chunk}; at most {self.limits.update_mb:g} MB are taken"
+                device,
+                offer,
+                f"an update of {blob.size:,} bytes in chunks of {blob.chunk}; at most "
+                f"{self.limits.update_mb:g} MB are taken",
             )
             return
         upload = self.live.get(device)
@@ -62,7 +79,9 @@ class Uploads:
             for old in (self.folder / device).glob("*"):
                 if old.stem != blob.digest:
                     old.unlink(missing_ok=True)
-            upload = self.live[device] = Upload(device, offer, Assembly(self.folder / device, blob, hold_bytes=HOLD_BYTES))
+            upload = self.live[device] = Upload(
+                device, offer, Assembly(self.folder / device, blob, hold_bytes=HOLD_BYTES)
+            )
         else:
             upload.assembly.save()
             upload.resumed = max(upload.resumed, len(upload.assembly.have))
@@ -79,14 +98,20 @@ class Uploads:
         if self.full():
             upload.granted = 0  # it offers again, and then there may be room
             return
-        free = min(self.limits.outstanding_chunks - chunks, int((self.limits.outstanding_mb * 1e6 - size) // upload.assembly.blob.chunk))
+        free = min(
+            self.limits.outstanding_chunks - chunks,
+            int((self.limits.outstanding_mb * 1e6 - size) // upload.assembly.blob.chunk),
+        )
         if free < 1:
             upload.granted = 0
             if upload.device not in self.waiting:
                 self.waiting.append(upload.device)
             return
         upload.granted = min(count, free)
-        self._grant(upload.device, Grant(upload.offer.job, upload.offer.round, upload.assembly.blob.digest, first(missing, free)))
+        self._grant(
+            upload.device,
+            Grant(upload.offer.job, upload.offer.round, upload.assembly.blob.digest, first(missing, free)),
+        )
 
     def _outstanding(self, except_for: str) -> tuple[int, int]:
         now = time.monotonic()

@@ -1,4 +1,5 @@
-"""A version as files that other tools read: peft's format, the base with the adapter in it, ONNX, GGUF for llama.cpp.
+"""A version as files that other tools read: peft's format, the base with the adapter in it, ONNX, GGUF for
+llama.cpp.
 
 Reads the data directory; needs no service, and neither torch nor transformers.
 """
@@ -50,24 +51,31 @@ def load(config: CoordinatorConfig, job: str, number: int | None = None) -> tupl
         try:
             return Registry(config.home / "jobs" / job).load(number), read_job(row["text"])
         except FileNotFoundError:
-            raise ConfigError(f"version {number} of `{job}` is not on disk any more", f"coordinator versions list {job}") from None
+            raise ConfigError(
+                f"version {number} of `{job}` is not on disk any more", f"coordinator versions list {job}"
+            ) from None
     finally:
         ledger.close()
 
 
 def shown(version: Version, spec: JobSpec) -> Version:
-    """A version whose pairs are what the model computes with: made by the stack's `express`, with the carry as further rank.
+    """A version whose pairs are what the model computes with: made by the stack's `express`, with the
+    carry as further rank.
 
     Raises ConfigError for what no pair can say.
     """
     stack = Stack(build_stack(list(spec.stack)), spec.space)
     if attached := stack.using("attach"):
         raise ConfigError(
-            f"`{attached[0][0]}` cannot be exported: it is no low-rank change of the weights", "devices answer with it: `edge-agent infer`"
+            f"`{attached[0][0]}` cannot be exported: it is no low-rank change of the weights",
+            "devices answer with it: `edge-agent infer`",
         )
     scale, pairs = spec.adapter.scale, dict(version.pairs)
     if stack.using("express"):
-        maps = {m: Pair(0, len(p.B), p.A.shape[1], len(p.A), scale, len(p.B), p.A.shape[1], "") for m, p in pairs.items()}
+        maps = {
+            m: Pair(0, len(p.B), p.A.shape[1], len(p.A), scale, len(p.B), p.A.shape[1], "")
+            for m, p in pairs.items()
+        }
         dense = {k: Dense(tuple(t.shape)) for k, t in version.dense.items()}
         own = {f"{m}.{side}": t for m, p in pairs.items() for side, t in (("A", p.A), ("B", p.B))}
         full = stack.express({**own, **version.dense}, Spec(maps, dense), np)
@@ -82,26 +90,41 @@ def shown(version: Version, spec: JobSpec) -> Version:
 def base_folder(config: CoordinatorConfig, spec: JobSpec) -> Path:
     """The base model of a job. Raises ConfigError."""
     if spec.model not in config.models:
-        raise ConfigError(f"the coordinator has no base model `{spec.model}` any more", f"add `models: {{{spec.model}: FOLDER}}`")
+        raise ConfigError(
+            f"the coordinator has no base model `{spec.model}` any more",
+            f"add `models: {{{spec.model}: FOLDER}}`",
+        )
     return Path(config.models[spec.model])
 
 
-def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = None, kind: str = "peft", ratio: float = 0.0) -> int:
-    """Write version `number` (default: the newest good one) into `to`; returns which it was. Raises ConfigError.
+def write(
+    config: CoordinatorConfig,
+    job: str,
+    to: Path,
+    number: int | None = None,
+    kind: str = "peft",
+    ratio: float = 0.0,
+) -> int:
+    """Write version `number` (default: the newest good one) into `to`; returns which it was. Raises
+    ConfigError.
 
-    `ratio` cuts heads and feed-forward channels as devices at that pruning ratio do; only a whole model can be cut.
+    `ratio` cuts heads and feed-forward channels as devices at that pruning ratio do; only a whole model
+    can be cut.
     """
     version, spec = load(config, job, number)
     version = shown(version, spec)
     if ratio and kind in ADAPTERS:
         raise ConfigError(
-            f"a pruned model is written whole, not as {kind}", f"--format {', '.join(f for f in FORMATS if f not in ADAPTERS)}"
+            f"a pruned model is written whole, not as {kind}",
+            f"--format {', '.join(f for f in FORMATS if f not in ADAPTERS)}",
         )
     task = {**msgspec.to_builtins(spec.task), "version": version.number}
     scale = spec.adapter.scale
     if kind == "peft":
         flipped = spec.model in config.models and is_transposed(read_card(base_folder(config, spec)))
-        write_adapter(to, version.pairs, version.dense, scale=scale, base=spec.model, task=task, transposed=flipped)
+        write_adapter(
+            to, version.pairs, version.dense, scale=scale, base=spec.model, task=task, transposed=flipped
+        )
     elif kind == "merged":
         write_folder(version, base_folder(config, spec), to, ratio, scale)
         write_beside(to, head_files(version.dense, task, LOAD_MERGED if version.dense else ""))
@@ -116,7 +139,9 @@ def write(config: CoordinatorConfig, job: str, to: Path, number: int | None = No
     else:
         from .gguf_model import write_model
 
-        write_model(Weights(version, base_folder(config, spec), ratio, scale), to, f"{job} version {version.number}")
+        write_model(
+            Weights(version, base_folder(config, spec), ratio, scale), to, f"{job} version {version.number}"
+        )
     return version.number
 
 

@@ -1,7 +1,8 @@
 """Base and adapter as one model that plain transformers loads, whole or physically smaller.
 
-Cut, every layer keeps as many heads and channels as the others, so `config.json` can say so where the architecture has a head size of
-its own. transformers takes only numbers of heads that divide the hidden size; where the ratio asks for another, some more are kept.
+Cut, every layer keeps as many heads and channels as the others, so `config.json` can say so where the
+architecture has a head size of its own. transformers takes only numbers of heads that divide the hidden
+size; where the ratio asks for another, some more are kept.
 """
 
 import json
@@ -25,12 +26,14 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 
 
 def write_folder(version: Version, base: Path, to: Path, ratio: float, scale: float) -> dict[str, float]:
-    """W + s·B·A of every map, cut to what a device at `ratio` keeps. Returns sizes before and after. Raises ConfigError."""
+    """W + s·B·A of every map, cut to what a device at `ratio` keeps. Returns sizes before and after.
+    Raises ConfigError."""
     weights = Weights(version, base, ratio, scale, even=True)  # transformers refuses other numbers of heads
     card = weights.card
     if ratio and card.groups > 1 and card.family not in OWN_HEAD_SIZE and weights.groups < card.groups:
         raise ConfigError(
-            f"no configuration of a `{card.family}` model can express {weights.groups} of {card.groups} heads",
+            f"no configuration of a `{card.family}` model can express {weights.groups} of {card.groups} "
+            "heads",
             "--format onnx, which needs none" if not card.causal else "leave --ratio out: the whole model",
         )
     to.mkdir(parents=True, exist_ok=True)
@@ -45,7 +48,9 @@ def write_folder(version: Version, base: Path, to: Path, ratio: float, scale: fl
 
 def copy_beside(base: Path, to: Path) -> None:
     """Configuration and tokenizer."""
-    for file in sorted(p for p in base.iterdir() if p.is_file() and p.suffix in BESIDE and not p.name.endswith(".index.json")):
+    for file in sorted(
+        p for p in base.iterdir() if p.is_file() and p.suffix in BESIDE and not p.name.endswith(".index.json")
+    ):
         shutil.copyfile(file, to / file.name)
 
 
@@ -53,17 +58,25 @@ def _config(base: Path, weights: Weights) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     card, groups = weights.card, weights.groups
     ups, _ = card.channels(0)
-    width = "intermediate_size" if "intermediate_size" in config else "ffn_dim" if "ffn_dim" in config else "n_inner"
+    width = (
+        "intermediate_size"
+        if "intermediate_size" in config
+        else "ffn_dim"
+        if "ffn_dim" in config
+        else "n_inner"
+    )
     config[width] = kept(ups[0].out, weights.ratio)
     if card.family in OWN_HEAD_SIZE:
         config |= {
-            "num_attention_heads": groups * (card.heads // card.groups), "num_key_value_heads": groups, "head_dim": card.head_size,
+            "num_attention_heads": groups * (card.heads // card.groups), "num_key_value_heads": groups,
+            "head_dim": card.head_size,
         }  # fmt: skip
     return config
 
 
 def _write(path: Path, weights: Weights) -> int:
-    """One safetensors file, a tensor at a time; NumPy has no bf16, so the format's own writer would not do."""
+    """One safetensors file, a tensor at a time; NumPy has no bf16, so the format's own writer would not
+    do."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, place in weights.places.items():

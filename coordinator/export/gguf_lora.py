@@ -1,9 +1,10 @@
 """An adapter as GGUF LoRA, as llama.cpp reads it: `llama-cli -m base.gguf --lora adapter.gguf`.
 
-Rules of the format (llama.cpp, src/llama-adapter.cpp): metadata `general.type = adapter`, `adapter.type = lora`,
-`adapter.lora.alpha`; for every adapted tensor `<name>.lora_a` (r, in) and `<name>.lora_b` (out, r), named as in the base's GGUF;
-what is applied is alpha/r·B·A with r of that tensor. There is one alpha for all, so unequal ranks are padded to the largest.
-Llama-like bases interleave the rows of q and k for their rotary embedding, and so does B here.
+Rules of the format (llama.cpp, src/llama-adapter.cpp): metadata `general.type = adapter`, `adapter.type =
+lora`, `adapter.lora.alpha`; for every adapted tensor `<name>.lora_a` (r, in) and `<name>.lora_b` (out, r),
+named as in the base's GGUF; what is applied is alpha/r·B·A with r of that tensor. There is one alpha for
+all, so unequal ranks are padded to the largest. Llama-like bases interleave the rows of q and k for their
+rotary embedding, and so does B here.
 """
 
 import json
@@ -30,7 +31,9 @@ def write_gguf(to: Path, pairs: Mapping[str, LowRank], scale: float, base: Path,
     known = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in known:
         raise ConfigError(f"llama.cpp has no architecture `{arch}`", "export as peft or merged instead")
-    names = gguf.get_tensor_name_map(known[arch], config.get("num_hidden_layers") or config.get("n_layer") or 0)
+    names = gguf.get_tensor_name_map(
+        known[arch], config.get("num_hidden_layers") or config.get("n_layer") or 0
+    )
     used = used_pairs(pairs)
     rank = max(p.A.shape[0] for p in used.values())
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +45,16 @@ def write_gguf(to: Path, pairs: Mapping[str, LowRank], scale: float, base: Path,
     for module, pair in used.items():
         found = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if found is None:
-            raise ConfigError(f"llama.cpp has no name for `{module}` of `{arch}`", "export as peft or merged instead")
+            raise ConfigError(
+                f"llama.cpp has no name for `{module}` of `{arch}`", "export as peft or merged instead"
+            )
         b, a = _padded(pair, rank)
         if arch == "llama" and module.endswith(("q_proj", "k_proj")):
-            heads = config["num_attention_heads"] if module.endswith("q_proj") else config.get("num_key_value_heads")
+            heads = (
+                config["num_attention_heads"]
+                if module.endswith("q_proj")
+                else config.get("num_key_value_heads")
+            )
             b = interleaved(b, heads or config["num_attention_heads"])
         stem = found.removesuffix(".weight") + ".weight"
         writer.add_tensor(f"{stem}.lora_a", np.ascontiguousarray(a, np.float32))
@@ -77,7 +86,8 @@ def _padded(pair: LowRank, rank: int) -> LowRank:
 
 
 def interleaved(b: Array, heads: int) -> Array:
-    """Rows of each head from (first half, second half) to (pairs), as llama.cpp keeps q and k of Llama-like models."""
+    """Rows of each head from (first half, second half) to (pairs), as llama.cpp keeps q and k of
+    Llama-like models."""
     out, rank = b.shape
     turned: Array = b.reshape(heads, 2, out // heads // 2, rank).swapaxes(1, 2).reshape(out, rank)
     return turned

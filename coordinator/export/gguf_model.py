@@ -1,8 +1,10 @@
-"""A decoder with its adapter in it as one GGUF file for llama.cpp, whole or physically smaller; `llama-quantize` makes it smaller still.
+"""A decoder with its adapter in it as one GGUF file for llama.cpp, whole or physically smaller;
+`llama-quantize` makes it smaller still.
 
-Rules of the format (llama.cpp, docs/gguf.md and its converter's conventions): numbers under `<arch>.…`, tensors by llama.cpp's names in
-the checkpoint's precision, one-dimensional ones in fp32; Llama-like models interleave the rows of q and k for their rotary embedding;
-norms of Gemma carry their 1. Two kinds of tokenizer: byte-level BPE, and SentencePiece's BPE as `tokenizer.json` tells it.
+Rules of the format (llama.cpp, docs/gguf.md and its converter's conventions): numbers under `<arch>.…`,
+tensors by llama.cpp's names in the checkpoint's precision, one-dimensional ones in fp32; Llama-like models
+interleave the rows of q and k for their rotary embedding; norms of Gemma carry their 1. Two kinds of
+tokenizer: byte-level BPE, and SentencePiece's BPE as `tokenizer.json` tells it.
 """
 
 import json
@@ -52,7 +54,8 @@ def write_model(weights: Weights, to: Path, name: str) -> Path:
 
 
 def architecture(weights: Weights, kind: Architecture) -> str:
-    """llama.cpp's name. Its qwen2 knows no head size of its own, its llama does, and takes biases: a pruned Qwen2 is written as that."""
+    """llama.cpp's name. Its qwen2 knows no head size of its own, its llama does, and takes biases: a
+    pruned Qwen2 is written as that."""
     if kind.family == "qwen2" and weights.groups < kind.kv_heads:
         return "llama"
     return ARCHITECTURES.get(kind.family, kind.family)
@@ -94,7 +97,9 @@ def _tensor(writer: Any, weights: Weights, kind: Architecture, place: Place, nam
         plus = kind.norm_plus if "norm" in place.name else 0.0
         values = values + np.float32(plus)
     if turns and (".q_proj." in place.name or ".k_proj." in place.name):
-        values = turned(values, weights.groups * (kind.heads // kind.kv_heads if ".q_proj." in place.name else 1))
+        values = turned(
+            values, weights.groups * (kind.heads // kind.kv_heads if ".q_proj." in place.name else 1)
+        )
     raw = gguf.GGMLQuantizationType.BF16 if place.entry.dtype == "BF16" and len(place.shape) > 1 else None
     if raw is not None:  # as bytes: NumPy has no bf16
         values = values.view(np.uint8).reshape(*values.shape[:-1], -1)
@@ -112,7 +117,8 @@ def turned(values: Array, heads: int) -> Array:
 
 
 def _tokenizer(base: Path, family: str) -> dict[str, Any]:
-    """What GGUF says of a tokenizer, by key: kind, tokens, types, and scores or merges. Raises ConfigError."""
+    """What GGUF says of a tokenizer, by key: kind, tokens, types, and scores or merges. Raises
+    ConfigError."""
     try:
         told = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
         model = told["model"]
@@ -131,7 +137,9 @@ def _tokenizer(base: Path, family: str) -> dict[str, Any]:
     if "ByteLevel" in split:
         return found | {"model": "gpt2", "pre": _pre(split, family), "merges": merges}
     if model["type"] != "BPE" or not model.get("byte_fallback"):
-        raise ConfigError(f"a tokenizer of the kind {model['type']} is none that we can write as GGUF", INSTEAD)
+        raise ConfigError(
+            f"a tokenizer of the kind {model['type']} is none that we can write as GGUF", INSTEAD
+        )
     rank = {m.replace(" ", "", 1): -float(n) for n, m in enumerate(merges)}
     scores = [rank.get(w, -1e6 if i in special or w.startswith("<0x") else -1e5) for i, w in enumerate(words)]
     for i, w in enumerate(words):
@@ -139,7 +147,11 @@ def _tokenizer(base: Path, family: str) -> dict[str, Any]:
             types[i] = BYTE
         elif w == model.get("unk_token"):
             types[i] = UNKNOWN
-    return found | {"model": "llama", "scores": scores, "prefix": "Prepend" in json.dumps(told.get("normalizer"))}
+    return found | {
+        "model": "llama",
+        "scores": scores,
+        "prefix": "Prepend" in json.dumps(told.get("normalizer")),
+    }
 
 
 def _pre(split: str, family: str) -> str:

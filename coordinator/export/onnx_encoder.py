@@ -1,7 +1,9 @@
-"""An encoder with its adapter and head as ONNX: the form in which pruned heads need no configuration, and devices need no torch.
+"""An encoder with its adapter and head as ONNX: the form in which pruned heads need no configuration, and
+devices need no torch.
 
-Inputs `input_ids` and `attention_mask`, int64 (batch, length), right-padded; outputs `embedding`, the mean of the last hidden states
-over real tokens (batch, hidden), and `logits` (batch, labels) where the task has a head. Standard operators of opset 20, fp32.
+Inputs `input_ids` and `attention_mask`, int64 (batch, length), right-padded; outputs `embedding`, the mean
+of the last hidden states over real tokens (batch, hidden), and `logits` (batch, labels) where the task has
+a head. Standard operators of opset 20, fp32.
 """
 
 import json
@@ -34,13 +36,18 @@ def write_onnx(weights: Weights, to: Path, dense: Tensors, task: dict[str, Any])
         raise ConfigError("exporting to ONNX needs the package onnx", "pip install onnx") from None
     kind = read_architecture(json.loads((weights.base / "config.json").read_text(encoding="utf-8")))
     if kind is None or kind.causal:
-        raise ConfigError(f"a `{weights.card.family}` model is no encoder that we can write as ONNX", "--format merged or gguf-merged")
+        raise ConfigError(
+            f"a `{weights.card.family}` model is no encoder that we can write as ONNX",
+            "--format merged or gguf-merged",
+        )
     model = Graph(weights, kind).model(dense)
     to.mkdir(parents=True, exist_ok=True)
     copy_beside(weights.base, to)
     file = to / "model.onnx"
     outside = sum(t.ByteSize() for t in model.graph.initializer) > INSIDE
-    onnx.save(model, str(file), save_as_external_data=outside, location="model.onnx.data" if outside else None)
+    onnx.save(
+        model, str(file), save_as_external_data=outside, location="model.onnx.data" if outside else None
+    )
     write_atomic(to / "task.json", json.dumps(task, indent=1).encode())
     sync_folder(to)
     return file
@@ -65,21 +72,34 @@ class Graph:
         from onnx import TensorProto, helper
 
         size: Sequence[str] = ("batch", "length")
-        given = [helper.make_tensor_value_info(n, TensorProto.INT64, size) for n in ("input_ids", "attention_mask")]
+        given = [
+            helper.make_tensor_value_info(n, TensorProto.INT64, size) for n in ("input_ids", "attention_mask")
+        ]
         real = self.op("Cast", "attention_mask", to=TensorProto.FLOAT)
-        hidden_from = self.op("Unsqueeze", self.op("Mul", self.op("Sub", real, self.number(1.0)), self.number(1e9)), self.ints(1, 2))
+        hidden_from = self.op(
+            "Unsqueeze",
+            self.op("Mul", self.op("Sub", real, self.number(1.0)), self.number(1e9)),
+            self.ints(1, 2),
+        )
         x = self._embedded()
         for layer in range(self.kind.layers):
             x = self._layer(x, hidden_from, layer)
         share = self.op("Div", real, self.op("ReduceSum", real, self.ints(1), keepdims=1))
-        mean = self.op("Squeeze", self.op("MatMul", self.op("Unsqueeze", share, self.ints(1)), x), self.ints(1))
+        mean = self.op(
+            "Squeeze", self.op("MatMul", self.op("Unsqueeze", share, self.ints(1)), x), self.ints(1)
+        )
         outputs = {self.op("Identity", mean, name="embedding"): self.kind.hidden}
         if "head.weight" in dense:
             head = self.map(mean, dense["head.weight"].T, dense["head.bias"])
             outputs[self.op("Identity", head, name="logits")] = len(dense["head.bias"])
-        made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ("batch", width)) for n, width in outputs.items()]
+        made = [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, ("batch", width))
+            for n, width in outputs.items()
+        ]
         graph = helper.make_graph(self.nodes, "encoder", given, made, list(self.kept.values()))
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="rankfleet")
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="rankfleet"
+        )
         if sum(t.ByteSize() for t in graph.initializer) < INSIDE:
             onnx.checker.check_model(model)
         return model
@@ -101,18 +121,24 @@ class Graph:
         heads = parts[0][0].shape[1] // size
         scale = np.float32(1 / math.sqrt(size))
         parts[0] = (parts[0][0] * scale, parts[0][1] * scale)  # instead of scaling every score
-        joined = self.map(x, np.concatenate([w for w, _ in parts], axis=1), np.concatenate([b for _, b in parts]))
+        joined = self.map(
+            x, np.concatenate([w for w, _ in parts], axis=1), np.concatenate([b for _, b in parts])
+        )
         split = self.op("Reshape", joined, self.ints(0, 0, 3, heads, size))
         q, k, v = (self.op("Gather", split, self.index(n), axis=2) for n in range(3))
         q, v = (self.op("Transpose", t, perm=[0, 2, 1, 3]) for t in (q, v))
         scores = self.op("Add", self.op("MatMul", q, self.op("Transpose", k, perm=[0, 2, 3, 1])), hidden_from)
-        seen = self.op("Transpose", self.op("MatMul", self.op("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3])
+        seen = self.op(
+            "Transpose", self.op("MatMul", self.op("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3]
+        )
         out = self.map(self.op("Reshape", seen, self.ints(0, 0, heads * size)), *self._both(names.o, layer))
         x = self._norm(self.op("Add", x, out), names.norm1, layer)
         inner = self.map(x, *self._both(names.up, layer))
         name = self.kind.activation
         inner = self.op("Relu", inner) if name == "relu" else self.op("Gelu", inner, approximate=GELU[name])
-        return self._norm(self.op("Add", x, self.map(inner, *self._both(names.down, layer))), names.norm2, layer)
+        return self._norm(
+            self.op("Add", x, self.map(inner, *self._both(names.down, layer))), names.norm2, layer
+        )
 
     def _norm(self, x: str, name: str, layer: int) -> str:
         stem = self.prefix + name.format(l=layer)
@@ -127,7 +153,9 @@ class Graph:
         stem = self.prefix + name.format(l=layer)
         weight = self.weights.floats(f"{stem}.weight").T
         bias = f"{stem}.bias"
-        return weight, self.weights.floats(bias) if bias in self.weights.places else np.zeros(weight.shape[1], np.float32)
+        return weight, self.weights.floats(bias) if bias in self.weights.places else np.zeros(
+            weight.shape[1], np.float32
+        )
 
     def map(self, x: str, weight: Array, bias: Array) -> str:
         """x·weight + bias, weight (in, out)."""
@@ -147,7 +175,9 @@ class Graph:
 
         name = f"w{len(self.kept)}"
         kind = np.int64 if array.dtype.kind == "i" else np.float32
-        self.kept[name] = numpy_helper.from_array(np.ascontiguousarray(array, kind).reshape(array.shape), name)
+        self.kept[name] = numpy_helper.from_array(
+            np.ascontiguousarray(array, kind).reshape(array.shape), name
+        )
         return name
 
     def ints(self, *values: int) -> str:

@@ -1,4 +1,5 @@
-"""Weights of a whole model on their way out: read from the base's checkpoint, the adapter added, cut to what is kept. Tensor by tensor.
+"""Weights of a whole model on their way out: read from the base's checkpoint, the adapter added, cut to
+what is kept. Tensor by tensor.
 
 Needs neither torch nor transformers; bf16, which NumPy does not have, travels as its 16 bits.
 """
@@ -46,12 +47,15 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Weights:
-    """All tensors of a version over its base, at a pruning ratio (0: nothing is cut). Raises ConfigError for a ratio that is none.
+    """All tensors of a version over its base, at a pruning ratio (0: nothing is cut). Raises ConfigError
+    for a ratio that is none.
 
     `even`: as many heads as divide the hidden size, the next such number above what the ratio says.
     """
 
-    def __init__(self, version: Version, base: Path, ratio: float, scale: float, *, even: bool = False) -> None:
+    def __init__(
+        self, version: Version, base: Path, ratio: float, scale: float, *, even: bool = False
+    ) -> None:
         if not 0 <= ratio < 1:
             raise ConfigError(f"ratio {ratio} is not between 0 and 1")
         self.base, self.card, self.ratio, self.scale = base, read_card(base), ratio, scale
@@ -62,7 +66,9 @@ class Weights:
         if ratio:
             order, each = version.state.get("importance"), self.card.heads // self.card.groups
             counts = range(kept_groups(self.card.groups, ratio), self.card.groups + 1)
-            self.groups = next((n for n in counts if not even or self.card.hidden % (n * each) == 0), self.card.groups)
+            self.groups = next(
+                (n for n in counts if not even or self.card.hidden % (n * each) == 0), self.card.groups
+            )
             scores = channels.restored(order) if order else channels.importance(base, self.card)
             self.masks = channels.masks(self.card, scores, ratio, self.groups)
         self.places = {p.name: p for p in self._found(base)}
@@ -72,10 +78,20 @@ class Weights:
         for file in sorted(base.glob("*.safetensors")):
             for name, entry in entries(file).items():
                 if entry.dtype not in FLOATS | OTHERS:
-                    raise ConfigError(f"{file.name} holds weights as {entry.dtype}, which cannot be merged", "export as peft instead")
+                    raise ConfigError(
+                        f"{file.name} holds weights as {entry.dtype}, which cannot be merged",
+                        "export as peft instead",
+                    )
                 stem, _, kind = name.rpartition(".")
                 rows, columns = self.masks.get(f"{stem}.out"), self.masks.get(f"{stem}.in")
-                yield Place(name, file, entry, rows, columns if kind == "weight" else None, flipped and kind == "weight")
+                yield Place(
+                    name,
+                    file,
+                    entry,
+                    rows,
+                    columns if kind == "weight" else None,
+                    flipped and kind == "weight",
+                )
 
     def stored(self, place: Place) -> Array:
         """A tensor in the checkpoint's own dtype, merged and cut."""
@@ -83,7 +99,9 @@ class Weights:
         stem, _, kind = place.name.rpartition(".")
         if kind == "weight" and (pair := self.pairs.get(stem)) is not None:
             change = self.scale * (pair.B.astype(np.float64) @ pair.A.astype(np.float64))
-            made = narrow(wide(made, place.entry.dtype) + (change.T if place.flipped else change), place.entry.dtype)
+            made = narrow(
+                wide(made, place.entry.dtype) + (change.T if place.flipped else change), place.entry.dtype
+            )
         if place.rows is not None:
             made = made[:, place.rows] if place.flipped else made[place.rows]
         if place.columns is not None:
@@ -104,7 +122,9 @@ def is_transposed(card: ModelCard) -> bool:
 
 def read(file: Path, entry: Entry) -> Array:
     """A tensor as it lies in the file, mapped."""
-    return np.memmap(file, dtype=(FLOATS | OTHERS)[entry.dtype], mode="r", offset=entry.offset, shape=tuple(entry.shape))
+    return np.memmap(
+        file, dtype=(FLOATS | OTHERS)[entry.dtype], mode="r", offset=entry.offset, shape=tuple(entry.shape)
+    )
 
 
 def wide(stored: Array, dtype: str) -> Array:

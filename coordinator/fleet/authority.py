@@ -1,8 +1,9 @@
 """The fleet's own certificate authority: who may open a connection to the broker, and under which name.
 
-A device makes its key itself and sends a signing request; whatever that asks for, the certificate says what the device table says:
-common name = device, organisation = fleet, clients only. Revoked serial numbers go into a list (CRL) that brokers read.
-P-256 and SHA-256 throughout: every TLS stack on a board speaks them.
+A device makes its key itself and sends a signing request; whatever that asks for, the certificate says
+what the device table says: common name = device, organisation = fleet, clients only. Revoked serial
+numbers go into a list (CRL) that brokers read. P-256 and SHA-256 throughout: every TLS stack on a board
+speaks them.
 """
 
 import datetime
@@ -38,7 +39,8 @@ class Issued(NamedTuple):
 
 
 class Authority:
-    """Keys and certificates under `<data_dir>/ca`, made at the first start; private keys are readable by the owner alone."""
+    """Keys and certificates under `<data_dir>/ca`, made at the first start; private keys are readable by
+    the owner alone."""
 
     def __init__(self, home: Path, fleet: str) -> None:
         self.folder, self.fleet = home / "ca", fleet
@@ -48,14 +50,18 @@ class Authority:
             self._key = ec.generate_private_key(ec.SECP256R1())
             write_atomic(key, _private(self._key), 0o600)
             name = _name(fleet, f"rankfleet {fleet}")
-            made = _builder(name, name, self._key.public_key(), YEARS_10).add_extension(x509.BasicConstraints(True, 0), critical=True)
+            made = _builder(name, name, self._key.public_key(), YEARS_10).add_extension(
+                x509.BasicConstraints(True, 0), critical=True
+            )
             made = made.add_extension(_usage(authority=True), critical=True)
             write_atomic(cert, made.sign(self._key, hashes.SHA256()).public_bytes(PEM))
         try:
             loaded = serialization.load_pem_private_key(key.read_bytes(), None)
             self._cert = x509.load_pem_x509_certificate(cert.read_bytes())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"the fleet's authority in {self.folder} cannot be read: {error}", "restore it from a backup") from None
+            raise ConfigError(
+                f"the fleet's authority in {self.folder} cannot be read: {error}", "restore it from a backup"
+            ) from None
         assert isinstance(loaded, ec.EllipticCurvePrivateKey)
         self._key = loaded
 
@@ -84,7 +90,8 @@ class Authority:
         return self._issue(public, device, days, ExtendedKeyUsageOID.CLIENT_AUTH, [])
 
     def server(self, names: list[str]) -> tuple[Path, Path]:
-        """Certificate and key of this machine's servers for `names`; made again when a third of its life is left or names changed."""
+        """Certificate and key of this machine's servers for `names`; made again when a third of its life
+        is left or names changed."""
         return self._own("server", names, ExtendedKeyUsageOID.SERVER_AUTH)
 
     def broker(self, names: list[str]) -> tuple[Path, Path]:
@@ -103,23 +110,38 @@ class Authority:
         assert isinstance(private, ec.EllipticCurvePrivateKey)
         wanted = alternative_names(names)
         has = _names_in(x509.load_pem_x509_certificate(cert.read_bytes())) if cert.exists() else []
-        if not cert.exists() or _old(x509.load_pem_x509_certificate(cert.read_bytes())) or not set(wanted) <= set(has):
+        if (
+            not cert.exists()
+            or _old(x509.load_pem_x509_certificate(cert.read_bytes()))
+            or not set(wanted) <= set(has)
+        ):
             # Names are added, never taken away: broker and HTTPS server may be known by different ones.
             every = [*wanted, *(n for n in has if n not in wanted)]
-            write_atomic(cert, self._issue(private.public_key(), COORDINATOR, SERVER_DAYS, use, every).pem.encode())
+            write_atomic(
+                cert, self._issue(private.public_key(), COORDINATOR, SERVER_DAYS, use, every).pem.encode()
+            )
         return cert, key
 
     def _issue(
-        self, public: ec.EllipticCurvePublicKey, name: str, days: float, use: x509.ObjectIdentifier, names: list[x509.GeneralName]
+        self,
+        public: ec.EllipticCurvePublicKey,
+        name: str,
+        days: float,
+        use: x509.ObjectIdentifier,
+        names: list[x509.GeneralName],
     ) -> Issued:
         made = _builder(_name(self.fleet, name), self._cert.subject, public, days)
-        made = made.add_extension(x509.BasicConstraints(False, None), critical=True).add_extension(_usage(), critical=True)
+        made = made.add_extension(x509.BasicConstraints(False, None), critical=True).add_extension(
+            _usage(), critical=True
+        )
         made = made.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
         if names:
             made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
         cert = made.sign(self._key, hashes.SHA256())
         ends = cert.not_valid_after_utc.timestamp()
-        return Issued(cert.public_bytes(PEM).decode(), cert.serial_number, cert.not_valid_before_utc.timestamp(), ends)
+        return Issued(
+            cert.public_bytes(PEM).decode(), cert.serial_number, cert.not_valid_before_utc.timestamp(), ends
+        )
 
     def ensure_crl(self) -> None:
         """Brokers want the list to be there, also while it is empty."""
@@ -172,10 +194,17 @@ def _names_in(cert: x509.Certificate) -> list[x509.GeneralName]:
 
 
 def _name(fleet: str, common: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, fleet), x509.NameAttribute(NameOID.COMMON_NAME, common)])
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, fleet),
+            x509.NameAttribute(NameOID.COMMON_NAME, common),
+        ]
+    )
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, days: float) -> x509.CertificateBuilder:
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, days: float
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
     made = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public)
     made = made.serial_number(x509.random_serial_number())
@@ -184,8 +213,10 @@ def _builder(subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePubl
 
 def _usage(authority: bool = False) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not authority, content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, key_cert_sign=authority, crl_sign=authority, encipher_only=False, decipher_only=False,
+        digital_signature=not authority, content_commitment=False, key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False, key_cert_sign=authority, crl_sign=authority, encipher_only=False,
+        decipher_only=False,
     )  # fmt: skip
 
 

@@ -60,7 +60,8 @@ class Devices:
         return device in self._rows and self._rows[device].state == "enrolled"
 
     def repeated(self, device: str, mac: bytes) -> bool:
-        """Was this very message heard before? A broker may deliver it twice, and so may somebody who kept it."""
+        """Was this very message heard before? A broker may deliver it twice, and so may somebody who kept
+        it."""
         heard = self._rows[device].heard
         if mac in heard:
             return True
@@ -136,10 +137,16 @@ class Devices:
         self._rows[device] = Device("invited", link_key, b"", None)
 
     def eligible(self, plan: Plan) -> dict[str, tuple[DeviceProfile, dict[str, float]]]:
-        """Devices that may take part in a job: enrolled, aimed at, with its dataset and model, owner willing."""
+        """Devices that may take part in a job: enrolled, aimed at, with its dataset and model, owner
+        willing."""
         found = {}
         for device, row in sorted(self._rows.items()):
-            if row.state == "enrolled" and not self.why_not(device, plan) and row.said and (profile := self.profile(device)):
+            if (
+                row.state == "enrolled"
+                and not self.why_not(device, plan)
+                and row.said
+                and (profile := self.profile(device))
+            ):
                 found[device] = (profile, row.said.bits_ms)
         return found
 
@@ -165,7 +172,9 @@ class Devices:
             return f"has no base model `{spec.model}`"
         if said.jobs and not any(fnmatch(spec.name, p) or fnmatch(f"{spec.name}-0", p) for p in said.jobs):
             return "its owner does not allow this job"
-        unwilling = [n for n in plan.stack.methods if said.methods and not any(fnmatch(n, p) for p in said.methods)]
+        unwilling = [
+            n for n in plan.stack.methods if said.methods and not any(fnmatch(n, p) for p in said.methods)
+        ]
         return f"its owner does not allow `{unwilling[0]}`" if unwilling else ""
 
     def table(self) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""Claims and certificates: a device is invited once, shows its key once, and has a certificate from then on, until it is revoked."""
+"""Claims and certificates: a device is invited once, shows its key once, and has a certificate from then
+on, until it is revoked."""
 
 import hmac
 import logging
@@ -8,7 +9,13 @@ import msgspec
 from aiohttp import web
 
 from rankfleet.federated.errors import WireError
-from rankfleet.federated.trust.enrolment import CertificateAnswer, CertificateRequest, mac_of, read_request, signed
+from rankfleet.federated.trust.enrolment import (
+    CertificateAnswer,
+    CertificateRequest,
+    mac_of,
+    read_request,
+    signed,
+)
 from rankfleet.federated.trust.roster import signed_by
 
 from ..config import Enrolment as Config
@@ -45,27 +52,37 @@ class Enrolment:
         return f"the claim of `{device}` is older than {self.config.claim_days:g} days"
 
     def issue(self, asked: CertificateRequest) -> CertificateAnswer:
-        """A certificate, at enrolment or to renew one. Raises WireError with the reason where there is none to be had."""
+        """A certificate, at enrolment or to renew one. Raises WireError with the reason where there is
+        none to be had."""
         if self.authority is None:
             raise WireError("this fleet has no certificates", "edge-agent enroll with a new claim token")
         content = signed(asked.device, asked.csr, asked.public_key)
         key = self.devices.key(asked.device)
         if key is None or not hmac.compare_digest(mac_of(key, content), asked.mac):
-            raise WireError("no claim of this device is known here", "coordinator invite NAME, and enrol with the new token")
+            raise WireError(
+                "no claim of this device is known here",
+                "coordinator invite NAME, and enrol with the new token",
+            )
         if not signed_by(asked.public_key, asked.signature, content):
             raise WireError("the request is not signed by the key that it shows")
         if reason := self.void(asked.device):
             raise WireError(reason, "coordinator invite NAME, and enrol with the new token")
         if self.devices.public(asked.device) not in (b"", asked.public_key):
-            raise WireError("this claim was used by another device", "coordinator invite NAME, and find out who has the old token")
+            raise WireError(
+                "this claim was used by another device",
+                "coordinator invite NAME, and find out who has the old token",
+            )
         if self._lately(asked.device) >= MOST_A_DAY:
             raise WireError(
-                f"{MOST_A_DAY} certificates were made for this device within a day", "what asks for so many? try again tomorrow"
+                f"{MOST_A_DAY} certificates were made for this device within a day",
+                "what asks for so many? try again tomorrow",
             )
         made = self.authority.sign_request(asked.csr, asked.device, self.config.certificate_days)
         self.ledger.add_certificate(f"{made.serial:x}", asked.device, made.begins, made.ends)
         self.devices.bind(asked.device, asked.public_key)
-        return CertificateAnswer(made.pem, self.authority.ca.read_text(encoding="ascii"), made.begins, made.ends)
+        return CertificateAnswer(
+            made.pem, self.authority.ca.read_text(encoding="ascii"), made.begins, made.ends
+        )
 
     def _lately(self, device: str) -> int:
         """Certificates of the last day; those that ended long ago are forgotten."""
@@ -78,7 +95,9 @@ class Enrolment:
     def ends(self) -> dict[str, float]:
         """Device → when its newest certificate ends."""
         rows = self.ledger.certificates()
-        return {r["device"]: r["ends"] for r in sorted(rows, key=lambda r: float(r["ends"])) if not r["revoked"]}
+        return {
+            r["device"]: r["ends"] for r in sorted(rows, key=lambda r: float(r["ends"])) if not r["revoked"]
+        }
 
     def revoke(self, device: str) -> bool:
         """Every certificate of a device is void from now on; True if there was one."""

@@ -1,4 +1,5 @@
-"""The coordinator's own certificates, renewed while it runs: a service that is up for years must not end with one of them."""
+"""The coordinator's own certificates, renewed while it runs: a service that is up for years must not end
+with one of them."""
 
 import asyncio
 import contextlib
@@ -12,15 +13,20 @@ log = logging.getLogger(__name__)
 LOOK_S = 86_400.0
 
 
-async def keep(authority: Authority, names: list[str], client: ssl.SSLContext | None, changed: Callable[[], None]) -> None:
-    """For ever: new files when a third of their life is left; `changed` brings the server's to those who show it."""
+async def keep(
+    authority: Authority, names: list[str], client: ssl.SSLContext | None, changed: Callable[[], None]
+) -> None:
+    """For ever: new files when a third of their life is left; `changed` brings the server's to those who
+    show it."""
     while True:
         await asyncio.sleep(LOOK_S)
         with contextlib.suppress(OSError):  # a full disk: tomorrow again, there are months left
             renew(authority, names, client, changed)
 
 
-def renew(authority: Authority, names: list[str], client: ssl.SSLContext | None, changed: Callable[[], None]) -> None:
+def renew(
+    authority: Authority, names: list[str], client: ssl.SSLContext | None, changed: Callable[[], None]
+) -> None:
     """Once."""
     cert, _ = before = authority.folder / "server.pem", authority.folder / "coordinator.pem"
     old = [p.read_bytes() if p.exists() else b"" for p in before]

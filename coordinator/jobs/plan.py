@@ -36,7 +36,9 @@ class Plan:
             name = next(n for n, m in self.stack.methods.items() if m.plain)
             what = f"`{name}` needs the gradient to be the step, and `training.optimizer` is `adamw`"
             raise ConfigError(what, "say `sgd`, or leave it out")
-        placed = {name for rule in spec.arms.rules(self.max_depth) for name in expand(rule, card, self.modules)}
+        placed = {
+            name for rule in spec.arms.rules(self.max_depth) for name in expand(rule, card, self.modules)
+        }
         self.floor = min((m.layer for m in self.modules if m.name in placed), default=0)
         """The lowest layer that any arm adapts: what lies below never changes in this job."""
 
@@ -53,7 +55,8 @@ class Plan:
             raise ConfigError(f"arms.depths {list(arms.depths)}: none is within max_depth {self.max_depth}")
         if task_kind(self.spec.task.kind).causal and not self.card.causal:
             raise ConfigError(
-                f"task `{self.spec.task.kind}` needs a causal language model, `{self.card.name}` is a {self.card.family} encoder"
+                f"task `{self.spec.task.kind}` needs a causal language model, `{self.card.name}` is a "
+                f"{self.card.family} encoder"
             )
         if len(set(self.spec.task.labels)) != len(self.spec.task.labels):
             raise ConfigError("task.labels holds a label twice")
@@ -62,8 +65,13 @@ class Plan:
                 "the stack needs factors that keep their coordinates, and `arms.prune` would cut them",
                 "set `arms: {prune: [0]}` or use product space",
             )
-        if max(arms.prune) > 0 and (users := [n for h in ("tensors", "express", "attach") for n, _ in self.stack.using(h)]):
-            raise ConfigError(f"`{users[0]}` works on whole maps, and `arms.prune` would cut them", "set `arms: {prune: [0]}`")
+        if max(arms.prune) > 0 and (
+            users := [n for h in ("tensors", "express", "attach") for n, _ in self.stack.using(h)]
+        ):
+            raise ConfigError(
+                f"`{users[0]}` works on whole maps, and `arms.prune` would cut them",
+                "set `arms: {prune: [0]}`",
+            )
 
     def task(self) -> Task:
         """What devices are told of the task."""

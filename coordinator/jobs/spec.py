@@ -61,11 +61,14 @@ class JobSpec(SignedJob, frozen=True, kw_only=True, forbid_unknown_fields=True):
     where: dict[str, str] = {}
     """Tags that a device must have, with patterns: `{site: lab, gpu: "*"}`."""
     canary: Annotated[float, Meta(ge=0, lt=1)] = 0.0
-    """Share of the devices that get the final version first; the others follow if it is not worse there than the last good one."""
+    """Share of the devices that get the final version first; the others follow if it is not worse there
+    than the last good one."""
     most_weight: Annotated[float, Meta(ge=0)] = 10.0
-    """Examples that a device claims count as at most so many medians of the round's claims, and as twice its own last one; 0: no bound."""
+    """Examples that a device claims count as at most so many medians of the round's claims, and as twice
+    its own last one; 0: no bound."""
     norm_factor: Annotated[float, Meta(ge=0)] = 6.0
-    """An update whose norm for its steps is more than so many medians of the last rounds is put aside; 0: never."""
+    """An update whose norm for its steps is more than so many medians of the last rounds is put aside; 0:
+    never."""
     quorum: Rate = 0.8
     """Share of the invited devices that must have answered when the deadline has passed."""
     deadline_s: Annotated[float, Meta(ge=0)] | Literal["auto"] = "auto"

@@ -1,6 +1,8 @@
-"""Operators who log in elsewhere: a token of an OpenID Connect issuer says who somebody is and which role he has.
+"""Operators who log in elsewhere: a token of an OpenID Connect issuer says who somebody is and which role
+he has.
 
-Such a token lets somebody make requests. It signs no job: devices check keys that an admin named, and know no issuer.
+Such a token lets somebody make requests. It signs no job: devices check keys that an admin named, and know
+no issuer.
 """
 
 import json
@@ -31,17 +33,25 @@ class Issuer:
         try:
             key = self._client().get_signing_key_from_jwt(token)
             said: dict[str, Any] = jwt.decode(
-                token, key.key, algorithms=ALGORITHMS, audience=self.config.audience, issuer=self.config.issuer,
+                token, key.key, algorithms=ALGORITHMS, audience=self.config.audience,
+                issuer=self.config.issuer,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )  # fmt: skip
         except (jwt.PyJWKClientConnectionError, OSError) as error:
-            raise ConfigError(f"the issuer {self.config.issuer} cannot be asked: {error}", "`oidc.issuer`") from None
+            raise ConfigError(
+                f"the issuer {self.config.issuer} cannot be asked: {error}", "`oidc.issuer`"
+            ) from None
         except jwt.PyJWTError as error:
             raise Refused(f"the token is not taken: {error}", "log in again") from None
         named = said.get(self.config.claim, [])
-        roles = {str(r).removeprefix("rankfleet-") for r in (named if isinstance(named, list) else [named])} & set(RANKS)
+        roles = {
+            str(r).removeprefix("rankfleet-") for r in (named if isinstance(named, list) else [named])
+        } & set(RANKS)
         if not roles:
-            raise Refused(f"the token names no role in its claim `{self.config.claim}`", "one of rankfleet-viewer, -operator, -admin")
+            raise Refused(
+                f"the token names no role in its claim `{self.config.claim}`",
+                "one of rankfleet-viewer, -operator, -admin",
+            )
         return str(said.get("email") or said["sub"])[:64], max(roles, key=RANKS.__getitem__)
 
     def _client(self) -> Any:

@@ -1,4 +1,5 @@
-"""An operator's private key, on the operator's own machine: it signs requests and jobs, and never goes to the coordinator."""
+"""An operator's private key, on the operator's own machine: it signs requests and jobs, and never goes to
+the coordinator."""
 
 import os
 import time
@@ -26,7 +27,8 @@ HEAD = "rankfleet operator's key: "
 
 
 def generate(path: Path) -> str:
-    """A new key in `path`, readable by its owner alone; returns its public half. Raises ConfigError where the file is there."""
+    """A new key in `path`, readable by its owner alone; returns its public half. Raises ConfigError where
+    the file is there."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     if path.exists():
@@ -65,10 +67,15 @@ class OperatorKey:
         """The roster in a YAML file (`approvals: 2`, `operators: {NAME: {role: admin, key: …}}`), signed."""
         try:
             said: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-            people = {n: Operator(o["role"], decode_key(o["key"], f"operator `{n}`")) for n, o in said["operators"].items()}
+            people = {
+                n: Operator(o["role"], decode_key(o["key"], f"operator `{n}`"))
+                for n, o in said["operators"].items()
+            }
             roster = Roster(fleet, version, people, int(said.get("approvals", 1)))
         except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{path}: {type(error).__name__}: {error}", "operators: {alice: {role: admin, key: …}}") from None
+            raise ConfigError(
+                f"{path}: {type(error).__name__}: {error}", "operators: {alice: {role: admin, key: …}}"
+            ) from None
         data = pack(roster)
         try:
             msgspec.msgpack.decode(data, type=Roster)

@@ -1,4 +1,5 @@
-"""Operators on the coordinator's side: the roster in force, who may do what, which jobs have signatures enough, and what was done.
+"""Operators on the coordinator's side: the roster in force, who may do what, which jobs have signatures
+enough, and what was done.
 
 Without a roster whoever can read the token beside the ledger is the operator, as on a machine of one's own.
 """
@@ -29,7 +30,8 @@ from ..store.ledger import Ledger
 from .oidc import Issuer
 
 FRESH_S = 300.0
-"""How far an operator's clock may be from ours, and so how long a request could be said again: those are remembered."""
+"""How far an operator's clock may be from ours, and so how long a request could be said again: those are
+remembered."""
 
 
 class Operators:
@@ -50,7 +52,8 @@ class Operators:
         return self.roster.admins() if self.roster else []
 
     def replace(self, data: bytes) -> Roster:
-        """Take a new roster: signed by an admin of the one in force; the first by an admin of its own. Raises Refused."""
+        """Take a new roster: signed by an admin of the one in force; the first by an admin of its own.
+        Raises Refused."""
         try:
             signed = msgspec.msgpack.decode(data, type=SignedRoster)
             trusted = self.admins() or msgspec.msgpack.decode(signed.data, type=Roster).admins()
@@ -58,17 +61,22 @@ class Operators:
             raise ConfigError(f"this is no roster: {error}") from None
         roster = read_roster(signed, self.fleet, trusted)
         if self.roster and roster.version <= self.roster.version:
-            raise Refused(f"the roster has version {roster.version}, version {self.roster.version} is in force")
+            raise Refused(
+                f"the roster has version {roster.version}, version {self.roster.version} is in force"
+            )
         able = sum(RANKS[o.role] >= RANKS["operator"] for o in roster.operators.values())
         if not roster.admins() or able < roster.approvals:
             raise Refused(f"{able} operators could sign, {roster.approvals} must, and there must be an admin")
         write_atomic(self.path, pack(signed), 0o600)
         self.signed, self.roster = signed, roster
-        self.audit(roster.named(signed.key), "roster", f"version {roster.version}: {', '.join(roster.operators)}")
+        self.audit(
+            roster.named(signed.key), "roster", f"version {roster.version}: {', '.join(roster.operators)}"
+        )
         return roster
 
     def allowed(self, method: str, path: str, body: bytes, headers: Mapping[str, str], role: str) -> str:
-        """The operator who signed a request, or whom an issuer's token names, if that role or a higher one is his. Raises Refused.
+        """The operator who signed a request, or whom an issuer's token names, if that role or a higher one
+        is his. Raises Refused.
 
         May ask the issuer: to be called in a thread.
         """
@@ -88,9 +96,13 @@ class Operators:
         except ValueError:
             fresh = False
         if not fresh:
-            raise Refused("the request was signed too long ago, or the clocks differ by more than five minutes")
+            raise Refused(
+                "the request was signed too long ago, or the clocks differ by more than five minutes"
+            )
         if not name or not signed_by(key, signature, request_bytes(self.fleet, method, path, body, at)):
-            raise Refused("the request is not signed by an operator of this fleet", "--key FILE, or RANKFLEET_KEY")
+            raise Refused(
+                "the request is not signed by an operator of this fleet", "--key FILE, or RANKFLEET_KEY"
+            )
         if signature in self._heard:
             raise Refused("this very request was heard before")
         assert self.roster is not None
@@ -107,7 +119,9 @@ class Operators:
             key = decode_key(headers.get("X-Operator", ""), "the operator's key")
             signature = bytes.fromhex(headers.get("X-Signature", ""))
         except (ConfigError, ValueError):
-            raise Refused("the request is not signed by an operator", "--key FILE, or RANKFLEET_KEY") from None
+            raise Refused(
+                "the request is not signed by an operator", "--key FILE, or RANKFLEET_KEY"
+            ) from None
         return headers.get("X-At", ""), self.roster.named(key), key, signature
 
     def _remember(self, signature: bytes) -> None:

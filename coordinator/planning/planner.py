@@ -1,4 +1,5 @@
-"""From a version and the tuner's arms to what each device is told: spec, view, frozen layers, masks, recipe."""
+"""From a version and the tuner's arms to what each device is told: spec, view, frozen layers, masks,
+recipe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,9 @@ class Planner:
         self.job, self.plan, self.registry, self.blobs, self.source = job, plan, registry, blobs, source
         self.warrant = warrant
         self.prunes, self.ranked = max(plan.spec.arms.prune) > 0, False
-        self.scores = channels.importance(model_folder, plan.card) if self.prunes else channels.Importance({}, {})
+        self.scores = (
+            channels.importance(model_folder, plan.card) if self.prunes else channels.Importance({}, {})
+        )
         self.own: dict[str, dict[str, Array]] = {}
         """Private masks: what each device said that its heads and channels are worth to it, as it came."""
         self._masks: dict[tuple[float, str], Masks] = {}
@@ -60,7 +63,8 @@ class Planner:
         self._added: dict[str, Tensor] | None = None
 
     def first_version(self, rank: int, server: ServerSide | None = None) -> Version:
-        """Version 0: empty factors (seeded rows of A in factor space), a small seeded head, and what methods add."""
+        """Version 0: empty factors (seeded rows of A in factor space), a small seeded head, and what
+        methods add."""
         seed = self.plan.spec.seed
         pairs = {}
         for m in self.plan.modules:
@@ -72,17 +76,21 @@ class Planner:
             )
         rng = np.random.default_rng(seed_of(seed, "head"))
         dense: Tensors = {
-            k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32) for k, s in sorted(self.plan.heads.items())
+            k: (rng.standard_normal(s) * (0.02 if len(s) > 1 else 0.0)).astype(np.float32)
+            for k, s in sorted(self.plan.heads.items())
         }
         added = self.added(server, pairs, dense) if server else {}
         return Version(0, pairs, {**dense, **{k: first_value(t.value) for k, t in added.items()}}, {}, {})
 
     def added(self, server: ServerSide, pairs: Mapping[str, LowRank], heads: Tensors) -> dict[str, Tensor]:
-        """What methods add to the adapter; asked once, and again after a restart: `Method.tensors` is a function of the job."""
+        """What methods add to the adapter; asked once, and again after a restart: `Method.tensors` is a
+        function of the job."""
         if self._added is None:
             before, server.adapter = server.adapter, Adapter(pairs, heads)
             scale = self.plan.spec.adapter.scale
-            maps = {m.name: Pair(m.layer, m.out, m.in_, 0, scale, m.out, m.in_, "") for m in self.plan.modules}
+            maps = {
+                m.name: Pair(m.layer, m.out, m.in_, 0, scale, m.out, m.in_, "") for m in self.plan.modules
+            }
             self._added = server.tensors(Spec(maps, {}))
             server.adapter = before
         return self._added
@@ -104,31 +112,59 @@ class Planner:
             self._masks.clear()
 
     def masks(self, ratio: float, device: str) -> Masks:
-        """Kept channels of a device at a pruning ratio, by its own order where masks are private and it told one."""
+        """Kept channels of a device at a pruning ratio, by its own order where masks are private and it
+        told one."""
         key = (ratio, device if device in self.own else "")
         if key not in self._masks:
-            order = channels.agreed(self.plan.card, self.scores, [(1.0, self.own[device])]) if key[1] else self.scores
+            order = (
+                channels.agreed(self.plan.card, self.scores, [(1.0, self.own[device])])
+                if key[1]
+                else self.scores
+            )
             self._masks[key] = channels.masks(self.plan.card, order, ratio)
         return self._masks[key]
 
     def asks(self, number: int, device: str, prune: float) -> bool:
-        """Should a device say what heads and channels are worth? All in one round; with private masks, whoever has not yet and is whole."""
+        """Should a device say what heads and channels are worth? All in one round; with private masks,
+        whoever has not yet and is whole."""
         if not self.prunes:
             return False
-        late = self.plan.spec.arms.masks == "private" and number > SCORE_ROUND and device not in self.own and not prune
+        late = (
+            self.plan.spec.arms.masks == "private"
+            and number > SCORE_ROUND
+            and device not in self.own
+            and not prune
+        )
         return number == SCORE_ROUND or late
 
-    def assign(self, version: Version, number: int, device: str, choice: Choice, server: ServerSide, inline: bool = False) -> Assignment:
+    def assign(
+        self,
+        version: Version,
+        number: int,
+        device: str,
+        choice: Choice,
+        server: ServerSide,
+        inline: bool = False,
+    ) -> Assignment:
         """One device's assignment; views that are new are added to `version.views`."""
         arm, spec = choice.arm, self.plan.spec
         placement = self._expanded(arm.placement)
         ask = server.plan(
-            {"placement": dict(placement), "rank": max(placement.values()), "steps": arm.steps, "lr": spec.training.lr}, device, number
+            {
+                "placement": dict(placement),
+                "rank": max(placement.values()),
+                "steps": arm.steps,
+                "lr": spec.training.lr,
+            },
+            device,
+            number,
         )
         placement = {m: min(r, int(ask["rank"])) for m, r in ask["placement"].items()}
         score = self.asks(number, device, arm.prune)
         recipe = self._recipe(version.number, arm, placement, int(ask["steps"]), float(ask["lr"]), score)
-        return self._assignment(version, number, device, arm, placement, recipe, server, choice.why, "train", inline)
+        return self._assignment(
+            version, number, device, arm, placement, recipe, server, choice.why, "train", inline
+        )
 
     def _expanded(self, rule: str) -> dict[str, int]:
         if rule not in self._placements:
@@ -139,9 +175,13 @@ class Planner:
         """The final version for one device: nothing is trained, it is measured and put in place."""
         placement = self._expanded(arm.placement)
         recipe = self._recipe(version.number, arm, placement, 1, self.plan.spec.training.lr)
-        return self._assignment(version, server.total, device, arm, placement, recipe, server, "the final version", "install")
+        return self._assignment(
+            version, server.total, device, arm, placement, recipe, server, "the final version", "install"
+        )
 
-    def _recipe(self, version: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float, score: bool = False) -> Recipe:
+    def _recipe(
+        self, version: int, arm: Arm, placement: Mapping[str, int], steps: int, lr: float, score: bool = False
+    ) -> Recipe:
         t = self.plan.spec.training
         need = self._need(arm, placement)
         every, floor = self.plan.spec.frozen_every, self.plan.floor
@@ -149,7 +189,8 @@ class Planner:
         plain = self.plan.stack.plain
         optimizer, clip, warmup = ("sgd", 0.0, 0.0) if plain else (t.optimizer or "adamw", t.clip, t.warmup)
         return Recipe(
-            arm.bits, arm.batch, steps, lr, optimizer, arm.prune, t.probe, t.evaluate, need, keeps, floor, score, clip, warmup
+            arm.bits, arm.batch, steps, lr, optimizer, arm.prune, t.probe, t.evaluate, need, keeps, floor,
+            score, clip, warmup
         )  # fmt: skip
 
     def _need(self, arm: Arm, placement: Mapping[str, int]) -> float:
@@ -158,7 +199,9 @@ class Planner:
         if key not in self._needs:
             length, dense = self.plan.spec.task.max_length, self.plan.head_size + self._more
             placed = {m: max(1, r) for m, r in placement.items()}
-            self._needs[key] = round(memory_mb(self.plan.card, placed, arm.prune, arm.bits, arm.batch, length, dense), 2)
+            self._needs[key] = round(
+                memory_mb(self.plan.card, placed, arm.prune, arm.bits, arm.batch, length, dense), 2
+            )
         return self._needs[key]
 
     @property
@@ -203,9 +246,17 @@ class Planner:
         )
 
     def _blobs(
-        self, version: Version, number: int, device: str, arm: Arm, placement: Mapping[str, int], server: ServerSide, complete: bool
+        self,
+        version: Version,
+        number: int,
+        device: str,
+        arm: Arm,
+        placement: Mapping[str, int],
+        server: ServerSide,
+        complete: bool,
     ) -> tuple[dict[str, Blob], dict[str, int]]:
-        """What a device fetches, made once for all that get the same; and the maps that it holds: `offer` may leave some out."""
+        """What a device fetches, made once for all that get the same; and the maps that it holds: `offer`
+        may leave some out."""
         whose = device if arm.prune and device in self.own else ""
         key = (version.number, tuple(placement.items()), arm.prune, complete, whose)
         if self._shared[0] != version.number:
@@ -223,14 +274,17 @@ class Planner:
     def _fixed_blobs(
         self, version: Version, placement: Mapping[str, int], masks: Masks, server: ServerSide, complete: bool
     ) -> dict[str, Blob]:
-        """What is the same for many devices or rounds, and so travels once: each keeps its digest as long as it says the same."""
+        """What is the same for many devices or rounds, and so travels once: each keeps its digest as long
+        as it says the same."""
         blobs = {}
         if frozen := self._below(version, placement, masks, complete=complete):
             blobs["frozen"] = frozen
         if constants := {k: version.dense[k] for k in sorted(self.constants(version, server))}:
             blobs["constants"] = self.blobs.put(encode(constants))
         if version.carry:
-            blobs["carry"] = self.blobs.put(encode({k: t.astype(np.float32) for k, t in carry_tensors(version.carry).items()}))
+            blobs["carry"] = self.blobs.put(
+                encode({k: t.astype(np.float32) for k, t in carry_tensors(version.carry).items()})
+            )
         if self.warrant:
             blobs["warrant"] = self.blobs.put(self.warrant)
         if masks:
@@ -238,15 +292,24 @@ class Planner:
         return blobs
 
     def _view(
-        self, version: Version, number: int, device: str, placement: Mapping[str, int], masks: Masks, server: ServerSide
+        self,
+        version: Version,
+        number: int,
+        device: str,
+        placement: Mapping[str, int],
+        masks: Masks,
+        server: ServerSide,
     ) -> tuple[Blob, Spec]:
-        """What a device trains, as methods offer it, with their extras; and what it consists of, constants included."""
+        """What a device trains, as methods offer it, with their extras; and what it consists of, constants
+        included."""
         tensors: Tensors = {}
         pairs: dict[str, Pair] = {}
         for m in self.plan.modules:
             if m.name in placement:
                 rank = placement[m.name]
-                pairs[m.name], cut = self._cut(m, self.view_of(version, m.name, rank), masks, f"{self.job}/{rank}")
+                pairs[m.name], cut = self._cut(
+                    m, self.view_of(version, m.name, rank), masks, f"{self.job}/{rank}"
+                )
                 tensors |= cut
         constants = self.constants(version, server)
         tensors |= {k: t for k, t in version.dense.items() if k not in constants}
@@ -254,14 +317,19 @@ class Planner:
         extra |= server.ask(device, number)
         if half := next((m for m in pairs if (f"{m}.A" in offered) != (f"{m}.B" in offered)), ""):
             raise WireError(f"`offer` leaves out one factor of `{half}`: a device holds both or none")
-        dense = {k: Dense(tuple(t.shape), k not in constants) for k, t in sorted(version.dense.items()) if k in offered or k in constants}
+        dense = {
+            k: Dense(tuple(t.shape), k not in constants)
+            for k, t in sorted(version.dense.items())
+            if k in offered or k in constants
+        }
         spec = Spec({m: p for m, p in pairs.items() if f"{m}.A" in offered}, dense)
         frame: Tensors = {k: self._halved(t) for k, t in sorted(offered.items())}
         frame |= {f"x/{n}/{k}": t for n, ts in sorted(extra.items()) for k, t in sorted(ts.items())}
         return self.blobs.put(encode(frame, msgspec.to_builtins(spec))), spec
 
     def _halved(self, t: Array) -> Array:
-        """Floats travel as fp16 in product space, where a view is made anew each round; counters and masks stay what they are."""
+        """Floats travel as fp16 in product space, where a view is made anew each round; counters and masks
+        stay what they are."""
         if t.dtype.kind != "f":
             return t
         return t.astype(np.float16 if self.half else np.float32)
@@ -284,7 +352,9 @@ class Planner:
         for (module, rank), previous in sorted(old.views.items()):
             new.views[module, rank] = self._make_view(new, module, rank, previous)
 
-    def _below(self, version: Version, placement: Mapping[str, int], masks: Masks, *, complete: bool) -> Blob | None:
+    def _below(
+        self, version: Version, placement: Mapping[str, int], masks: Masks, *, complete: bool
+    ) -> Blob | None:
         """Adapted layers that this device does not train: frozen, refreshed every `frozen_every` rounds."""
         snapshot = version if complete else self._snapshot(version)
         tensors: Tensors = {}
@@ -296,13 +366,26 @@ class Planner:
                 tensors |= {k: t.astype(np.float16) for k, t in cut.items()}
         return self.blobs.put(encode(tensors, msgspec.to_builtins(Spec(pairs, {})))) if tensors else None
 
-    def _cut(self, m: Module, pair: LowRank, masks: Masks, view: str, trained: bool = True) -> tuple[Pair, Tensors]:
+    def _cut(
+        self, m: Module, pair: LowRank, masks: Masks, view: str, trained: bool = True
+    ) -> tuple[Pair, Tensors]:
         """A canonical pair as a device holds it: its entry in the spec, and its compact arrays by name."""
         out, in_ = masks.get(f"{m.name}.out"), masks.get(f"{m.name}.in")
         kept_out, kept_in = (m.out if out is None else len(out)), (m.in_ if in_ is None else len(in_))
         if kept := [t.astype("<i4").tobytes() for t in (out, in_) if t is not None]:
-            view = f"{view}/{digest_of(b''.join(kept))[:16]}"  # as many channels, but others, are other coordinates
-        spec = Pair(m.layer, m.out, m.in_, pair.A.shape[0], self.plan.spec.adapter.scale, kept_out, kept_in, view, trained)
+            # as many channels, but others, are other coordinates
+            view = f"{view}/{digest_of(b''.join(kept))[:16]}"
+        spec = Pair(
+            m.layer,
+            m.out,
+            m.in_,
+            pair.A.shape[0],
+            self.plan.spec.adapter.scale,
+            kept_out,
+            kept_in,
+            view,
+            trained,
+        )
         return spec, {f"{m.name}.{side}": t for side, t in views.cut(pair, out, in_).items()}
 
     def snapshot_number(self, version: int) -> int:

@@ -1,9 +1,10 @@
 """What devices receive: the global adapter, cut to a rank and turned so that old state keeps its meaning.
 
-In product space a view of rank r is the balanced truncation of the global pair, rotated onto the view of the same rank that was
-last sent (orthogonal Procrustes): the split of B·A is free up to a rotation, and with this one error feedback and moments in
-factor coordinates carry over. Slots without energy would never move, since both their factors are zero; they get a seeded
-orthonormal row of A and a zero column of B. In factor space a view is the first r slots, as they are.
+In product space a view of rank r is the balanced truncation of the global pair, rotated onto the view of
+the same rank that was last sent (orthogonal Procrustes): the split of B·A is free up to a rotation, and
+with this one error feedback and moments in factor coordinates carry over. Slots without energy would never
+move, since both their factors are zero; they get a seeded orthonormal row of A and a zero column of B. In
+factor space a view is the first r slots, as they are.
 """
 
 import numpy as np
@@ -49,14 +50,18 @@ def fill_empty(b: Array, a: Array, seed: int, module: str) -> tuple[Array, Array
 
 
 def fresh_factors(out: int, in_: int, rank: int, seed: int, module: str) -> LowRank:
-    """The start in factor space: seeded orthonormal rows of A, zero B; rank r is the first r rows of a larger one."""
+    """The start in factor space: seeded orthonormal rows of A, zero B; rank r is the first r rows of a
+    larger one."""
     b, a = fill_empty(np.zeros((out, rank)), np.zeros((rank, in_)), seed, module)
     return LowRank(b.astype(np.float32), a.astype(np.float32))
 
 
 def cut(pair: LowRank, kept_out: Array | None, kept_in: Array | None) -> Tensors:
     """A view restricted to the rows and columns that a device keeps: `A` and `B`."""
-    return {"A": pair.A if kept_in is None else pair.A[:, kept_in], "B": pair.B if kept_out is None else pair.B[kept_out]}
+    return {
+        "A": pair.A if kept_in is None else pair.A[:, kept_in],
+        "B": pair.B if kept_out is None else pair.B[kept_out],
+    }
 
 
 def grow(pair: LowRank, rank: int) -> LowRank:

@@ -1,6 +1,8 @@
-"""What a device claims about itself weighs: its number of examples is bounded by what others and it itself said before, and noted.
+"""What a device claims about itself weighs: its number of examples is bounded by what others and it itself
+said before, and noted.
 
-Nobody but the device can count its examples. What can be seen is a claim that is out of proportion, and one that jumps.
+Nobody but the device can count its examples. What can be seen is a claim that is out of proportion, and
+one that jumps.
 """
 
 import statistics
@@ -14,10 +16,15 @@ def bounds(claimed: Mapping[str, float], before: Mapping[str, float], most: floa
     if not most or not claimed:
         return {}
     middle = statistics.median(claimed.values())
-    return {d: min(most * middle, JUMP * max(before[d], middle) if d in before else most * middle) for d in claimed}
+    return {
+        d: min(most * middle, JUMP * max(before[d], middle) if d in before else most * middle)
+        for d in claimed
+    }
 
 
-def notes(claimed: Mapping[str, float], before: Mapping[str, float], allowed: Mapping[str, float]) -> Iterable[tuple[str, str]]:
+def notes(
+    claimed: Mapping[str, float], before: Mapping[str, float], allowed: Mapping[str, float]
+) -> Iterable[tuple[str, str]]:
     """(device, text) for the log of events: claims that jumped, or that do not count whole."""
     for device, examples in sorted(claimed.items()):
         if device in before and not before[device] / JUMP <= examples <= before[device] * JUMP:

@@ -1,7 +1,9 @@
-"""Close a round: lift the updates, admit, reduce, step; save the next version; settle the ledger in one transaction.
+"""Close a round: lift the updates, admit, reduce, step; save the next version; settle the ledger in one
+transaction.
 
-The set of updates is written down first, so that a round whose closing was cut off is closed again from the same ones. The
-version's row and the states of its updates change together: an update is counted once, whatever is killed when.
+The set of updates is written down first, so that a round whose closing was cut off is closed again from
+the same ones. The version's row and the states of its updates change together: an update is counted once,
+whatever is killed when.
 """
 
 import asyncio
@@ -71,7 +73,9 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     of_rounds = {of for _, of in folding}
     rows = {(r["device"], r["round"]): r for of in of_rounds for r in run.ledger.answers(run.job, of)}
     told = {
-        d: float(n) for (d, _), r in rows.items() if isinstance(n := database.read(r["telemetry"]).get("examples"), int | float) and n > 0
+        d: float(n)
+        for (d, _), r in rows.items()
+        if isinstance(n := database.read(r["telemetry"]).get("examples"), int | float) and n > 0
     }
     allowed = claimed_examples.bounds(told, run.examples, run.plan.spec.most_weight)
     for device, text in claimed_examples.notes(told, run.examples, allowed):
@@ -83,7 +87,9 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
 
     def liftable() -> Iterator[tuple[Row, Update]]:
         for device, of in sorted(folding):
-            if (row := rows.get((device, of))) is not None and (u := lifted(run, lifter, row, allowed)) is not None:
+            if (row := rows.get((device, of))) is not None and (
+                u := lifted(run, lifter, row, allowed)
+            ) is not None:
                 yield row, u
 
     if usual.unknown and len(folding) >= usual_norms.ENOUGH:
@@ -106,7 +112,11 @@ def make(run: "JobRunner", number: int, folding: Folding) -> tuple[Version, dict
     if not used and not run.server.left_out:
         raise ConfigError(f"round {number}: no update could be used; `coordinator rounds {run.job}` says why")
     if not used:
-        run.ledger.tell(run.job, "", f"round {number}: no update was admitted; version {version.number} is what version {number} was")
+        run.ledger.tell(
+            run.job,
+            "",
+            f"round {number}: no update was admitted; version {version.number} is what version {number} was",
+        )
     run.norms = usual.remembered()
     if run.planner.prunes and any(told for _, told in scores):
         run.planner.rank(importance.agreed(run.plan.card, run.planner.scores, scores))
@@ -121,11 +131,14 @@ def left_out(run: "JobRunner", number: int) -> None:
     """Updates that methods did not admit are dropped, each with the name of the method."""
     for (device, age), method in sorted(run.server.left_out.items()):
         run.ledger.drop(run.job, number - age, device, f"`{method}` did not admit it")
-        run.ledger.tell(run.job, device, f"round {number}: `{method}` did not admit its update of round {number - age}")
+        run.ledger.tell(
+            run.job, device, f"round {number}: `{method}` did not admit its update of round {number - age}"
+        )
 
 
 def lifted(run: "JobRunner", lifter: Lifter, row: Row, allowed: Mapping[str, float]) -> Update | None:
-    """One update in canonical coordinates; None for one that cannot be used, which is put aside with the reason."""
+    """One update in canonical coordinates; None for one that cannot be used, which is put aside with the
+    reason."""
     if row["state"] == "refused":
         return None
     device, of = row["device"], row["round"]
@@ -148,7 +161,12 @@ def put_aside(run: "JobRunner", row: Row, reason: str) -> None:
     run.ledger.tell(run.job, row["device"], f"its update of round {row['round']} was put aside: {reason}")
 
 
-def observe(run: "JobRunner", rows: Sequence[Row], pull: Mapping[str, float], looks: Mapping[str, Mapping[str, Tensors]]) -> None:
+def observe(
+    run: "JobRunner",
+    rows: Sequence[Row],
+    pull: Mapping[str, float],
+    looks: Mapping[str, Mapping[str, Tensors]],
+) -> None:
     """What came of the arms, for the tuner; with what methods' `arrived` and `trained` said."""
     eligible = run.fleet.eligible(run.plan)
     known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
@@ -161,7 +179,8 @@ def observe(run: "JobRunner", rows: Sequence[Row], pull: Mapping[str, float], lo
 
 
 def settle(run: "JobRunner", tx: Transaction, number: int, folding: Folding) -> None:
-    """Updates that went in are counted; whoever has not answered is late; what is too old for any version is said to be."""
+    """Updates that went in are counted; whoever has not answered is late; what is too old for any version
+    is said to be."""
     oldest = number - run.plan.spec.staleness if run.plan.spec.late == "fold" else number
     tx.settle(run.job, number, folding, oldest)
 
@@ -169,7 +188,8 @@ def settle(run: "JobRunner", tx: Transaction, number: int, folding: Folding) -> 
 def tidy(run: "JobRunner", number: int) -> None:
     """Raw updates and views that no late update can need any more go; digests stay in the ledger.
 
-    Raw updates stay until devices found a version good that they went into: until then somebody may have to look into them.
+    Raw updates stay until devices found a version good that they went into: until then somebody may have
+    to look into them.
     """
     oldest = number - run.plan.spec.staleness
     good = max((r["number"] for r in run.ledger.versions(run.job, "good")), default=0)

@@ -20,7 +20,8 @@ INSTALL_S = 120.0
 
 
 async def install_everywhere(run: "JobRunner") -> None:
-    """Give the last version to every device that took part, and let it be measured there; to the canaries first, if the job says so."""
+    """Give the last version to every device that took part, and let it be measured there; to the canaries
+    first, if the job says so."""
     number = run.rounds
     if run.ledger.round(run.job, number) is None:
         install(run, run.version, number, canaries(run))
@@ -33,13 +34,20 @@ async def install_everywhere(run: "JobRunner") -> None:
             install(run, run.version, number, rest, more=True)
             await installed(run, number)
         else:
-            run.ledger.tell(run.job, "", f"version {run.version.number} is worse on the canaries; {len(rest)} devices keep what they have")
+            run.ledger.tell(
+                run.job,
+                "",
+                f"version {run.version.number} is worse on the canaries; {len(rest)} devices keep what they "
+                "have",
+            )
     rows = run.ledger.answers(run.job, number)
     with run.ledger.write() as tx:
         verdict.judge(run, tx, run.version.number, verdict.of_version(rows))
         verdict.mark_closed(run, tx, number, rows)
     if verdict.is_latest_good(run):
-        shutil.rmtree(run.home / "updates" / run.job, ignore_errors=True)  # no version can need them, and they are devices' data
+        shutil.rmtree(
+            run.home / "updates" / run.job, ignore_errors=True
+        )  # no version can need them, and they are devices' data
 
 
 async def installed(run: "JobRunner", number: int) -> None:
@@ -54,7 +62,9 @@ async def installed(run: "JobRunner", number: int) -> None:
 def took_part(run: "JobRunner") -> dict[str, Arm]:
     """Every device that ever took part and is still one of ours → its last arm."""
     rows = [r for r in run.ledger.answers(run.job, None, "device", "round", "arm") if r["round"] < run.rounds]
-    return {r["device"]: msgspec.convert(database.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])}
+    return {
+        r["device"]: msgspec.convert(database.read(r["arm"]), Arm) for r in rows if run.fleet.has(r["device"])
+    }
 
 
 def canaries(run: "JobRunner") -> list[str]:
@@ -62,11 +72,14 @@ def canaries(run: "JobRunner") -> list[str]:
     devices, share = sorted(took_part(run)), run.plan.spec.canary
     if not share or len(devices) < 2:
         return devices
-    return sorted(random.Random(f"{run.plan.spec.seed} canary").sample(devices, max(1, round(share * len(devices)))))
+    return sorted(
+        random.Random(f"{run.plan.spec.seed} canary").sample(devices, max(1, round(share * len(devices))))
+    )
 
 
 def install(run: "JobRunner", version: Version, number: int, devices: list[str], more: bool = False) -> None:
-    """Send a version to devices as round `number`, each in the shape of its last arm; `more`: the round is there already."""
+    """Send a version to devices as round `number`, each in the shape of its last arm; `more`: the round is
+    there already."""
     arms = {d: arm for d, arm in took_part(run).items() if d in set(devices)}
     made = {d: run.planner.install(version, d, arm, run.server) for d, arm in sorted(arms.items())}
     tell(run, number, made, arms, {}, more=more)

@@ -1,7 +1,8 @@
 """A job's life: open a round, wait, close it, again; then install the result.
 
-Everything that a restart needs is in the ledger and in files before anybody is told, so a kill at any instant changes nothing:
-the same assignments are sent again, and a round that was being closed is closed again from the same updates.
+Everything that a restart needs is in the ledger and in files before anybody is told, so a kill at any
+instant changes nothing: the same assignments are sent again, and a round that was being closed is closed
+again from the same updates.
 """
 
 from rankfleet.federated.errors import ConfigError
@@ -44,11 +45,14 @@ async def _begin(run: JobRunner) -> None:
 
 
 async def _until_closable(run: JobRunner, number: int) -> None:
-    """Wait; open the round again where every device failed. Raises ConfigError when they do so again and again."""
+    """Wait; open the round again where every device failed. Raises ConfigError when they do so again and
+    again."""
     for _ in range(ATTEMPTS):
         failed = await waiting.until_closable(run, number)
         if not failed:
             return
         await waiting.forget(run, number, failed)
         await opening.open_round(run, number)
-    raise ConfigError(f"round {number}: every device failed {ATTEMPTS} times; the last reason: {failed[-1]['reason']}")
+    raise ConfigError(
+        f"round {number}: every device failed {ATTEMPTS} times; the last reason: {failed[-1]['reason']}"
+    )

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 class Nudges:
-    """Brokers lose messages: a device that is silent is sent its assignment again, after `patience_s`, then twice as long."""
+    """Brokers lose messages: a device that is silent is sent its assignment again, after `patience_s`,
+    then twice as long."""
 
     def __init__(self, patience_s: float) -> None:
         self.patience_s = patience_s

@@ -1,4 +1,5 @@
-"""Open a round: choose devices and arms, write everything down, then tell them. And the last step: install the result."""
+"""Open a round: choose devices and arms, write everything down, then tell them. And the last step: install
+the result."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -31,8 +32,17 @@ async def open_round(run: "JobRunner", number: int) -> None:
     inline = len(chosen) <= run.limits.outstanding_chunks
     made = {d: run.planner.assign(run.version, number, d, choices[d], run.server, inline) for d in chosen}
     run.registry.save_views(run.version)
-    write_atomic(run.registry.opened(number), freeze({**run.state(), "fleet": run.server.enrolled, "rank": rank}))
-    tell(run, number, made, {d: c.arm for d, c in choices.items()}, {d: c.why for d, c in choices.items()}, expected)
+    write_atomic(
+        run.registry.opened(number), freeze({**run.state(), "fleet": run.server.enrolled, "rank": rank})
+    )
+    tell(
+        run,
+        number,
+        made,
+        {d: c.arm for d, c in choices.items()},
+        {d: c.why for d, c in choices.items()},
+        expected,
+    )
 
 
 LOOK_S = 5.0
@@ -108,9 +118,16 @@ def data_shares(run: "JobRunner", devices: list[str]) -> dict[str, float]:
     return {d: known.get(d, middle) / total for d in devices}
 
 
-def slowest(run: "JobRunner", choices: Mapping[str, Choice], profiles: Mapping[str, DeviceProfile], number: int) -> float:
+def slowest(
+    run: "JobRunner", choices: Mapping[str, Choice], profiles: Mapping[str, DeviceProfile], number: int
+) -> float:
     """Predicted seconds of the slowest device."""
-    times = [a.seconds for d, c in choices.items() for a in run.tuner.feasible(d, profiles[d], number) if a.arm == c.arm]
+    times = [
+        a.seconds
+        for d, c in choices.items()
+        for a in run.tuner.feasible(d, profiles[d], number)
+        if a.arm == c.arm
+    ]
     return max(times, default=60.0)
 
 

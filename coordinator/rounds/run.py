@@ -1,7 +1,8 @@
 """What a running job holds and knows; the phases of its life (`loop.py`) work on it.
 
-Everything that a restart needs is in the ledger and in files before anybody is told, so a kill at any instant changes nothing:
-the same assignments are sent again, and a round that was being closed is closed again from the same updates.
+Everything that a restart needs is in the ledger and in files before anybody is told, so a kill at any
+instant changes nothing: the same assignments are sent again, and a round that was being closed is closed
+again from the same updates.
 """
 
 import asyncio
@@ -76,7 +77,15 @@ class JobRunner:
         clock: Callable[[], float] = time.time,
         ticks: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = job, plan, ledger, home, blobs, fleet, clock
+        self.job, self.plan, self.ledger, self.home, self.blobs, self.fleet, self.clock = (
+            job,
+            plan,
+            ledger,
+            home,
+            blobs,
+            fleet,
+            clock,
+        )
         self.rounds = plan.spec.rounds * len(plan.stack.legs)
         """To the engine every leg is a round."""
         self.registry = Registry(home / "jobs" / job)
@@ -108,7 +117,8 @@ class JobRunner:
         """The job's tuner with a saved state."""
         plan, spec = self.plan, self.plan.spec
         return Tuner(
-            plan.policy, plan.card, plan.modules, spec.arms, max_depth=plan.max_depth, length=spec.task.max_length,
+            plan.policy, plan.card, plan.modules, spec.arms, max_depth=plan.max_depth,
+            length=spec.task.max_length,
             head=plan.head_size, wire_bits=plan.stack.wire_bits, seed=spec.seed, state=state or None,
         )  # fmt: skip
 
@@ -151,11 +161,19 @@ class JobRunner:
         self.norms = [list(r) for r in state.get("norms", [])]
         if "importance" in state:
             self.planner.rank(importance.restored(state["importance"]))
-        self.planner.own = {d: {k: np.asarray(v) for k, v in told.items()} for d, told in state.get("own_importance", {}).items()}
+        self.planner.own = {
+            d: {k: np.asarray(v) for k, v in told.items()}
+            for d, told in state.get("own_importance", {}).items()
+        }
 
     def state(self) -> dict[str, Any]:
         """The inverse of `restore`."""
-        kept = {"methods": self.server.state, "tuner": self.tuner.state, "examples": self.examples, "norms": self.norms}
+        kept = {
+            "methods": self.server.state,
+            "tuner": self.tuner.state,
+            "examples": self.examples,
+            "norms": self.norms,
+        }
         kept |= {"own_importance": self.planner.own} if self.planner.own else {}
         return kept | ({"importance": importance.saved(self.planner.scores)} if self.planner.ranked else {})
 
@@ -175,7 +193,9 @@ class JobRunner:
             if len(found) >= self.plan.spec.min_devices:
                 return found
             if not told:
-                self.ledger.tell(self.job, "", f"waiting for {self.plan.spec.min_devices} devices, {len(found)} are there")
+                self.ledger.tell(
+                    self.job, "", f"waiting for {self.plan.spec.min_devices} devices, {len(found)} are there"
+                )
                 told = True
             await self.change(5.0)
 
@@ -192,7 +212,11 @@ class JobRunner:
             seen = self.fleet.seen(device)
             busy, heard = max(0.0, now - since.get(device, now)), max(0.0, now - seen) if seen else None
             tags = self.fleet.tags(device)
-            described.append(Member(device, msgspec.to_builtins(profile), tags, self.examples.get(device, 0.0), busy, heard))
+            described.append(
+                Member(
+                    device, msgspec.to_builtins(profile), tags, self.examples.get(device, 0.0), busy, heard
+                )
+            )
         return described
 
     async def change(self, seconds: float) -> None:
@@ -213,7 +237,11 @@ class JobRunner:
         ranks = []
         for device, (profile, _) in self.fleet.eligible(self.plan).items():
             try:
-                ranks += [a.rank for a in self.tuner.feasible(device, profile, 0)] if device in self.tuner.state["devices"] else []
+                ranks += (
+                    [a.rank for a in self.tuner.feasible(device, profile, 0)]
+                    if device in self.tuner.state["devices"]
+                    else []
+                )
             except NoArm:
                 continue
         return max(ranks, default=max(self.plan.spec.arms.ranks))

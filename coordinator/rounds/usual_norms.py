@@ -1,7 +1,9 @@
-"""Updates far longer than usual are put aside, whatever the job's own defences do: a broken or hostile device must not steer a round.
+"""Updates far longer than usual are put aside, whatever the job's own defences do: a broken or hostile
+device must not steer a round.
 
-The norm of an update in product space grows with its local steps; after k steps it lies between √k and k times that of one. Norms
-are compared per √k, so that an honest device that takes more steps is not suspected.
+The norm of an update in product space grows with its local steps; after k steps it lies between √k and k
+times that of one. Norms are compared per √k, so that an honest device that takes more steps is not
+suspected.
 """
 
 import math
@@ -39,7 +41,10 @@ class Usual:
         """Why an update is put aside; empty if it is not."""
         mine = per_step(update, norm)
         if self.factor and self._median and mine > self.factor * self._median:
-            return f"its norm is {mine / self._median:.1f} times the usual one, {self.factor:g} times is taken (norm_factor)"
+            times = mine / self._median
+            return (
+                f"its norm is {times:.1f} times the usual one, {self.factor:g} times is taken (norm_factor)"
+            )
         self._now.append(mine)
         return ""
 

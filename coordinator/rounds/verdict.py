@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def of_version(rows: Iterable[Row]) -> dict[str, Any]:
-    """Mean held-out loss, its standard error and accuracy, over every device that measured the version it was given."""
+    """Mean held-out loss, its standard error and accuracy, over every device that measured the version it
+    was given."""
     total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
     by_device: dict[str, float] = {}
     for row in rows:
@@ -33,7 +34,13 @@ def of_version(rows: Iterable[Row]) -> dict[str, Any]:
         return {}
     mean = total["loss"] / n
     variance = max(0.0, total["square"] / n - mean**2)
-    return {"loss": mean, "se": math.sqrt(variance / n), "accuracy": total["correct"] / n, "count": n, "devices": by_device}
+    return {
+        "loss": mean,
+        "se": math.sqrt(variance / n),
+        "accuracy": total["correct"] / n,
+        "count": n,
+        "devices": by_device,
+    }
 
 
 def good_enough(now: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
@@ -45,7 +52,9 @@ def good_enough(now: Mapping[str, Any], last: Mapping[str, Any]) -> bool:
     return bool(now["loss"] <= last["loss"] + 2 * math.hypot(now["se"], last["se"]))
 
 
-def outcome(row: Row, kind: str, norm_share: float = 0.0, looks: Mapping[str, Mapping[str, Any]] | None = None) -> Outcome:
+def outcome(
+    row: Row, kind: str, norm_share: float = 0.0, looks: Mapping[str, Mapping[str, Any]] | None = None
+) -> Outcome:
     """What came of an arm, for the tuner."""
     told = read(row["telemetry"])
     failed = "" if row["state"] in ARRIVED else str(told.get("code") or "crash")
@@ -97,6 +106,12 @@ def judge(run: "JobRunner", tx: Transaction, number: int, metrics: dict[str, Any
     tx.judge_version(run.job, number, "good" if is_good(run, number, metrics) else "candidate", metrics)
 
 
-def mark_closed(run: "JobRunner", tx: Transaction, number: int, rows: Sequence[Row], pull: Mapping[str, float] | None = None) -> None:
+def mark_closed(
+    run: "JobRunner",
+    tx: Transaction,
+    number: int,
+    rows: Sequence[Row],
+    pull: Mapping[str, float] | None = None,
+) -> None:
     """The round's row."""
     tx.close_round(run.job, number, run.clock(), {**summary(rows), "pull": dict(pull or {})})

@@ -1,4 +1,5 @@
-"""Wait until a round may close: quorum, deadline, a method's own rule; ask devices that are silent; start again if all failed."""
+"""Wait until a round may close: quorum, deadline, a method's own rule; ask devices that are silent; start
+again if all failed."""
 
 import math
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ LONG_S = 30 * 86_400.0
 
 
 async def until_closable(run: "JobRunner", number: int) -> "list[Row]":
-    """Returns when the round may close; with its answers where every device failed, and it has to be opened again."""
+    """Returns when the round may close; with its answers where every device failed, and it has to be
+    opened again."""
     began = run.ticks()
     run.nudges.start(began)
     row = run.ledger.round(run.job, number)
@@ -29,8 +31,13 @@ async def until_closable(run: "JobRunner", number: int) -> "list[Row]":
     before = before if before < LONG_S else 0.0
     looked = -math.inf
     while True:
-        # As long as somebody is out and no rule but the clock could close the round, the ledger is asked once a second.
-        if run.server.stack.using("ready") or not run.pending.out(run.job, number) or run.ticks() - looked >= LOOK_S:
+        # As long as somebody is out and no rule but the clock could close the round, the ledger is asked once
+        # a second.
+        if (
+            run.server.stack.using("ready")
+            or not run.pending.out(run.job, number)
+            or run.ticks() - looked >= LOOK_S
+        ):
             looked = run.ticks()
             row = run.ledger.round(run.job, number)
             assert row is not None
@@ -47,7 +54,8 @@ async def until_closable(run: "JobRunner", number: int) -> "list[Row]":
 
 
 def may_close(run: "JobRunner", rows: "Sequence[Row]", row: Row, number: int, waited: float) -> bool:
-    """Everybody answered, a method says so, or quorum and deadline are met `waited` seconds after the opening."""
+    """Everybody answered, a method says so, or quorum and deadline are met `waited` seconds after the
+    opening."""
     spec = run.plan.spec
     arrived = sum(1 for r in rows if r["state"] == "received")
     still_out = sum(1 for r in rows if r["state"] == "assigned")
@@ -63,15 +71,23 @@ def says_ready(run: "JobRunner", rows: "Sequence[Row]", number: int, waited: flo
     """Does a method of the stack close the round?"""
     if not run.plan.stack.using("ready"):
         return False
-    arrived = [Arrival(r["device"], float(r["seconds"]), database.read(r["telemetry"])) for r in rows if r["state"] == "received"]
-    return bool(run.server.ready(arrived, [r["device"] for r in rows if r["state"] == "assigned"], waited, number))
+    arrived = [
+        Arrival(r["device"], float(r["seconds"]), database.read(r["telemetry"]))
+        for r in rows
+        if r["state"] == "received"
+    ]
+    return bool(
+        run.server.ready(arrived, [r["device"] for r in rows if r["state"] == "assigned"], waited, number)
+    )
 
 
 async def forget(run: "JobRunner", number: int, rows: "Sequence[Row]") -> None:
     """Every device failed: let the tuner learn why, and take the round back."""
     eligible = run.fleet.eligible(run.plan)
     known, bits = {d: p for d, (p, _) in eligible.items()}, {d: b for d, (_, b) in eligible.items()}
-    run.tuner.observe([verdict.outcome(r, known[r["device"]].name) for r in rows if r["device"] in known], known, bits)
+    run.tuner.observe(
+        [verdict.outcome(r, known[r["device"]].name) for r in rows if r["device"] in known], known, bits
+    )
     for r in rows:
         run.ledger.tell(run.job, r["device"], f"round {number} starts again: {r['reason']}")
     run.pending.close(run.job, number)

@@ -1,7 +1,8 @@
-"""A coordinator in one file, and back again on any host and database: ledger, keys, authority, roster, versions, updates.
+"""A coordinator in one file, and back again on any host and database: ledger, keys, authority, roster,
+versions, updates.
 
-A restored coordinator is in an earlier state than its devices. It begins a new epoch: devices forget what they did in rounds that
-it does not know of, and take part again.
+A restored coordinator is in an earlier state than its devices. It begins a new epoch: devices forget what
+they did in rounds that it does not know of, and take part again.
 """
 
 import io
@@ -26,7 +27,8 @@ FORMAT = 1
 
 
 def backup(config: CoordinatorConfig, target: Path) -> dict[str, int]:
-    """Write everything to `target`, readable by its owner alone; the service may run. Returns what is in it."""
+    """Write everything to `target`, readable by its owner alone; the service may run. Returns what is in
+    it."""
     if not config.home.is_dir():
         raise ConfigError(f"{config.home} does not exist", "is this the coordinator's machine, and its YAML?")
     ledger = Ledger(url_of(config))
@@ -40,7 +42,10 @@ def backup(config: CoordinatorConfig, target: Path) -> dict[str, int]:
     files = 0
     with os.fdopen(descriptor, "wb") as raw, tarfile.open(fileobj=raw, mode="w:gz") as tar:
         about = {"format": FORMAT, "fleet": config.fleet, "at": time.time()}
-        for name, data in (("about.json", json.dumps(about).encode()), (LEDGER, msgspec.msgpack.encode(rows))):
+        for name, data in (
+            ("about.json", json.dumps(about).encode()),
+            (LEDGER, msgspec.msgpack.encode(rows)),
+        ):
             _add(tar, name, data, 0o600)
         for path in sorted(p for p in config.home.rglob("*") if p.is_file() and not p.is_symlink()):
             name = str(path.relative_to(config.home))
@@ -61,7 +66,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes, mode: int) -> None:
 
 
 def restore(config: CoordinatorConfig, source: Path) -> dict[str, int]:
-    """Fill an empty data directory and an empty database from a backup. Raises ConfigError where they are not empty."""
+    """Fill an empty data directory and an empty database from a backup. Raises ConfigError where they are
+    not empty."""
     home = config.home
     if home.exists() and any(home.iterdir()):
         raise ConfigError(f"{home} is not empty", "restore into a new `data_dir`")
@@ -69,10 +75,15 @@ def restore(config: CoordinatorConfig, source: Path) -> dict[str, int]:
         with tarfile.open(source, "r:gz") as tar:
             about = json.loads(_read(tar, "about.json"))
             if about["format"] != FORMAT or about["fleet"] != config.fleet:
-                raise ConfigError(f"{source} is of fleet `{about['fleet']}` in format {about['format']}", f"this is fleet `{config.fleet}`")
+                raise ConfigError(
+                    f"{source} is of fleet `{about['fleet']}` in format {about['format']}",
+                    f"this is fleet `{config.fleet}`",
+                )
             rows = msgspec.msgpack.decode(_read(tar, LEDGER))
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
-            files = sum(_put(tar, entry, home) for entry in tar.getmembers() if entry.name.startswith("home/"))
+            files = sum(
+                _put(tar, entry, home) for entry in tar.getmembers() if entry.name.startswith("home/")
+            )
     except (OSError, KeyError, ValueError, tarfile.TarError, msgspec.MsgspecError) as error:
         raise ConfigError(f"{source}: {error}", "is it a file that `coordinator backup` wrote?") from None
     return {"rows": _fill(config, rows), "files": files}

@@ -1,4 +1,5 @@
-"""The ledger: what was decided and what arrived, one row for each, in SQLite or any database that SQLAlchemy speaks.
+"""The ledger: what was decided and what arrived, one row for each, in SQLite or any database that
+SQLAlchemy speaks.
 
 A row is written before anybody is told. Big things (updates, versions, blobs) are files, named in the rows.
 """
@@ -46,11 +47,19 @@ class Store:
             # A connection that a database's restart has ended is noticed before it is used.
             self.engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
         except NoSuchModuleError as error:
-            raise ConfigError(f"no driver for the database: {error}", "pip install 'rankfleet[postgres]'; postgresql+psycopg://…") from None
+            raise ConfigError(
+                f"no driver for the database: {error}",
+                "pip install 'rankfleet[postgres]'; postgresql+psycopg://…",
+            ) from None
         except ModuleNotFoundError as error:
-            raise ConfigError(f"the database's driver is not installed: {error}", "pip install 'rankfleet[postgres]'") from None
+            raise ConfigError(
+                f"the database's driver is not installed: {error}", "pip install 'rankfleet[postgres]'"
+            ) from None
         except ArgumentError:
-            raise ConfigError("`database` is not understood", "sqlite:///FILE or postgresql+psycopg://user:password@host/name") from None
+            raise ConfigError(
+                "`database` is not understood",
+                "sqlite:///FILE or postgresql+psycopg://user:password@host/name",
+            ) from None
         if url.startswith("sqlite"):
             event.listen(self.engine, "connect", _durable)
         try:
@@ -58,14 +67,20 @@ class Store:
         except OperationalError as error:
             where = self.engine.url.render_as_string(hide_password=True)
             raise ConfigError(
-                f"the ledger at {where} cannot be opened: {error.orig}", "is the database running, and may we use it?"
+                f"the ledger at {where} cannot be opened: {error.orig}",
+                "is the database running, and may we use it?",
             ) from None
 
     def _up_to_date(self) -> None:
-        """Tables as this version wants them: new ones are made, columns that came later are added. Raises ConfigError."""
+        """Tables as this version wants them: new ones are made, columns that came later are added. Raises
+        ConfigError."""
         there = inspect(self.engine)
         known = {name: {c["name"] for c in there.get_columns(name)} for name in there.get_table_names()}
-        if tables.facts.name in known and (row := self.row(tables.facts, name="schema")) is not None and int(row["value"]) > tables.SCHEMA:
+        if (
+            tables.facts.name in known
+            and (row := self.row(tables.facts, name="schema")) is not None
+            and int(row["value"]) > tables.SCHEMA
+        ):
             raise ConfigError(
                 f"the ledger has schema {row['value']}, this version knows {tables.SCHEMA}",
                 "a newer coordinator wrote it: install that version",
@@ -94,9 +109,14 @@ class Store:
         self.engine.dispose()
 
     def rows(self, table: Table, *columns: str, since: int | None = None, **where: Any) -> list[Row]:
-        """Rows in primary-key order; `columns` of them, or all; with `since`, those of that round and later ones."""
+        """Rows in primary-key order; `columns` of them, or all; with `since`, those of that round and
+        later ones."""
         wanted: list[Any] = [table.c[name] for name in columns] or [table]
-        query = select(*wanted).where(*(table.c[k] == v for k, v in where.items())).order_by(*table.primary_key.columns)
+        query = (
+            select(*wanted)
+            .where(*(table.c[k] == v for k, v in where.items()))
+            .order_by(*table.primary_key.columns)
+        )
         if since is not None:
             query = query.where(table.c.round >= since)
         with self.engine.connect() as connection:
@@ -115,7 +135,9 @@ class Store:
     def change(self, table: Table, where: Mapping[str, Any], **values: Any) -> int:
         """Update rows; returns how many."""
         with self.engine.begin() as connection:
-            done = connection.execute(update(table).where(*(table.c[k] == v for k, v in where.items())).values(**values))
+            done = connection.execute(
+                update(table).where(*(table.c[k] == v for k, v in where.items())).values(**values)
+            )
             return int(done.rowcount)
 
     def remove(self, table: Table, **where: Any) -> None:

@@ -1,7 +1,9 @@
-"""Methods' memory of single devices, a file each: a round rewrites those that it changed, and none of the others.
+"""Methods' memory of single devices, a file each: a round rewrites those that it changed, and none of the
+others.
 
-`<folder>/<method>/<device>@<version>` is the memory after the round that made that version. Files of versions that were never recorded are
-passed over, so a round whose closing was cut off is closed again from the same memory.
+`<folder>/<method>/<device>@<version>` is the memory after the round that made that version. Files of
+versions that were never recorded are passed over, so a round whose closing was cut off is closed again
+from the same memory.
 """
 
 from pathlib import Path
@@ -31,7 +33,11 @@ class DeviceStates:
         """What a method knows of a device."""
         key = (method, device)
         if key not in self._held:
-            path = max((p for p in self._files(method, device) if _version(p) <= self._number), default=None, key=_version)
+            path = max(
+                (p for p in self._files(method, device) if _version(p) <= self._number),
+                default=None,
+                key=_version,
+            )
             data = path.read_bytes() if path else freeze({})
             self._held[key] = thaw(data), data
         return self._held[key][0]
@@ -52,7 +58,11 @@ class DeviceStates:
 
     def _files(self, method: str, device: str) -> list[Path]:
         folder = self.folder / method
-        return [p for p in folder.iterdir() if p.name.rpartition("@")[0] == device and _version(p) >= 0] if folder.is_dir() else []
+        return (
+            [p for p in folder.iterdir() if p.name.rpartition("@")[0] == device and _version(p) >= 0]
+            if folder.is_dir()
+            else []
+        )
 
 
 def _version(path: Path) -> int:

@@ -1,6 +1,7 @@
 """What the rest of the coordinator asks of the ledger and writes into it, by name: nobody else speaks SQL.
 
-Questions are single transactions. What must change together goes through one `Transaction`, from `Ledger.write`.
+Questions are single transactions. What must change together goes through one `Transaction`, from
+`Ledger.write`.
 """
 
 import time
@@ -36,15 +37,21 @@ class Transaction:
         """A round is over; `info` is its line in tables and plots."""
         table = tables.rounds
         where = (table.c.job == job, table.c.number == number)
-        self._connection.execute(update(table).where(*where).values(state="closed", closed=closed, info=text(info)))
+        self._connection.execute(
+            update(table).where(*where).values(state="closed", closed=closed, info=text(info))
+        )
 
     def forget_round(self, job: str, number: int) -> None:
         """A round that nobody could answer, and its assignments: it is opened once more."""
-        for table, column in ((tables.rounds, tables.rounds.c.number), (tables.assignments, tables.assignments.c.round)):
+        for table, column in (
+            (tables.rounds, tables.rounds.c.number),
+            (tables.assignments, tables.assignments.c.round),
+        ):
             self._connection.execute(delete(table).where(table.c.job == job, column == number))
 
     def received(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Updates that lie on disk: `job`, `round`, `device`, `digest`, `telemetry`, `seconds`, `resumed` of each."""
+        """Updates that lie on disk: `job`, `round`, `device`, `digest`, `telemetry`, `seconds`, `resumed`
+        of each."""
         if not rows:
             return
         table = tables.assignments
@@ -55,11 +62,16 @@ class Transaction:
         self._connection.execute(change, bound)
 
     def settle(self, job: str, number: int, folded: Sequence[Sequence[Any]], oldest: int) -> None:
-        """Assignments after a round: `folded` ([device, round] each) are counted, whoever has not answered is late,
-        and what lies there from the round `oldest` or before is dropped."""
+        """Assignments after a round: `folded` ([device, round] each) are counted, whoever has not answered
+        is late, and what lies there from the round `oldest` or before is dropped."""
         a = tables.assignments
         if folded:
-            key = (a.c.job == job, a.c.round == bindparam("of"), a.c.device == bindparam("who"), a.c.state == "received")
+            key = (
+                a.c.job == job,
+                a.c.round == bindparam("of"),
+                a.c.device == bindparam("who"),
+                a.c.state == "received",
+            )
             counted = update(a).where(*key).values(state="counted", folded=number)
             self._connection.execute(counted, [{"who": device, "of": of} for device, of in folded])
         silent = (a.c.job == job, a.c.round == number, a.c.state == "assigned")
@@ -69,7 +81,8 @@ class Transaction:
         self._connection.execute(dropped)
 
     def record_version(self, job: str, number: int, digest: str, created: float) -> None:
-        """A version whose files are on disk; in the place of one of that number, if its closing was cut off."""
+        """A version whose files are on disk; in the place of one of that number, if its closing was cut
+        off."""
         table = tables.versions
         self._connection.execute(delete(table).where(table.c.job == job, table.c.number == number))
         row = {"job": job, "number": number, "state": "candidate", "digest": digest, "created": created}
@@ -91,7 +104,8 @@ class Transaction:
 
 
 class Ledger(Store):
-    """The ledger's questions, by what they are about: jobs, rounds, answers of devices, versions, operators."""
+    """The ledger's questions, by what they are about: jobs, rounds, answers of devices, versions,
+    operators."""
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
@@ -124,10 +138,14 @@ class Ledger(Store):
         """A job that was refused while it was submitted."""
         self.remove(tables.jobs, id=job)
 
-    def set_job(self, job: str, state: JobState, *, before: JobState | Literal[""] = "", reason: str | None = None) -> bool:
+    def set_job(
+        self, job: str, state: JobState, *, before: JobState | Literal[""] = "", reason: str | None = None
+    ) -> bool:
         """Another state, if there is such a job and it is in the state `before` (where one is given)."""
         where = {"id": job, **({"state": before} if before else {})}
-        return bool(self.change(tables.jobs, where, state=state, **({} if reason is None else {"reason": reason})))
+        return bool(
+            self.change(tables.jobs, where, state=state, **({} if reason is None else {"reason": reason}))
+        )
 
     def events(self, job: str) -> list[Row]:
         """What happened, oldest first."""
@@ -156,16 +174,22 @@ class Ledger(Store):
         """One device's assignment of a round, and what came of it."""
         return self.row(tables.assignments, job=job, round=number, device=device)
 
-    def answers(self, job: str, number: int | None = None, *columns: str, state: AnswerState | Literal[""] = "") -> list[Row]:
+    def answers(
+        self, job: str, number: int | None = None, *columns: str, state: AnswerState | Literal[""] = ""
+    ) -> list[Row]:
         """Assignments of a round, or of the whole job, and what came of them: those in one state, or all."""
         where = {} if number is None else _where("round", number)
         return self.rows(tables.assignments, *columns, job=job, **where, **_where("state", state))
 
-    def answers_since(self, job: str, number: int, *columns: str, state: AnswerState | Literal[""] = "") -> list[Row]:
+    def answers_since(
+        self, job: str, number: int, *columns: str, state: AnswerState | Literal[""] = ""
+    ) -> list[Row]:
         """The same for this round and all later ones."""
         return self.rows(tables.assignments, *columns, since=number, job=job, **_where("state", state))
 
-    def refuse(self, job: str, number: int, device: str, reason: str, *, before: AnswerState | Literal[""] = "") -> bool:
+    def refuse(
+        self, job: str, number: int, device: str, reason: str, *, before: AnswerState | Literal[""] = ""
+    ) -> bool:
         """An answer that is not used, with the reason; `before`: only from that state."""
         where = {"job": job, "round": number, "device": device, **({"state": before} if before else {})}
         return bool(self.change(tables.assignments, where, state="refused", reason=reason))
@@ -175,11 +199,15 @@ class Ledger(Store):
         where = {"job": job, "round": number, "device": device, "state": "received"}
         self.change(tables.assignments, where, state="dropped", reason=reason)
 
-    def failed(self, job: str, number: int, device: str, state: AnswerState, reason: str, code: str, seconds: float) -> None:
+    def failed(
+        self, job: str, number: int, device: str, state: AnswerState, reason: str, code: str, seconds: float
+    ) -> None:
         """A device could not carry out its assignment, or would not."""
         where = {"job": job, "round": number, "device": device}
         telemetry = text({"code": code})
-        self.change(tables.assignments, where, state=state, reason=reason, telemetry=telemetry, seconds=seconds)
+        self.change(
+            tables.assignments, where, state=state, reason=reason, telemetry=telemetry, seconds=seconds
+        )
 
     # versions
     def version(self, job: str, number: int) -> Row | None:

@@ -98,7 +98,8 @@ facts = Table(
     Column("name", String(32), primary_key=True),
     Column("value", Text),
 )
-"""`epoch`: which life of this coordinator it is; a restored one begins another. `schema`: the version of these tables."""
+"""`epoch`: which life of this coordinator it is; a restored one begins another. `schema`: the version of
+these tables."""
 signatures = Table(
     "signatures",
     meta,

@@ -23,7 +23,12 @@ class Version:
     """One version, in memory. `views` maps (module, rank) to what devices of that rank were sent."""
 
     def __init__(
-        self, number: int, pairs: dict[str, LowRank], dense: Tensors, views: dict[tuple[str, int], LowRank], state: dict[str, Any]
+        self,
+        number: int,
+        pairs: dict[str, LowRank],
+        dense: Tensors,
+        views: dict[tuple[str, int], LowRank],
+        state: dict[str, Any],
     ) -> None:
         self.number, self.pairs, self.dense, self.views, self.state = number, pairs, dense, views, state
         self.carry: dict[str, LowRank] = {}
@@ -44,10 +49,15 @@ class Registry:
 
     def save(self, version: Version) -> str:
         """Write a version; returns the digest of its global adapter."""
-        tensors: Tensors = {f"{m}.{side}": t for m, p in sorted(version.pairs.items()) for side, t in (("A", p.A), ("B", p.B))}
+        tensors: Tensors = {
+            f"{m}.{side}": t for m, p in sorted(version.pairs.items()) for side, t in (("A", p.A), ("B", p.B))
+        }
         tensors |= carry_tensors(version.carry)
         data = encode({**tensors, **dict(sorted(version.dense.items()))}, {"version": version.number})
-        write_folder(self.path(version.number), {"global": data, "views": _views(version), "state": freeze(version.state)})
+        write_folder(
+            self.path(version.number),
+            {"global": data, "views": _views(version), "state": freeze(version.state)},
+        )
         version.digest, version.saved_views = digest_of(data), len(version.views)
         return version.digest
 
@@ -97,4 +107,10 @@ def carry_tensors(carry: Mapping[str, LowRank]) -> Tensors:
 
 
 def _views(version: Version) -> bytes:
-    return encode({f"{m}@{r}.{s}": t for (m, r), p in sorted(version.views.items()) for s, t in (("A", p.A), ("B", p.B))})
+    return encode(
+        {
+            f"{m}@{r}.{s}": t
+            for (m, r), p in sorted(version.views.items())
+            for s, t in (("A", p.A), ("B", p.B))
+        }
+    )

@@ -1,4 +1,5 @@
-"""What an operator can ask of the coordinator: a module for the service, its jobs, their results, and the fleet; each adds its verbs."""
+"""What an operator can ask of the coordinator: a module for the service, its jobs, their results, and the
+fleet; each adds its verbs."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 class AddVerb(Protocol):
     """Adds a verb to the parser: its name, what runs, help, an example, and words that stand behind it."""
 
-    def __call__(self, name: str, run: cli.Command, text: str, example: str, *words: str) -> argparse.ArgumentParser:
+    def __call__(
+        self, name: str, run: cli.Command, text: str, example: str, *words: str
+    ) -> argparse.ArgumentParser:
         """The verb's own parser."""
         ...
 

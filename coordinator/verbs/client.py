@@ -28,7 +28,9 @@ class Client:
         try:
             said = json.loads((home / "api.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise Unreachable(f"{home}: no coordinator has run here", "coordinator serve --config coordinator.yaml") from None
+            raise Unreachable(
+                f"{home}: no coordinator has run here", "coordinator serve --config coordinator.yaml"
+            ) from None
         self.url, self.token, self.fleet = urlsplit(said["url"]), said["token"], fleet
         self.key = _key(key) if key else None
 
@@ -59,11 +61,15 @@ class Client:
             answer = connection.getresponse()
             data = json.loads(answer.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Unreachable(f"the coordinator does not answer: {error}", "is `coordinator serve` running?") from None
+            raise Unreachable(
+                f"the coordinator does not answer: {error}", "is `coordinator serve` running?"
+            ) from None
         finally:
             connection.close()
         if answer.status == 400:
             raise ConfigError(data["error"], data.get("hint", ""))
         if answer.status != 200:
-            raise RankfleetError(f"the coordinator answers {answer.status}: {data.get('error', '')}", data.get("hint", ""))
+            raise RankfleetError(
+                f"the coordinator answers {answer.status}: {data.get('error', '')}", data.get("hint", "")
+            )
         return data

@@ -20,7 +20,12 @@ def examine(path: Path) -> list[Finding]:
         return [finding("config", "error", str(error.args[0]), error.hint)]
     found = [finding("config", "ok", str(path)), _disk(config.home), _broker(config)]
     found += [_model(n, Path(p)) for n, p in config.models.items()] or [
-        finding("model", "error", "no base model is named, so no job can run", "add `models` to the coordinator's YAML")
+        finding(
+            "model",
+            "error",
+            "no base model is named, so no job can run",
+            "add `models` to the coordinator's YAML",
+        )
     ]
     return [*found, *_service(config.home)]
 
@@ -29,22 +34,36 @@ def _disk(home: Path) -> Finding:
     if not home.exists():
         return finding("data", "error", f"{home} does not exist", "coordinator serve makes it")
     free = shutil.disk_usage(home).free / 1e9
-    return finding("data", "ok" if free > 1 else "error", f"{home}, {free:.0f} GB free", "" if free > 1 else "make room")
+    return finding(
+        "data", "ok" if free > 1 else "error", f"{home}, {free:.0f} GB free", "" if free > 1 else "make room"
+    )
 
 
 def _broker(config: CoordinatorConfig) -> Finding:
     if config.broker.url:
         return finding("broker", "ok", config.broker.url)
     if not config.mutual_tls and config.broker.host not in LOOPBACK:
-        return finding("broker", "error", f"the broker listens on {config.broker.host} without TLS", "leave `broker.tls` out")
+        return finding(
+            "broker",
+            "error",
+            f"the broker listens on {config.broker.host} without TLS",
+            "leave `broker.tls` out",
+        )
     if not mosquitto():
-        return finding("broker", "warning", "no Mosquitto; amqtt serves, at about a sixth of its speed", "apt install mosquitto")
+        return finding(
+            "broker",
+            "warning",
+            "no Mosquitto; amqtt serves, at about a sixth of its speed",
+            "apt install mosquitto",
+        )
     return finding("broker", "ok", "Mosquitto, run by the coordinator")
 
 
 def _model(name: str, folder: Path) -> Finding:
     if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
-        return finding("model", "error", f"`{name}`: {folder} lacks config.json or *.safetensors", "copy the model there")
+        return finding(
+            "model", "error", f"`{name}`: {folder} lacks config.json or *.safetensors", "copy the model there"
+        )
     return finding("model", "ok", f"`{name}`: {folder}")
 
 
@@ -63,9 +82,18 @@ def _service(home: Path) -> list[Finding]:
         )
     ]
     found += [
-        finding(c["code"], c["severity"], c["text"], c["do"]) for c in health["conditions"] if c["code"] not in ("broker-away", "disk-low")
+        finding(c["code"], c["severity"], c["text"], c["do"])
+        for c in health["conditions"]
+        if c["code"] not in ("broker-away", "disk-low")
     ]
     quiet = [d["device"] for d in devices if d["state"] == "invited"]
     if quiet:
-        found.append(finding("devices", "warning", f"invited, never heard of: {', '.join(quiet)}", "edge-agent enroll TOKEN, then run"))
+        found.append(
+            finding(
+                "devices",
+                "warning",
+                f"invited, never heard of: {', '.join(quiet)}",
+                "edge-agent enroll TOKEN, then run",
+            )
+        )
     return found

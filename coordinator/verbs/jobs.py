@@ -17,10 +17,18 @@ def add(verb: AddVerb) -> None:
         "--dry-run", action="store_true", help="validate and show only"
     )
     verb("jobs", _jobs, "all jobs and their state", "coordinator jobs")
-    verb("approve", _approve, "sign a job that waits for another operator", "coordinator approve docs-1 --key bob.key", "job").add_argument(
-        "--yes", action="store_true", help="sign it; without this it is shown"
-    )
-    for name, text in (("cancel", "stop a job for good"), ("pause", "open no further round"), ("resume", "go on")):
+    verb(
+        "approve",
+        _approve,
+        "sign a job that waits for another operator",
+        "coordinator approve docs-1 --key bob.key",
+        "job",
+    ).add_argument("--yes", action="store_true", help="sign it; without this it is shown")
+    for name, text in (
+        ("cancel", "stop a job for good"),
+        ("pause", "open no further round"),
+        ("resume", "go on"),
+    ):
         verb(name, _change, text, f"coordinator {name} docs-1", "job")
     verb("methods", _methods, "the catalogue of federated methods", "coordinator methods").add_argument(
         "--all", action="store_true", help="also those for simulation only"
@@ -36,8 +44,9 @@ def _submit(args: argparse.Namespace) -> int:
     job = read(Path(args.job))
     answer = client_of(args).signed_job("/jobs" + ("?dry=1" if args.dry_run else ""), job, job)
     text = cli.table(answer["devices"])
-    held = f"\nheld as `{answer['job']}` until {answer['lacks']} more operators sign: coordinator approve {answer['job']} --key FILE"
-    queued = held if answer["lacks"] else f"\nqueued as `{answer['job']}`"
+    name, lacks = answer["job"], answer["lacks"]
+    held = f"\nheld as `{name}` until {lacks} more operators sign: coordinator approve {name} --key FILE"
+    queued = held if lacks else f"\nqueued as `{name}`"
     cli.show(args, answer, text + (queued if answer["job"] else "\nthe job is valid"))
     return 0
 
@@ -47,7 +56,9 @@ def _approve(args: argparse.Namespace) -> int:
     text = client.get(f"/jobs/{args.job}/text")["text"]
     if not args.yes:
         print(text)
-        raise ConfigError(f"this is what you would sign as job `{args.job}`", f"coordinator approve {args.job} --yes")
+        raise ConfigError(
+            f"this is what you would sign as job `{args.job}`", f"coordinator approve {args.job} --yes"
+        )
     answer = client.signed_job(f"/jobs/{args.job}/approve", "", text)
     waits = f"; {answer['lacks']} more must sign" if answer["lacks"] else "; it is queued"
     cli.show(args, answer, f"signed by {', '.join(answer['signed'])}{waits}")

@@ -14,10 +14,17 @@ def add(verb: AddVerb) -> None:
     """Its verbs."""
     verb("rounds", _rounds, "what each device did in each round", "coordinator rounds docs-1", "job")
     _add_watch(verb)
-    verb("arms", _arms, "arms that a job used; with `explain`, why", "coordinator arms docs-1 explain", "job").add_argument(
-        "explain", nargs="?", choices=["explain"], help="add the reason of each choice and what the tuner believes"
+    verb(
+        "arms", _arms, "arms that a job used; with `explain`, why", "coordinator arms docs-1 explain", "job"
+    ).add_argument(
+        "explain",
+        nargs="?",
+        choices=["explain"],
+        help="add the reason of each choice and what the tuner believes",
     )
-    versions = verb("versions", _versions, "list, promote or roll back versions", "coordinator versions list docs-1")
+    versions = verb(
+        "versions", _versions, "list, promote or roll back versions", "coordinator versions list docs-1"
+    )
     versions.add_argument("what", choices=["list", "promote", "rollback"])
     versions.add_argument("job")
     versions.add_argument("number", nargs="?", type=int)
@@ -44,7 +51,12 @@ def _add_export(verb: AddVerb) -> None:
         help="peft, gguf: adapter alone; merged, onnx (encoders), gguf-merged (decoders): the whole model",
     )
     export.add_argument("--version", type=int, help="version (default: the newest good one)")
-    export.add_argument("--ratio", type=float, default=0.0, help="of a whole model: cut heads and channels, as devices at this ratio do")
+    export.add_argument(
+        "--ratio",
+        type=float,
+        default=0.0,
+        help="of a whole model: cut heads and channels, as devices at this ratio do",
+    )
 
 
 def arm_text(arm: dict[str, Any]) -> str:
@@ -76,9 +88,18 @@ def _rounds(args: argparse.Namespace) -> int:
 
 def _samples(answer: dict[str, Any]) -> str:
     """What the first and the last measured version said to the job's own prompts."""
-    told = [(r["round"], d["telemetry"]["samples"]) for r in answer["rounds"] for d in r["devices"][:1] if d["telemetry"].get("samples")]
+    told = [
+        (r["round"], d["telemetry"]["samples"])
+        for r in answer["rounds"]
+        for d in r["devices"][:1]
+        if d["telemetry"].get("samples")
+    ]
     ends = [told[0], told[-1]] if len(told) > 1 else told
-    return "".join(f"\nversion {number}, sample {n + 1}: {text!r}" for number, texts in ends for n, text in enumerate(texts))
+    return "".join(
+        f"\nversion {number}, sample {n + 1}: {text!r}"
+        for number, texts in ends
+        for n, text in enumerate(texts)
+    )
 
 
 def _watch(args: argparse.Namespace) -> int:
@@ -101,7 +122,12 @@ def _watch(args: argparse.Namespace) -> int:
 def _arms(args: argparse.Namespace) -> int:
     answer = client_of(args).get(f"/jobs/{args.job}/arms")
     rows = [
-        {"round": r["round"], "device": r["device"], "arm": arm_text(r["arm"]), **({"why": r["why"]} if args.explain else {})}
+        {
+            "round": r["round"],
+            "device": r["device"],
+            "arm": arm_text(r["arm"]),
+            **({"why": r["why"]} if args.explain else {}),
+        }
         for r in answer["used"]
     ]
     believed = "".join(f"\n{d}: {t}" for d, t in answer["tuner"].items()) if args.explain else ""
@@ -113,7 +139,9 @@ def _versions(args: argparse.Namespace) -> int:
     client = client_of(args)
     if args.what != "list":
         if args.number is None:
-            raise ConfigError(f"which version should be {args.what}d?", f"coordinator versions {args.what} {args.job} 3")
+            raise ConfigError(
+                f"which version should be {args.what}d?", f"coordinator versions {args.what} {args.job} 3"
+            )
         answer = client.post(f"/jobs/{args.job}/versions/{args.number}/{args.what}")
         cli.show(args, answer, f"{args.what}: version {args.number} of {args.job}")
         return 0
@@ -142,5 +170,7 @@ def _export(args: argparse.Namespace) -> int:
     from ..export import write
 
     number = write(config_of(args), args.job, args.to, args.version, args.format, args.ratio)
-    cli.show(args, {"version": number, "folder": str(args.to)}, f"version {number} of {args.job} lies in {args.to}")
+    cli.show(
+        args, {"version": number, "folder": str(args.to)}, f"version {number} of {args.job} lies in {args.to}"
+    )
     return 0

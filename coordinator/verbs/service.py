@@ -15,15 +15,24 @@ from . import AddVerb, client_of, config_of
 
 def add(verb: AddVerb) -> None:
     """Its verbs."""
-    verb("serve", _serve, "run the service with its broker", "coordinator serve --config coordinator.yaml").add_argument(
-        "--insecure", action="store_true", help="allow a broker without TLS on a network"
-    )
+    verb(
+        "serve", _serve, "run the service with its broker", "coordinator serve --config coordinator.yaml"
+    ).add_argument("--insecure", action="store_true", help="allow a broker without TLS on a network")
     verb("status", _status, "is the service well, and what is wrong if not", "coordinator status")
     verb("doctor", _doctor, "find what is set up wrong", "coordinator doctor")
-    verb("backup", _backup, "everything in one file; the service may run", "coordinator backup --to fleet.tar.gz").add_argument(
-        "--to", type=Path, required=True
+    verb(
+        "backup",
+        _backup,
+        "everything in one file; the service may run",
+        "coordinator backup --to fleet.tar.gz",
+    ).add_argument("--to", type=Path, required=True)
+    verb(
+        "restore",
+        _restore,
+        "a backup into an empty data_dir",
+        "coordinator restore fleet.tar.gz --config coordinator.yaml",
+        "file",
     )
-    verb("restore", _restore, "a backup into an empty data_dir", "coordinator restore fleet.tar.gz --config coordinator.yaml", "file")
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -36,7 +45,9 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         asyncio.run(serve(config, args.insecure))
     except OSError as error:
-        raise ConfigError(f"the service cannot start: {error}", "check `data_dir`, `broker.port` and `api_port`") from None
+        raise ConfigError(
+            f"the service cannot start: {error}", "check `data_dir`, `broker.port` and `api_port`"
+        ) from None
     return 0
 
 
@@ -61,7 +72,10 @@ def _backup(args: argparse.Namespace) -> int:
 
     done = backup(config_of(args), args.to)
     cli.show(
-        args, done, f"{args.to}: {done['rows']} rows, {done['files']} files, {done['bytes'] / 1e6:.1f} MB; it holds every key of the fleet"
+        args,
+        done,
+        f"{args.to}: {done['rows']} rows, {done['files']} files, {done['bytes'] / 1e6:.1f} MB; it holds "
+        "every key of the fleet",
     )
     return 0
 
@@ -70,5 +84,10 @@ def _restore(args: argparse.Namespace) -> int:
     from ..store.backup import restore
 
     done = restore(config_of(args), Path(args.file))
-    cli.show(args, done, f"{done['rows']} rows and {done['files']} files are back; devices find it under the name that they know")
+    cli.show(
+        args,
+        done,
+        f"{done['rows']} rows and {done['files']} files are back; devices find it under the name that they "
+        "know",
+    )
     return 0

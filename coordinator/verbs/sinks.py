@@ -1,4 +1,5 @@
-"""Where the progress of a job can be looked at: a picture, TensorBoard, MLflow. Each takes one closed round at a time.
+"""Where the progress of a job can be looked at: a picture, TensorBoard, MLflow. Each takes one closed
+round at a time.
 
 They run in `coordinator watch`, not in the service: what they import and how they fail costs no round.
 """
@@ -29,15 +30,21 @@ class Figures(msgspec.Struct, frozen=True):
 
     def named(self) -> dict[str, float]:
         """Name → value, of what there is."""
-        return {k: float(v) for k, v in msgspec.structs.asdict(self).items() if v is not None and k not in ("round", "closed")}
+        return {
+            k: float(v)
+            for k, v in msgspec.structs.asdict(self).items()
+            if v is not None and k not in ("round", "closed")
+        }
 
 
 def figures(row: dict[str, Any]) -> Figures:
     """A round of the API's answer."""
     info, version = row["info"], row["version"]
     return Figures(
-        row["round"], row["closed"] or 0.0, round((row["closed"] or time.time()) - row["opened"], 3), int(info.get("arrived", 0)),
-        int(info.get("invited", len(row["devices"]))), info.get("loss"), version.get("loss"), version.get("accuracy"),
+        row["round"], row["closed"] or 0.0, round((row["closed"] or time.time()) - row["opened"], 3),
+        int(info.get("arrived", 0)),
+        int(info.get("invited", len(row["devices"]))), info.get("loss"), version.get("loss"),
+        version.get("accuracy"),
         sum(d["resumed"] for d in row["devices"]),
     )  # fmt: skip
 
@@ -69,7 +76,10 @@ class Picture:
 
         self.rows.append(row)
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        for name, label in (("train_loss", "after training, on the devices"), ("held_out_loss", "held out, version as received")):
+        for name, label in (
+            ("train_loss", "after training, on the devices"),
+            ("held_out_loss", "held out, version as received"),
+        ):
             points = [(r.round, v) for r in self.rows if (v := getattr(r, name)) is not None]
             if points:
                 left.plot(*zip(*points, strict=True), marker=".", label=label)
@@ -80,7 +90,10 @@ class Picture:
         if points:
             right.plot(*zip(*points, strict=True), marker=".", color="C2")
         right.set(
-            xlabel="round", ylabel="held-out accuracy", ylim=(0, 1), title=f"{row.arrived} of {row.invited} devices, {row.seconds:.1f} s"
+            xlabel="round",
+            ylabel="held-out accuracy",
+            ylim=(0, 1),
+            title=f"{row.arrived} of {row.invited} devices, {row.seconds:.1f} s",
         )
         part = self.file.with_name(f".{self.file.name}.new.png")
         figure.savefig(part, dpi=100)
@@ -98,7 +111,9 @@ class TensorBoard:
         try:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError:
-            raise ConfigError("writing for TensorBoard needs the package tensorboard", "pip install tensorboard") from None
+            raise ConfigError(
+                "writing for TensorBoard needs the package tensorboard", "pip install tensorboard"
+            ) from None
         self.folder, self._make, self._writers = folder, EventFileWriter, dict[str, Any]()
 
     def add(self, job: str, row: Figures) -> None:
@@ -109,7 +124,9 @@ class TensorBoard:
         if job not in self._writers:
             self._writers[job] = self._make(str(self.folder / job))
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.named().items()]
-        self._writers[job].add_event(Event(wall_time=row.closed, step=row.round, summary=Summary(value=values)))
+        self._writers[job].add_event(
+            Event(wall_time=row.closed, step=row.round, summary=Summary(value=values))
+        )
         self._writers[job].flush()
 
     def close(self) -> None:
@@ -125,7 +142,9 @@ class MLflow:
         try:
             from mlflow.tracking import MlflowClient
         except ImportError:
-            raise ConfigError("writing for MLflow needs the package mlflow-skinny", "pip install mlflow-skinny") from None
+            raise ConfigError(
+                "writing for MLflow needs the package mlflow-skinny", "pip install mlflow-skinny"
+            ) from None
         if not urlsplit(uri).scheme:
             uri = Path(uri).absolute().as_uri()
         self.client = MlflowClient(tracking_uri=uri)
@@ -137,7 +156,11 @@ class MLflow:
     def _run(self, job: str) -> str:
         if job not in self._runs:
             runs = self.client.search_runs([self.experiment], f"tags.rankfleet_job = '{job}'")
-            run = runs[0] if runs else self.client.create_run(self.experiment, tags={"rankfleet_job": job}, run_name=job)
+            run = (
+                runs[0]
+                if runs
+                else self.client.create_run(self.experiment, tags={"rankfleet_job": job}, run_name=job)
+            )
             self._runs[job] = run.info.run_id
             known = self.client.get_metric_history(run.info.run_id, "arrived") if runs else []
             self._done[job] = max((m.step for m in known), default=-1)

@@ -15,7 +15,9 @@ from .sinks import Figures, Sink, figures
 ROWS = 12
 
 
-def screen(job: str, state: str, rounds: Sequence[Figures], open_rows: Sequence[dict[str, Any]], live: dict[str, Any]) -> str:
+def screen(
+    job: str, state: str, rounds: Sequence[Figures], open_rows: Sequence[dict[str, Any]], live: dict[str, Any]
+) -> str:
     """What is shown: the last rounds, then what every device does now."""
     shown = [
         {
@@ -29,11 +31,17 @@ def screen(job: str, state: str, rounds: Sequence[Figures], open_rows: Sequence[
         for f in rounds[-ROWS:]
     ]
     devices = [
-        {"device": d["device"], "state": d["state"], "now": _now(live.get(d["device"], {})), "arm": d["arm"].get("placement", "")}
+        {
+            "device": d["device"],
+            "state": d["state"],
+            "now": _now(live.get(d["device"], {})),
+            "arm": d["arm"].get("placement", ""),
+        }
         for row in open_rows
         for d in row["devices"]
     ]
-    text = f"{job}: {state}, {len(rounds)} rounds closed\n\n{table(shown) if shown else 'no round has closed yet'}"
+    closed = table(shown) if shown else "no round has closed yet"
+    text = f"{job}: {state}, {len(rounds)} rounds closed\n\n{closed}"
     if devices:
         text += f"\n\nround {open_rows[-1]['round']}\n{table(devices[:40])}" + (
             f"\n… and {len(devices) - 40} more" if len(devices) > 40 else ""
@@ -47,13 +55,24 @@ def _digits(value: float | None) -> str:
 
 def _now(live: dict[str, Any]) -> str:
     chunks = live.get("chunks")
-    return f"sending {chunks[0]}/{chunks[1]}" if live.get("state") == "sending" and chunks else str(live.get("state", ""))
+    return (
+        f"sending {chunks[0]}/{chunks[1]}"
+        if live.get("state") == "sending" and chunks
+        else str(live.get("state", ""))
+    )
 
 
 def follow(
-    client: Client, job: str, sinks: Sequence[Sink], *, once: bool = False, every_s: float = 1.0, say: Callable[[str], None] | None = None
+    client: Client,
+    job: str,
+    sinks: Sequence[Sink],
+    *,
+    once: bool = False,
+    every_s: float = 1.0,
+    say: Callable[[str], None] | None = None,
 ) -> str:
-    """Until the job has ended; returns its state. The service may come and go meanwhile. Raises RankfleetError for an unknown job."""
+    """Until the job has ended; returns its state. The service may come and go meanwhile. Raises
+    RankfleetError for an unknown job."""
     say = say or _painter()
     told, state = -1, "queued"
     try:
@@ -73,7 +92,15 @@ def follow(
                     told = row.round
                     for sink in sinks:
                         _add(sink, job, row)
-            say(screen(job, state, closed, [r for r in answer["rounds"] if r["state"] != "closed"][-1:], answer["live"]))
+            say(
+                screen(
+                    job,
+                    state,
+                    closed,
+                    [r for r in answer["rounds"] if r["state"] != "closed"][-1:],
+                    answer["live"],
+                )
+            )
             if once or state in ENDED:
                 return state
             time.sleep(every_s)

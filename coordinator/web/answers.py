@@ -26,7 +26,9 @@ async def errors(request: web.Request, handler: Any) -> web.StreamResponse:
         if request.path != "/health":
             body = await request.read()
             role = role_for(request.method, request.path, is_dry(request))
-            await asyncio.to_thread(request.app[OPERATORS].allowed, request.method, request.path_qs, body, request.headers, role)
+            await asyncio.to_thread(
+                request.app[OPERATORS].allowed, request.method, request.path_qs, body, request.headers, role
+            )
         response: web.StreamResponse = await handler(request)
         return response
     except RankfleetError as error:
@@ -45,6 +47,8 @@ def is_dry(request: web.Request) -> bool:
 def signed_by_operator(request: web.Request) -> tuple[bytes, bytes]:
     """The operator's key and signature over the job itself. Raises ConfigError."""
     try:
-        return decode_key(request.headers.get("X-Operator", ""), "the operator's key"), bytes.fromhex(request.headers["X-Job"])
+        return decode_key(request.headers.get("X-Operator", ""), "the operator's key"), bytes.fromhex(
+            request.headers["X-Job"]
+        )
     except (KeyError, ValueError):
         raise ConfigError("the job is not signed", "--key FILE, or RANKFLEET_KEY") from None

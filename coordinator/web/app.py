@@ -1,4 +1,5 @@
-"""The HTTP API on loopback that the CLI speaks, behind a token that lies beside the ledger, readable by the owner alone."""
+"""The HTTP API on loopback that the CLI speaks, behind a token that lies beside the ledger, readable by
+the owner alone."""
 
 import secrets
 from pathlib import Path
@@ -56,7 +57,11 @@ class Api:
         site = web.TCPSite(runner, "127.0.0.1", port)
         await site.start()
         real = runner.addresses[0][1]
-        write_atomic(home / "api.json", msgspec.json.encode({"url": f"http://127.0.0.1:{real}", "token": self.app[TOKEN]}), 0o600)
+        write_atomic(
+            home / "api.json",
+            msgspec.json.encode({"url": f"http://127.0.0.1:{real}", "token": self.app[TOKEN]}),
+            0o600,
+        )
         return runner
 
     async def health(self, request: web.Request) -> web.Response:

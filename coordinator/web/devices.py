@@ -18,7 +18,11 @@ class Devices:
         ends = self.service.enrolment.ends()
         return answer(
             [
-                {**row, "certificate_ends": ends.get(row["device"]), "live": self.service.live.get(row["device"], {})}
+                {
+                    **row,
+                    "certificate_ends": ends.get(row["device"]),
+                    "live": self.service.live.get(row["device"], {}),
+                }
                 for row in self.service.devices.table()
             ]
         )
@@ -45,4 +49,9 @@ class Devices:
     async def bundle(self, request: web.Request) -> web.Response:
         """The device's log, or what its doctor finds."""
         device, what = request.match_info["device"], request.match_info["what"]
-        return answer({"device": device, "text": await self.service.support.ask(device, "logs" if what == "logs" else "doctor")})
+        return answer(
+            {
+                "device": device,
+                "text": await self.service.support.ask(device, "logs" if what == "logs" else "doctor"),
+            }
+        )

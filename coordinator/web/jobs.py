@@ -99,9 +99,18 @@ class Jobs:
         if verb == "approve":
             agreed = self.service.operators.sign(job, *signed_by_operator(request))
             self.service.jobs.approved(job)
-            return answer({"job": job, "done": verb, "signed": agreed, "lacks": self.service.operators.lacks(job, row["text"])})
+            return answer(
+                {
+                    "job": job,
+                    "done": verb,
+                    "signed": agreed,
+                    "lacks": self.service.operators.lacks(job, row["text"]),
+                }
+            )
         if row["state"] == HELD and verb in ("pause", "resume"):
-            raise ConfigError(f"job `{job}` waits for operators to sign it", f"coordinator approve {job} --key FILE")
+            raise ConfigError(
+                f"job `{job}` waits for operators to sign it", f"coordinator approve {job} --key FILE"
+            )
         if verb == "cancel":
             self.service.jobs.cancel(job)
         elif verb in ("pause", "resume"):
@@ -138,7 +147,9 @@ class Jobs:
     async def progress(self, request: web.Request) -> web.Response:
         """When each round closed and how many updates it had: cheap to ask for again and again."""
         rows = self.service.ledger.rounds(request.match_info["job"])
-        return answer([{"round": r["number"], "closed": r["closed"], **database.read(r["info"])} for r in rows])
+        return answer(
+            [{"round": r["number"], "closed": r["closed"], **database.read(r["info"])} for r in rows]
+        )
 
     def _assigned(self, job: str, number: int) -> list[dict[str, Any]]:
         rows = self.service.ledger.answers(job, number)
@@ -166,7 +177,15 @@ class Jobs:
             believed = {d: runner.tuner.explain(d) for d in runner.tuner.state["devices"]}
         return answer(
             {
-                "used": [{"round": r["round"], "device": r["device"], "arm": database.read(r["arm"]), "why": r["why"]} for r in rows],
+                "used": [
+                    {
+                        "round": r["round"],
+                        "device": r["device"],
+                        "arm": database.read(r["arm"]),
+                        "why": r["why"],
+                    }
+                    for r in rows
+                ],
                 "tuner": believed,
             }
         )

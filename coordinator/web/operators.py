@@ -17,10 +17,15 @@ class Roster:
     async def operators(self, request: web.Request) -> web.Response:
         """The roster in force, and what was done."""
         roster = self.service.operators.roster
-        people = {n: {"role": o.role, "key": encode_key(o.key)} for n, o in roster.operators.items()} if roster else {}
+        people = (
+            {n: {"role": o.role, "key": encode_key(o.key)} for n, o in roster.operators.items()}
+            if roster
+            else {}
+        )
         trail = [dict(r) for r in self.service.ledger.audit(100)]
         return answer(
-            {"fleet": self.service.config.fleet, "version": roster.version if roster else 0, "operators": people, "audit": trail,
+            {"fleet": self.service.config.fleet, "version": roster.version if roster else 0,
+            "operators": people, "audit": trail,
              "approvals": roster.approvals if roster else 0}
         )  # fmt: skip
 

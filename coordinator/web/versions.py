@@ -37,7 +37,9 @@ class Versions:
         number = int(text) if text.isdigit() else -1
         rows = {r["number"]: r for r in self.service.ledger.versions(job)}
         if number not in rows or not (self.service.config.home / "jobs" / job / f"v{number:06d}").exists():
-            raise ConfigError(f"job `{job}` has no version {text} on disk", f"coordinator versions list {job}")
+            raise ConfigError(
+                f"job `{job}` has no version {text} on disk", f"coordinator versions list {job}"
+            )
         if verb not in ("promote", "rollback"):
             raise ConfigError(f"`{verb}` is not one of promote, rollback")
         self.service.ledger.set_version(job, number, "good")

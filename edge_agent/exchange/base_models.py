@@ -1,6 +1,8 @@
-"""The base model's folder: one on this device, one of the hub, or fetched from the coordinator over HTTPS, resumed where it stopped.
+"""The base model's folder: one on this device, one of the hub, or fetched from the coordinator over HTTPS,
+resumed where it stopped.
 
-Standard library alone: the service downloads, the worker checks the digest of the whole model before it is used.
+Standard library alone: the service downloads, the worker checks the digest of the whole model before it is
+used.
 """
 
 import contextlib
@@ -29,7 +31,13 @@ MAX_FILES = 500
 class Bases:
     """Models that this device fetched, under `<state_dir>/models/<digest>/`."""
 
-    def __init__(self, home: Path, who: Identity, limit_mb: float, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        who: Identity,
+        limit_mb: float,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         self.home, self.who, self.limit_mb, self.progress = home / "models", who, limit_mb, progress
         self.resumed = 0
 
@@ -44,7 +52,8 @@ class Bases:
             return str(target)
         if job.source is None:
             raise Refused(
-                f"the coordinator serves no files, and this device has no folder for `{job.model}`", "set `https: {models: true}` there"
+                f"the coordinator serves no files, and this device has no folder for `{job.model}`",
+                "set `https: {models: true}` there",
             )
         self._fetch(job.source, job.model_digest, target)
         return str(target)
@@ -55,7 +64,10 @@ class Bases:
         files = self._again(lambda: self._listed(source, digest))
         total = sum(f["size"] for f in files)
         if total > self.limit_mb * 1e6:
-            raise Refused(f"the base model has {total / 1e6:,.0f} MB, this device allows {self.limit_mb:,.0f} MB", "raise `allow.model_mb`")
+            raise Refused(
+                f"the base model has {total / 1e6:,.0f} MB, this device allows {self.limit_mb:,.0f} MB",
+                "raise `allow.model_mb`",
+            )
         done = 0
         for f in files:
             path = part / f["name"]
@@ -76,10 +88,13 @@ class Bases:
                 last = error
                 log.warning("the base model: %s; trying again", error)
                 time.sleep(min(30.0, 0.2 * 2**attempt))
-        raise WireError(f"the base model cannot be fetched: {last}", "is `https.advertise` reachable from here?")
+        raise WireError(
+            f"the base model cannot be fetched: {last}", "is `https.advertise` reachable from here?"
+        )
 
     def _ask(self, source: ModelSource, path: str, start: int = 0) -> tuple[Any, Any]:
-        """A request with our ticket to the server whose certificate the assignment names: (connection, answer)."""
+        """A request with our ticket to the server whose certificate the assignment names: (connection,
+        answer)."""
         from http.client import HTTPSConnection
 
         where = urlsplit(source.url)
@@ -92,7 +107,8 @@ class Bases:
         if hashlib.sha256(shown or b"").hexdigest() != source.pin:
             connection.close()
             raise WireError(
-                f"{source.url} shows another certificate than the assignment names", "somebody is in between, or it was renewed"
+                f"{source.url} shows another certificate than the assignment names",
+                "somebody is in between, or it was renewed",
             )
         now = str(int(time.time()))
         headers = {
@@ -119,7 +135,9 @@ class Bases:
             raise WireError("the list of the model's files names paths that are not plain files")
         return [{"name": str(f["name"]), "size": int(f["size"]), "digest": str(f["digest"])} for f in found]
 
-    def _file(self, source: ModelSource, digest: str, f: dict[str, Any], path: Path, done: int, total: int) -> None:
+    def _file(
+        self, source: ModelSource, digest: str, f: dict[str, Any], path: Path, done: int, total: int
+    ) -> None:
         """One file, from where it stopped."""
         have = path.stat().st_size if path.exists() else 0
         if have > f["size"]:
@@ -139,7 +157,9 @@ class Bases:
             if size >= f["size"]:
                 path.unlink()
             raise OSError(
-                f"{f['name']} is not whole yet: {size:,} of {f['size']:,} bytes" if size < f["size"] else f"{f['name']} is damaged"
+                f"{f['name']} is not whole yet: {size:,} of {f['size']:,} bytes"
+                if size < f["size"]
+                else f"{f['name']} is damaged"
             )
 
 
@@ -148,6 +168,10 @@ def from_hub(repository: str, name: str) -> str:
     try:
         from huggingface_hub import snapshot_download
 
-        return str(snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        return str(
+            snapshot_download(
+                repository, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+            )
+        )
     except Exception as error:
         raise Refused(f"model `{name}`: {repository} cannot be had from the hub: {error}") from None

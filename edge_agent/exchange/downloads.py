@@ -22,7 +22,9 @@ SLACK, LONGEST_S = 4.0, 120.0
 class Fetcher:
     """Blobs of this device, in `folder`, by digest."""
 
-    def __init__(self, bus: Bus, topics: Topics, folder: Path, say: Callable[[Want], Awaitable[None]], answer_s: float) -> None:
+    def __init__(
+        self, bus: Bus, topics: Topics, folder: Path, say: Callable[[Want], Awaitable[None]], answer_s: float
+    ) -> None:
         self.bus, self.topics, self.folder, self.say, self.answer_s = bus, topics, folder, say, answer_s
         self.resumed = 0
         self._connection = 0
@@ -79,7 +81,8 @@ class Fetcher:
                         self._piece_s += 0.3 * (time.monotonic() - asked - self._piece_s)
                         wait = 0.0
                     except asyncio.TimeoutError:
-                        # A slow link is not asked for the same pieces again and again: they are already queued for it.
+                        # A slow link is not asked for the same pieces again and again: they are already
+                        # queued for it.
                         wait = min(LONGEST_S, 2 * max(wait, self.answer_s))
                         assembly.save()
                         break

@@ -1,4 +1,5 @@
-"""Updates that wait for the coordinator's receipt, and the bytes that they cost. All on disk, all safe against a kill."""
+"""Updates that wait for the coordinator's receipt, and the bytes that they cost. All on disk, all safe
+against a kill."""
 
 import contextlib
 import os
@@ -26,7 +27,8 @@ class Outbox:
         self._over: list[str] | None = None
 
     def due(self) -> list[tuple[Path, Meta]]:
-        """Results without a receipt, oldest first. One whose head is damaged is removed: it will be trained again."""
+        """Results without a receipt, oldest first. One whose head is damaged is removed: it will be
+        trained again."""
         if self._due is None:
             self._due = {}
             for file in self.jobs.glob("*/r??????.update"):
@@ -46,7 +48,8 @@ class Outbox:
             self._damaged(result)
 
     def read(self, result: Path) -> bytes | None:
-        """The update, whole and as it was signed; None where it is damaged: then it is removed, and will be trained again."""
+        """The update, whole and as it was signed; None where it is damaged: then it is removed, and will
+        be trained again."""
         try:
             return read_update(update_file(result))[1]
         except (OSError, msgspec.MsgspecError):
@@ -68,7 +71,8 @@ class Outbox:
         return any(p.name > state_file(result).name for p in result.parent.glob("r??????.state"))
 
     def drop(self, result: Path) -> None:
-        """The coordinator has it: the update goes, state stays for the next round, that of older rounds goes."""
+        """The coordinator has it: the update goes, state stays for the next round, that of older rounds
+        goes."""
         update_file(result).unlink(missing_ok=True)
         if self._due is not None:
             self._due.pop(result, None)
@@ -91,9 +95,11 @@ class Outbox:
         return self._over
 
     def begin(self, epoch: int) -> bool:
-        """The coordinator's epoch as an assignment names it. False where a later one was seen: the message is from a past life.
+        """The coordinator's epoch as an assignment names it. False where a later one was seen: the message
+        is from a past life.
 
-        A new one means that the coordinator was put back: what was done here in rounds that it does not know is void.
+        A new one means that the coordinator was put back: what was done here in rounds that it does not
+        know is void.
         """
         known = self._known_epoch()
         if epoch < known:
@@ -115,7 +121,9 @@ class Outbox:
         """A job has ended for good: nothing of it stays but its name."""
         if not self.over(job):
             self._over = [*self._ended(), job][-REMEMBERED:]
-            with contextlib.suppress(OSError):  # on a full disk it is forgotten with the next start, and nothing else is lost
+            with contextlib.suppress(
+                OSError
+            ):  # on a full disk it is forgotten with the next start, and nothing else is lost
                 write_atomic(self.jobs / ENDED, msgspec.json.encode(self._over))
         shutil.rmtree(self.jobs / job, ignore_errors=True)
         if self._due is not None:

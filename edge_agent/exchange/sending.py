@@ -1,4 +1,5 @@
-"""Offers every update in the outbox until the coordinator's receipt; a broker's acknowledgement proves nothing."""
+"""Offers every update in the outbox until the coordinator's receipt; a broker's acknowledgement proves
+nothing."""
 
 import asyncio
 import logging
@@ -35,7 +36,13 @@ class Sender:
         publish: Callable[[str, bytes], Coroutine[Any, Any, bool]],
         answer_s: float,
     ) -> None:
-        self.outbox, self.status, self.say, self.publish, self.answer_s = outbox, status, say, publish, answer_s
+        self.outbox, self.status, self.say, self.publish, self.answer_s = (
+            outbox,
+            status,
+            say,
+            publish,
+            answer_s,
+        )
         self.mail = asyncio.Event()
         self._since: float | None = None
         self._answers: dict[str, asyncio.Queue[Grant | Receipt | None]] = {}
@@ -45,7 +52,11 @@ class Sender:
         while True:
             for result, meta in self.outbox.due():
                 if (data := self.outbox.read(result)) is None:
-                    log.error("the update of round %d is damaged on disk and is trained again when the coordinator asks", meta.round)
+                    log.error(
+                        "the update of round %d is damaged on disk and is trained again when the "
+                        "coordinator asks",
+                        meta.round,
+                    )
                 else:
                     await self._send(result, meta, data)
             self.mail.clear()
@@ -78,9 +89,12 @@ class Sender:
         tries, offered = 0, False
         try:
             while update_file(result).exists():
-                # Small updates travel with their first offer; if that is not answered, the coordinator says what it lacks.
+                # Small updates travel with their first offer; if that is not answered, the coordinator says
+                # what it lacks.
                 small = meta.inline and not offered and len(data) + OFFER_BYTES <= meta.blob.chunk
-                await self.say(Offer(meta.job, meta.round, meta.blob, meta.signature, data if small else b"", meta.cost))
+                await self.say(
+                    Offer(meta.job, meta.round, meta.blob, meta.signature, data if small else b"", meta.cost)
+                )
                 offered = True
                 self._since = self._since if self._since is not None else time.monotonic()
                 try:
@@ -92,7 +106,9 @@ class Sender:
                         if isinstance(answer, Receipt):
                             self._settle(answer)
                             return
-                        if not await self._pieces(data, meta, list(numbers(answer.missing, meta.blob.chunks))):
+                        if not await self._pieces(
+                            data, meta, list(numbers(answer.missing, meta.blob.chunks))
+                        ):
                             break
                 except asyncio.TimeoutError:
                     tries += 1
@@ -103,11 +119,16 @@ class Sender:
             self._answers.pop(meta.blob.digest, None)
 
     async def _pieces(self, data: bytes, meta: Meta, wanted: list[int]) -> bool:
-        """Send pieces, two at a time, so that the link is never idle; False where the connection was lost in between."""
+        """Send pieces, two at a time, so that the link is never idle; False where the connection was lost
+        in between."""
         sending: set[asyncio.Task[bool]] = set()
         while wanted or sending:
             while wanted and len(sending) < IN_FLIGHT:
-                sending.add(asyncio.create_task(self.publish("chunk", cut(data, meta.blob, wanted.pop(0))), name="piece"))
+                sending.add(
+                    asyncio.create_task(
+                        self.publish("chunk", cut(data, meta.blob, wanted.pop(0))), name="piece"
+                    )
+                )
             done, sending = await asyncio.wait(sending, return_when=asyncio.FIRST_COMPLETED)
             if not all(t.result() for t in done):
                 await asyncio.gather(*sending)

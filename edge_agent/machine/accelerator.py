@@ -1,4 +1,5 @@
-"""Where the worker computes: a CUDA device where a real training step of it works, else the CPU. Nothing is assumed from a name."""
+"""Where the worker computes: a CUDA device where a real training step of it works, else the CPU. Nothing
+is assumed from a name."""
 
 import torch
 
@@ -15,12 +16,16 @@ def accelerator(wanted: str) -> torch.device:
     if _found is None:
         _found = torch.device("cuda") if torch.cuda.is_available() and _works() else torch.device("cpu")
     if wanted == "cuda" and _found.type != "cuda":
-        raise Refused("`worker: {accelerator: cuda}`, but no CUDA kernel runs here", "edge-agent doctor; or accelerator: auto")
+        raise Refused(
+            "`worker: {accelerator: cuda}`, but no CUDA kernel runs here",
+            "edge-agent doctor; or accelerator: auto",
+        )
     return _found
 
 
 def _works() -> bool:
-    """A product and its gradient on the device, against the CPU. A wheel for other compute capabilities fails only when it is used."""
+    """A product and its gradient on the device, against the CPU. A wheel for other compute capabilities
+    fails only when it is used."""
     x, w = torch.linspace(-1, 1, 64).view(8, 8), torch.linspace(0, 1, 64).view(8, 8)
     try:
         on = x.cuda().requires_grad_()

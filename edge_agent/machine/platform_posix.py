@@ -34,14 +34,16 @@ if sys.platform != "win32":
         return float(psutil.virtual_memory().available) / (1 << 20)
 
     def die_with_parent() -> None:
-        """Let the kernel end this process when its parent is gone, and prefer it as a victim when memory runs out."""
+        """Let the kernel end this process when its parent is gone, and prefer it as a victim when memory
+        runs out."""
         if sys.platform == "linux":
             ctypes.CDLL(None, use_errno=True).prctl(1, 9, 0, 0, 0)
             with contextlib.suppress(OSError):
                 Path("/proc/self/oom_score_adj").write_text("900", encoding="ascii")
 
     def steady_memory() -> None:
-        """Large blocks go back to the system when they are freed: glibc would keep ever larger ones, and peaks would differ by a third."""
+        """Large blocks go back to the system when they are freed: glibc would keep ever larger ones, and
+        peaks would differ by a third."""
         with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such knob
             for knob, size in ((-3, 4 << 20), (-1, 32 << 20)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
                 ctypes.CDLL(None).mallopt(knob, size)
@@ -57,7 +59,8 @@ if sys.platform != "win32":
                 psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
     def pin(threads: int, cpus: Path = Path("/sys/devices/system/cpu")) -> list[int]:
-        """Keep this process on the fastest cores, where some are slower than others (big.LITTLE): a step waits for its slowest thread.
+        """Keep this process on the fastest cores, where some are slower than others (big.LITTLE): a step
+        waits for its slowest thread.
 
         Not where two threads share a core: the fastest ones would often be two halves of one.
         """

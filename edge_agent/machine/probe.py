@@ -56,7 +56,8 @@ def facts() -> dict[str, Any]:
 
 
 def gpus() -> list[str]:
-    """Names of NVIDIA GPUs, by NVML where it is installed, by jtop's board file or the driver's on Jetsons."""
+    """Names of NVIDIA GPUs, by NVML where it is installed, by jtop's board file or the driver's on
+    Jetsons."""
     try:
         import pynvml  # type: ignore[import-untyped]
 
@@ -79,21 +80,28 @@ def gpus() -> list[str]:
 
 
 def profile(config: AgentConfig) -> DeviceProfile:
-    """The profile that the owner names, or the one that fits; the owner's budget and threads put in. Raises KeyError."""
+    """The profile that the owner names, or the one that fits; the owner's budget and threads put in.
+    Raises KeyError."""
     import msgspec
 
     seen = facts()
     found = (
-        match(seen["machine"], seen["board"], seen["memory_mb"], seen["cores"]) if config.profile == "auto" else library()[config.profile]
+        match(seen["machine"], seen["board"], seen["memory_mb"], seen["cores"])
+        if config.profile == "auto"
+        else library()[config.profile]
     )
     link = {k: v for k, v in (("up_kbps", config.link.up_kbps), ("down_kbps", config.link.down_kbps)) if v}
     return msgspec.structs.replace(
-        found, model_budget_mb=config.model_budget_mb or found.model_budget_mb, threads=config.threads or found.threads, **link
+        found,
+        model_budget_mb=config.model_budget_mb or found.model_budget_mb,
+        threads=config.threads or found.threads,
+        **link,
     )
 
 
 def kernels_in_child(threads: int = 1, where: str = "auto", timeout_s: float = 180.0) -> dict[str, float]:
-    """Milliseconds by `profiles.kernels.key`, measured in a child process; empty where torch is missing or the child fails."""
+    """Milliseconds by `profiles.kernels.key`, measured in a child process; empty where torch is missing or
+    the child fails."""
     command = [sys.executable, "-m", "rankfleet.edge_agent.machine.probe", str(threads), where]
     try:
         done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=True)
@@ -102,8 +110,11 @@ def kernels_in_child(threads: int = 1, where: str = "auto", timeout_s: float = 1
         return {}
 
 
-def kernels(threads: int = 1, widths: Sequence[int] = WIDTHS, tokens: int = 256, where: str = "auto") -> dict[str, float]:
-    """Median milliseconds of forward and input gradient through one frozen map (h → 4h), by bits of its weights and width h.
+def kernels(
+    threads: int = 1, widths: Sequence[int] = WIDTHS, tokens: int = 256, where: str = "auto"
+) -> dict[str, float]:
+    """Median milliseconds of forward and input gradient through one frozen map (h → 4h), by bits of its
+    weights and width h.
 
     8 and 4 bits are computed with in bf16 where that has just proved faster, as the worker does.
     """
@@ -147,4 +158,11 @@ def _one(weight: Any, bits: int, kind: Any, tokens: int, repeats: int, device: A
 
 
 if __name__ == "__main__":
-    print(json.dumps(kernels(int(sys.argv[1]) if len(sys.argv) > 1 else 1, where=sys.argv[2] if len(sys.argv) > 2 else "auto")))
+    print(
+        json.dumps(
+            kernels(
+                int(sys.argv[1]) if len(sys.argv) > 1 else 1,
+                where=sys.argv[2] if len(sys.argv) > 2 else "auto",
+            )
+        )
+    )

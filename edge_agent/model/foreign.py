@@ -1,4 +1,5 @@
-"""Architectures that the engine has no description of run on transformers' own modules, with the same adapted maps in them."""
+"""Architectures that the engine has no description of run on transformers' own modules, with the same
+adapted maps in them."""
 
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,19 @@ class HalfEmbedding(nn.Module):
         return torch.nn.functional.embedding(index, self.weight).float()
 
 
-def load(folder: Path, names: list[str], bits: int, masks: Masks, causal: bool, sites: dict[str, Site]) -> Any:
+def load(
+    folder: Path, names: list[str], bits: int, masks: Masks, causal: bool, sites: dict[str, Site]
+) -> Any:
     """The model with every named map replaced; `sites` gets them. Raises Refused."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     try:
         model: Any = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
+            folder,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise Refused(f"transformers cannot load {folder}: {str(error).splitlines()[0][:200]}") from None
@@ -66,7 +73,10 @@ def load(folder: Path, names: list[str], bits: int, masks: Masks, causal: bool, 
         if not isinstance(linear, nn.Linear):
             raise Refused(f"module `{name}` is a {type(linear).__name__}, only linear maps are adapted here")
         weight, bias = cut(
-            linear.weight.detach(), None if linear.bias is None else linear.bias.detach(), masks.get(f"{name}.out"), masks.get(f"{name}.in")
+            linear.weight.detach(),
+            None if linear.bias is None else linear.bias.detach(),
+            masks.get(f"{name}.out"),
+            masks.get(f"{name}.in"),
         )
         base = Frozen(weight.shape[0], weight.shape[1], Frozen.pack(weight, bits), bias)
         sites[name] = Site(name, _layer_of(name), base)
@@ -85,7 +95,12 @@ def hidden(model: Any, batch: dict[str, Any], device: torch.device) -> tuple[Ten
     """Last hidden states, rows of real tokens (n, h) fp32."""
     known = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "pixel_values") if k in batch}
     states = model(**known).last_hidden_state.float()
-    layout = Layout(batch["attention_mask"] if "attention_mask" in batch else torch.ones(states.shape[:2], dtype=torch.long), device)
+    layout = Layout(
+        batch["attention_mask"]
+        if "attention_mask" in batch
+        else torch.ones(states.shape[:2], dtype=torch.long),
+        device,
+    )
     return layout.rows_of(states), layout
 
 
@@ -105,7 +120,8 @@ def _straight(model: nn.Module) -> None:
 
 
 def _resolve(name: str, modules: dict[str, nn.Module]) -> str:
-    """The model's path for a checkpoint name; prefixes such as `bert.` or `model.` come and go. Empty where none fits."""
+    """The model's path for a checkpoint name; prefixes such as `bert.` or `model.` come and go. Empty
+    where none fits."""
     if name in modules:
         return name
     found = [k for k in modules if k and (name.endswith("." + k) or k.endswith("." + name))]
@@ -113,7 +129,8 @@ def _resolve(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _same_weight(folder: Path, name: str, modules: dict[str, nn.Module]) -> str:
-    """The path of the linear map that holds a checkpoint tensor: names change on loading in some architectures, weights do not."""
+    """The path of the linear map that holds a checkpoint tensor: names change on loading in some
+    architectures, weights do not."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
@@ -124,7 +141,11 @@ def _same_weight(folder: Path, name: str, modules: dict[str, nn.Module]) -> str:
             if weight.dim() != 2:
                 continue
             for path, module in modules.items():
-                if isinstance(module, nn.Linear) and module.weight.shape == weight.shape and torch.equal(module.weight, weight):
+                if (
+                    isinstance(module, nn.Linear)
+                    and module.weight.shape == weight.shape
+                    and torch.equal(module.weight, weight)
+                ):
                     return path
     raise Refused(f"the model has no module `{name}`", "job and device must hold the same base model")
 

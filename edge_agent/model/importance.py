@@ -1,8 +1,10 @@
-"""What heads and feed-forward channels are worth to this device's task: a few bytes each, from which no example can be read off.
+"""What heads and feed-forward channels are worth to this device's task: a few bytes each, from which no
+example can be read off.
 
-Per matrix, then summed, each divided by its own norm: the LoRA estimate of Taylor importance, Σ|(gB·A + B·gA) ∘ (W + s·B·A)| over a group's
-rows or columns (LoRAPrune, 2305.18403, without its third term, which is of second order in the step); and, for every layer, the size of
-what goes into o and down times the norm of the columns that read it.
+Per matrix, then summed, each divided by its own norm: the LoRA estimate of Taylor importance, Σ|(gB·A +
+B·gA) ∘ (W + s·B·A)| over a group's rows or columns (LoRAPrune, 2305.18403, without its third term, which
+is of second order in the step); and, for every layer, the size of what goes into o and down times the norm
+of the columns that read it.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,9 @@ BLOCK = 256
 KINDS = ("channels", "heads")
 
 
-def scores(base: Base, card: ModelCard, grads: Mapping[str, Tensor], batches: list[dict[str, Tensor]]) -> Tensors:
+def scores(
+    base: Base, card: ModelCard, grads: Mapping[str, Tensor], batches: list[dict[str, Tensor]]
+) -> Tensors:
     """`p/channels/<layer>` and `p/heads/<layer>` → u8, on a scale of fourth powers up to the layer's best."""
     found: dict[tuple[str, int], Array] = {}
     for m in card.modules:
@@ -35,7 +39,11 @@ def scores(base: Base, card: ModelCard, grads: Mapping[str, Tensor], batches: li
 def packed(values: Array) -> Array:
     """Non-negative scores as u8."""
     top = float(values.max())
-    return np.round(255 * (values / top) ** 0.25).astype(np.uint8) if top > 0 else np.zeros(len(values), np.uint8)
+    return (
+        np.round(255 * (values / top) ** 0.25).astype(np.uint8)
+        if top > 0
+        else np.zeros(len(values), np.uint8)
+    )
 
 
 def _add(found: dict[tuple[str, int], Array], card: ModelCard, m: Module, vector: Tensor) -> None:
@@ -72,8 +80,11 @@ def _estimate(base: Base, m: Module, grads: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _activations(base: Base, card: ModelCard, batches: list[dict[str, Tensor]]) -> list[tuple[Module, Tensor]]:
-    """Of o and down: root of the summed squares of each input column, times the norm of the weight's column."""
+def _activations(
+    base: Base, card: ModelCard, batches: list[dict[str, Tensor]]
+) -> list[tuple[Module, Tensor]]:
+    """Of o and down: root of the summed squares of each input column, times the norm of the weight's
+    column."""
     core = base.core
     assert core is not None
     core.seen = {}

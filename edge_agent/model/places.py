@@ -1,4 +1,5 @@
-"""Functions that methods put into the model: `rankfleet.federated.contract.places.Places`, as the engine runs them."""
+"""Functions that methods put into the model: `rankfleet.federated.contract.places.Places`, as the engine
+runs them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,11 +53,15 @@ class Attached:
 
     def _known(self, name: str) -> str:
         if name not in self._sites:
-            raise Conflict(f"a method attaches to the map `{name}`, which this model does not have", "take names from `spec.pairs`")
+            raise Conflict(
+                f"a method attaches to the map `{name}`, which this model does not have",
+                "take names from `spec.pairs`",
+            )
         return name
 
     def apply(self, x: Tensor, sites: Sequence[Site], layout: Layout) -> list[Tensor]:
-        """`adapted.apply` with the functions around it; maps that read what came in are still computed together."""
+        """`adapted.apply` with the functions around it; maps that read what came in are still computed
+        together."""
         together = [s for s in sites if s.name not in self._before]
         given = dict(zip([s.name for s in together], apply(x, together), strict=True)) if together else {}
         outputs = []
@@ -87,7 +92,10 @@ class Attached:
         if self._front is None:
             return x, layout
         rows = self._front(self.p).to(x.dtype)
-        longer = Layout(torch.cat([torch.ones(layout.batch, self.count, dtype=torch.bool), layout.mask], dim=1), layout.device)
+        longer = Layout(
+            torch.cat([torch.ones(layout.batch, self.count, dtype=torch.bool), layout.mask], dim=1),
+            layout.device,
+        )
         block = torch.cat([rows.expand(layout.batch, -1, -1), layout.spread(x)], dim=1)
         return longer.rows_of(block), longer
 

@@ -1,6 +1,8 @@
-"""The forward pass of every family that the engine runs itself, from any layer to any other, over rows of real tokens.
+"""The forward pass of every family that the engine runs itself, from any layer to any other, over rows of
+real tokens.
 
-The residual stream is fp32; maps and attention run in `dtype`. Norms, embeddings and base are frozen, and nothing is dropped out.
+The residual stream is fp32; maps and attention run in `dtype`. Norms, embeddings and base are frozen, and
+nothing is dropped out.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +30,9 @@ Pair = tuple[Site, Tensor | None, Tensor | None, float]
 class Layer:
     """One layer's maps and norms; heads and channels may be fewer than in the checkpoint."""
 
-    def __init__(self, qkv: Sequence[Site], o: Site, wide: Sequence[Site], down: Site, norms: dict[str, Norm]) -> None:
+    def __init__(
+        self, qkv: Sequence[Site], o: Site, wide: Sequence[Site], down: Site, norms: dict[str, Norm]
+    ) -> None:
         self.qkv, self.o, self.wide, self.down, self.norms = qkv, o, wide, down, norms
 
     @property
@@ -38,10 +42,12 @@ class Layer:
 
 
 class Transformer:
-    """Embeddings and layers. What a cache makes superfluous can be dropped; it is read again when it is needed after all."""
+    """Embeddings and layers. What a cache makes superfluous can be dropped; it is read again when it is
+    needed after all."""
 
     def __init__(
-        self, kind: Architecture, tables: Callable[[], dict[str, Tensor]], layers: Sequence[Callable[[], Layer]], norms: dict[str, Norm],
+        self, kind: Architecture, tables: Callable[[], dict[str, Tensor]],
+        layers: Sequence[Callable[[], Layer]], norms: dict[str, Norm],
         words: Words | None = None,
     ) -> None:  # fmt: skip
         self.kind, self.norms, self._tables, self._sources, self.words = kind, norms, tables, layers, words
@@ -80,22 +86,32 @@ class Transformer:
         if "word" not in self.tables:
             self.tables = self._tables()
         taken = layout.take(ids.flatten())
-        x = (self.tables["word"].index_select(0, taken) if self.words is None else self.words.take(taken)).float()
+        x = (
+            self.tables["word"].index_select(0, taken) if self.words is None else self.words.take(taken)
+        ).float()
         if self.kind.word_scale != 1.0:
             x = x * self.kind.word_scale
         if "position" in self.tables:
             if (room := self.tables["position"].shape[0] - self.kind.offset) < layout.length:
-                raise Refused(f"a text has {layout.length} tokens, the model takes {room}", "lower the task's `max_length`")
+                raise Refused(
+                    f"a text has {layout.length} tokens, the model takes {room}",
+                    "lower the task's `max_length`",
+                )
             x = x + self.tables["position"].index_select(0, layout.positions + self.kind.offset)
         if "kind" in self.tables:
             x = x + self.tables["kind"][0]
         return self._norm(x, self.norms["norm0"]) if "norm0" in self.norms else x
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Pixels (batch, channels, height, width) → rows (batch·tokens, hidden): every patch, behind the first token of each image."""
+        """Pixels (batch, channels, height, width) → rows (batch·tokens, hidden): every patch, behind the
+        first token of each image."""
         if "word" not in self.tables:
             self.tables = self._tables()
-        patches = conv2d(pixels, self.tables["word"].float(), self.tables["word_bias"], stride=self.kind.patch).flatten(2).transpose(1, 2)
+        patches = (
+            conv2d(pixels, self.tables["word"].float(), self.tables["word_bias"], stride=self.kind.patch)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         first = self.tables["first"].expand(patches.shape[0], -1, -1)
         return (torch.cat([first, patches], dim=1) + self.tables["position"]).flatten(0, 1)
 
@@ -107,7 +123,9 @@ class Transformer:
             if self.places is not None:
                 x = self._layer(self.places.entering(x, number, layout), layout, layer)
             elif self.checkpointing and torch.is_grad_enabled() and (x.requires_grad or factors):
-                pairs = [(s, s.A, s.B, s.scale) for s in layer.sites]  # by the way back, the model may compute at another point
+                pairs = [
+                    (s, s.A, s.B, s.scale) for s in layer.sites
+                ]  # by the way back, the model may compute at another point
                 x = again(lambda x, layer=layer, pairs=pairs: self._at(pairs, x, layout, layer), x, factors)  # type: ignore[misc]
             else:
                 x = self._layer(x, layout, layer)
@@ -164,19 +182,27 @@ class Transformer:
             found = list(found[0].chunk(3, dim=-1))
         q, k, v = (t.reshape(t.shape[0], -1, size) for t in found)
         if "q_norm" in layer.norms:
-            q, k = (self._norm(t.float(), layer.norms[n]).to(x.dtype) for t, n in ((q, "q_norm"), (k, "k_norm")))
+            q, k = (
+                self._norm(t.float(), layer.norms[n]).to(x.dtype) for t, n in ((q, "q_norm"), (k, "k_norm"))
+            )
         if self.kind.theta:
-            cos, sin = (t.index_select(0, layout.positions).unsqueeze(1) for t in self._turns(layout.length, x.dtype))
+            cos, sin = (
+                t.index_select(0, layout.positions).unsqueeze(1) for t in self._turns(layout.length, x.dtype)
+            )
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if layout.length <= SHORT:
             hidden = layout.hidden(self.kind.causal, self.kind.window, q.shape[1] // k.shape[1])
-            seen = attention(q.float(), k.float(), v.float(), layout, hidden)  # small products: 16 bits would only slow them down
+            seen = attention(
+                q.float(), k.float(), v.float(), layout, hidden
+            )  # small products: 16 bits would only slow them down
             return self._out(seen.to(x.dtype), layout, layer.o)
         q, k, v = (layout.spread(t).transpose(1, 2) for t in (q, k, v))
         if q.shape[1] != k.shape[1]:
             k, v = (_repeated(t, q.shape[1] // t.shape[1]) for t in (k, v))
         mask = self._mask(layout)
-        seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.kind.causal and mask is None)
+        seen = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=self.kind.causal and mask is None
+        )
         return self._out(layout.rows_of(seen.transpose(1, 2).flatten(2)), layout, layer.o)
 
     def _mask(self, layout: Layout) -> Tensor | None:
@@ -196,7 +222,10 @@ class Transformer:
             angles = torch.outer(torch.arange(length, dtype=torch.float32), 1.0 / self.kind.theta**half)
             if len(self._angles) > 64:
                 self._angles.clear()
-            self._angles[length, dtype] = angles.cos().to(self.device, dtype), angles.sin().to(self.device, dtype)
+            self._angles[length, dtype] = (
+                angles.cos().to(self.device, dtype),
+                angles.sin().to(self.device, dtype),
+            )
         return self._angles[length, dtype]
 
 

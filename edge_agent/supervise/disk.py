@@ -59,7 +59,8 @@ class Writes:
         return max(0.0, self.config.writes_mb_per_day - self.today)
 
     def room(self, free_mb: float) -> tuple[float, float]:
-        """(MB for prepared bases, MB for layers' output): inside the quota, today's writes and half of what is free."""
+        """(MB for prepared bases, MB for layers' output): inside the quota, today's writes and half of
+        what is free."""
         room = min(self.config.quota_mb, free_mb / 2)
         cache = self.config.cache == "on" or (self.config.cache == "auto" and not self.card)
         return room, min(room, self.left_mb()) if cache else 0.0

@@ -1,7 +1,8 @@
-"""A good guest: training waits while the owner, the battery, the heat or the hour object, and goes on where it was.
+"""A good guest: training waits while the owner, the battery, the heat or the hour object, and goes on
+where it was.
 
-What objects is looked at twice a second. The worker is stopped at once, in the middle of a step; if that lasts, or memory is short, it
-writes down where it is and leaves.
+What objects is looked at twice a second. The worker is stopped at once, in the middle of a step; if that
+lasts, or memory is short, it writes down where it is and leaves.
 """
 
 import asyncio
@@ -59,7 +60,8 @@ class Guard:
         if self._hot:
             yield f"{heat:.0f} °C, {limit:.0f} are allowed"
         if self.short_of_memory():
-            yield f"{psutil.virtual_memory().available / 1e6:.0f} MB of memory are free, {c.min_free_mb:.0f} are left to others"
+            free = psutil.virtual_memory().available / 1e6
+            yield f"{free:.0f} MB of memory are free, {c.min_free_mb:.0f} are left to others"
         if c.idle_s and (idle := user_idle_s()) < c.idle_s:
             yield f"somebody typed {idle:.0f} s ago"
         if c.busy_percent is not None and (busy := self._others()) > c.busy_percent:
@@ -138,7 +140,13 @@ def metered() -> bool:
     if (program := shutil.which("nmcli")) is None:
         return False
     try:
-        done = subprocess.run([program, "-g", "GENERAL.METERED", "device", "show"], capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(
+            [program, "-g", "GENERAL.METERED", "device", "show"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError):
         return False
     return any(line.startswith("yes") for line in done.stdout.splitlines())
@@ -147,7 +155,9 @@ def metered() -> bool:
 class GuardedEngine:
     """An engine that works while the guard lets it. `tell` is told what it waits for."""
 
-    def __init__(self, engine: ProcessEngine, guard: Guard, tell: Callable[[str], None] = lambda why: None) -> None:
+    def __init__(
+        self, engine: ProcessEngine, guard: Guard, tell: Callable[[str], None] = lambda why: None
+    ) -> None:
         self.engine, self.guard, self.tell = engine, guard, tell
         self.pauses = 0
         self._sent_away = False

@@ -42,7 +42,9 @@ class Engine(Protocol):
 class ProcessEngine:
     """A worker process that is started at the first order and stays until `stop` or `idle_s` without work."""
 
-    def __init__(self, *, memory_mb: float | None, idle_s: float, module: str = "rankfleet.edge_agent.worker") -> None:
+    def __init__(
+        self, *, memory_mb: float | None, idle_s: float, module: str = "rankfleet.edge_agent.worker"
+    ) -> None:
         self.memory_mb, self.idle_s, self.module = memory_mb, idle_s, module
         self._process: asyncio.subprocess.Process | None = None
         self._working = self._paused = self._halting = False
@@ -66,11 +68,15 @@ class ProcessEngine:
                 await self._answers(process, progress)
             except EngineFailed as failed:
                 if watch.done() and not watch.cancelled():
-                    raise EngineFailed("memory", f"the worker took more than {limit:.0f} MB and was stopped") from None
+                    raise EngineFailed(
+                        "memory", f"the worker took more than {limit:.0f} MB and was stopped"
+                    ) from None
                 raise failed
             finally:
                 if watch.done() and not watch.cancelled():
-                    await self.stop()  # it was killed, and may have answered before: the next order must not find it dying
+                    await (
+                        self.stop()
+                    )  # it was killed, and may have answered before: the next order must not find it dying
                 self._working = False
                 watch.cancel()
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -82,7 +88,12 @@ class ProcessEngine:
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", self.module, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 20
+                sys.executable,
+                "-m",
+                self.module,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=1 << 20,
             )
             first = await within(START_S, self._line(self._process))
             self._rss_mb = float(first.get("rss_mb", 0.0))
@@ -167,7 +178,8 @@ class ProcessEngine:
         self._paused = False
 
     async def stop(self) -> None:
-        """End the worker. One in the middle of a round has a moment to write down where it is; then it is killed."""
+        """End the worker. One in the middle of a round has a moment to write down where it is; then it is
+        killed."""
         if self._idle:
             self._idle.cancel()
         self.resume()

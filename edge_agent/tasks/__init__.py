@@ -1,4 +1,5 @@
-"""What a job can learn: one file per task. A task loads rows, makes batches, names its head and its metric."""
+"""What a job can learn: one file per task. A task loads rows, makes batches, names its head and its
+metric."""
 
 import importlib
 from typing import Any, Protocol

@@ -1,7 +1,8 @@
 """Instruction tuning of a causal language model: next-token loss on answer tokens alone.
 
-Rows have `instruction`, `output` and maybe `input`; or, with `template: chat`, `messages` (role and content), rendered by the
-tokenizer's own chat template, where every assistant turn is an answer. Logits are made for answer tokens only.
+Rows have `instruction`, `output` and maybe `input`; or, with `template: chat`, `messages` (role and
+content), rendered by the tokenizer's own chat template, where every assistant turn is an answer. Logits
+are made for answer tokens only.
 """
 
 import re
@@ -34,7 +35,8 @@ class Engine:
         self.tokens = Tokens(Path(folder), chat=self.chat)
         if self.chat and not getattr(self.tokens.rich, "chat_template", None):
             raise Refused(
-                "`template: chat` needs a tokenizer with a chat template", "leave `template` out, or write one with {instruction}"
+                "`template: chat` needs a tokenizer with a chat template",
+                "leave `template` out, or write one with {instruction}",
             )
         self.fields = ["messages"] if self.chat else ["instruction", "output", "input"]
         self.optional = {"input"}
@@ -74,7 +76,9 @@ class Engine:
 
     def _turns(self, messages: Any) -> tuple[list[int], list[bool]]:
         """A conversation by the tokenizer's template; the tokens that each assistant turn adds are learnt."""
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        ):
             raise Refused("`messages` of a row is not a list of {role, content}")
         said = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
         ids: list[int] = []
@@ -87,12 +91,18 @@ class Engine:
                 after = self._render(said[: n + 1], False)
             except Exception as error:
                 raise Refused(f"the tokenizer's chat template does not take a row: {error}") from None
-            learnt = [*learnt, *[False] * (len(before) - len(ids)), *[True] * (len(after) - max(len(before), len(ids)))][: len(after)]
+            learnt = [
+                *learnt,
+                *[False] * (len(before) - len(ids)),
+                *[True] * (len(after) - max(len(before), len(ids))),
+            ][: len(after)]
             ids = after
         return ids[: self.length], learnt[: self.length]
 
     def _render(self, messages: list[dict[str, str]], answer_follows: bool) -> list[int]:
-        text = self.tokens.rich.apply_chat_template(messages, add_generation_prompt=answer_follows, tokenize=False)
+        text = self.tokens.rich.apply_chat_template(
+            messages, add_generation_prompt=answer_follows, tokenize=False
+        )
         (ids,) = self.tokens.ids([text], special=False)
         return ids
 
@@ -109,10 +119,14 @@ class Engine:
 
     def features(self, base: Any, batch: dict[str, Any]) -> torch.Tensor:
         """There are none. Raises Refused."""
-        raise Refused("a language model's scores are of tokens: it has no features of a whole text", "use `hidden` or `choices`")
+        raise Refused(
+            "a language model's scores are of tokens: it has no features of a whole text",
+            "use `hidden` or `choices`",
+        )
 
     def forward(self, base: Any, head: dict[str, Any], batch: dict[str, Any]) -> Scores:
-        """Loss of every answer token, whether it would be guessed, and its example; logits are never held all at once."""
+        """Loss of every answer token, whether it would be guessed, and its example; logits are never held
+        all at once."""
         found: Scores = base.answers(batch)
         return found
 

@@ -1,4 +1,5 @@
-"""One label for one image: the first token's last hidden state of a vision transformer, then a linear head."""
+"""One label for one image: the first token's last hidden state of a vision transformer, then a linear
+head."""
 
 from typing import Any
 
@@ -31,7 +32,10 @@ class Engine:
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Stacked images."""
-        return {"pixel_values": torch.stack([e["pixels"] for e in examples]), "labels": torch.tensor([e["label"] for e in examples])}
+        return {
+            "pixel_values": torch.stack([e["pixels"] for e in examples]),
+            "labels": torch.tensor([e["label"] for e in examples]),
+        }
 
     def features(self, base: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The first token's last hidden state, fp32 (batch, hidden)."""

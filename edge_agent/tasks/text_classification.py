@@ -34,7 +34,11 @@ class Engine:
         for row, e in enumerate(examples):
             ids[row, : len(e["ids"])] = torch.tensor(e["ids"])
             mask[row, : len(e["ids"])] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([e["label"] for e in examples])}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": torch.tensor([e["label"] for e in examples]),
+        }
 
     def features(self, base: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Mean of the last hidden states over real tokens, fp32 (batch, hidden)."""

@@ -42,5 +42,7 @@ class Engine(text_classification.Engine):
 
     def correct(self, scores: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
         """Is the prediction within the job's `tolerance`?"""
-        right: torch.Tensor = ((scores[:, 0] - batch["labels"].to(scores.device)).abs() <= self.tolerance).float()
+        right: torch.Tensor = (
+            (scores[:, 0] - batch["labels"].to(scores.device)).abs() <= self.tolerance
+        ).float()
         return right

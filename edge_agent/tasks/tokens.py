@@ -1,5 +1,6 @@
-"""Text to token ids. `tokenizer.json` is read with the library `tokenizers` alone, which takes a tenth of the memory and time of
-transformers; that one comes in for chat templates, for checkpoints without the file, and for classes that change what it says."""
+"""Text to token ids. `tokenizer.json` is read with the library `tokenizers` alone, which takes a tenth of
+the memory and time of transformers; that one comes in for chat templates, for checkpoints without the
+file, and for classes that change what it says."""
 
 import json
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 from rankfleet.federated.errors import Refused
 
 AS_WRITTEN = ("BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes that use `tokenizer.json` as it stands; others, such as Llama's, build a tokenizer of their own from it."""
+"""Classes that use `tokenizer.json` as it stands; others, such as Llama's, build a tokenizer of their own
+from it."""
 
 
 class Tokens:
-    """A tokenizer: ids of texts with and without special tokens, and back. Raises Refused where there is none."""
+    """A tokenizer: ids of texts with and without special tokens, and back. Raises Refused where there is
+    none."""
 
     def __init__(self, folder: Path, *, chat: bool = False) -> None:
         file = folder / "tokenizer.json"
@@ -33,7 +36,9 @@ class Tokens:
         try:
             self.rich = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise Refused(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0][:200]}") from None
+            raise Refused(
+                f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0][:200]}"
+            ) from None
         self.end = self.rich.eos_token_id
 
     def _end(self, folder: Path) -> int | None:
@@ -71,6 +76,9 @@ class Tokens:
 def _class(folder: Path) -> str:
     """The tokenizer's class by its configuration; a file without one is used as it stands."""
     try:
-        return str(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class") or AS_WRITTEN[-1])
+        return str(
+            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+            or AS_WRITTEN[-1]
+        )
     except (OSError, ValueError, AttributeError):
         return AS_WRITTEN[-1]

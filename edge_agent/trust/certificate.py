@@ -1,7 +1,7 @@
 """The device's TLS certificate: asked for at enrolment, renewed while a third of its life is left.
 
-Key and certificate lie in one file, so that they change together. The idle service imports no `cryptography`: renewing is a child
-process, `python -m rankfleet.edge_agent.trust.certificate STATE_DIR`.
+Key and certificate lie in one file, so that they change together. The idle service imports no
+`cryptography`: renewing is a child process, `python -m rankfleet.edge_agent.trust.certificate STATE_DIR`.
 """
 
 import asyncio
@@ -54,9 +54,14 @@ def facts(home: Path) -> Facts | None:
 
 
 def context(home: Path) -> ssl.SSLContext | None:
-    """TLS with the fleet's authority and our certificate; None where there is none. Raises ConfigError where the files are damaged."""
+    """TLS with the fleet's authority and our certificate; None where there is none. Raises ConfigError
+    where the files are damaged."""
     folder = home / "tls"
-    return tls_context(str(folder / "ca.pem"), str(folder / "device.pem")) if (folder / "device.pem").exists() else None
+    return (
+        tls_context(str(folder / "ca.pem"), str(folder / "device.pem"))
+        if (folder / "device.pem").exists()
+        else None
+    )
 
 
 class Shown(Protocol):
@@ -73,8 +78,12 @@ async def keep(home: Path, bus: "Bus", status: Shown) -> None:
     """Connect once the clock can be right, and renew in time, for ever."""
     known = facts(home)
     while known is not None and time.time() < known.begins:
-        # Without a battery a clock starts in 1970 or when the image was made; TLS would fail for a reason that nobody guesses.
-        status.write(state="waiting for the time", last_error=f"the clock says {time.strftime('%Y-%m-%d')}, the certificate is younger")
+        # Without a battery a clock starts in 1970 or when the image was made; TLS would fail for a reason
+        # that nobody guesses.
+        status.write(
+            state="waiting for the time",
+            last_error=f"the clock says {time.strftime('%Y-%m-%d')}, the certificate is younger",
+        )
         await asyncio.sleep(CLOCK_S)
         if time.time() >= known.begins:
             status.write(state="connecting", last_error="")
@@ -88,11 +97,16 @@ async def keep(home: Path, bus: "Bus", status: Shown) -> None:
             known = facts(home) or known
             with contextlib.suppress(OSError):  # an SSLError is one; the old certificate holds for a while
                 if (tls := getattr(bus, "tls", None)) is not None:
-                    tls.load_cert_chain(home / "tls" / "device.pem")  # for the next connection; this one goes on
+                    tls.load_cert_chain(
+                        home / "tls" / "device.pem"
+                    )  # for the next connection; this one goes on
             await asyncio.sleep(CLOCK_S)
             continue
         log.error("the certificate cannot be renewed: %s", reason)
-        status.fail(f"the certificate ends on {time.strftime('%Y-%m-%d', time.localtime(known.ends))} and cannot be renewed: {reason}")
+        status.fail(
+            f"the certificate ends on {time.strftime('%Y-%m-%d', time.localtime(known.ends))} and cannot be "
+            f"renewed: {reason}"
+        )
         await asyncio.sleep(RETRY_S)
 
 
@@ -110,10 +124,16 @@ async def _renewed(home: Path) -> str:
     except OSError as error:
         return f"no process can be started: {error}"
     _, said = await child.communicate()
-    return "" if child.returncode == 0 else said.decode("utf-8", "replace").strip()[-300:] or f"code {child.returncode}"
+    return (
+        ""
+        if child.returncode == 0
+        else said.decode("utf-8", "replace").strip()[-300:] or f"code {child.returncode}"
+    )
 
 
-def obtain(home: Path, device: str, link_key: bytes, signer: "Ed25519PrivateKey", door: str, pin: bytes) -> Facts:
+def obtain(
+    home: Path, device: str, link_key: bytes, signer: "Ed25519PrivateKey", door: str, pin: bytes
+) -> Facts:
     """A new key, a certificate for it, both on disk. Raises Refused, Unreachable, WireError."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -124,7 +144,10 @@ def obtain(home: Path, device: str, link_key: bytes, signer: "Ed25519PrivateKey"
     private = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, device)])
     made = x509.CertificateSigningRequestBuilder().subject_name(name).sign(private, hashes.SHA256())
-    csr, public = made.public_bytes(serialization.Encoding.PEM).decode(), signer.public_key().public_bytes_raw()
+    csr, public = (
+        made.public_bytes(serialization.Encoding.PEM).decode(),
+        signer.public_key().public_bytes_raw(),
+    )
     content = signed(device, csr, public)
     asked = CertificateRequest(device, csr, public, signer.sign(content), mac_of(link_key, content))
     said = _post(door, pin, msgspec.json.encode(asked))
@@ -132,7 +155,9 @@ def obtain(home: Path, device: str, link_key: bytes, signer: "Ed25519PrivateKey"
         answer = msgspec.json.decode(said, type=CertificateAnswer)
     except msgspec.MsgspecError as error:
         raise WireError(f"{door} answers something else than a certificate: {error}") from None
-    pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     found = Facts(door, pin, answer.begins, answer.ends)
     write_atomic(home / "tls" / "ca.pem", answer.authority.encode(), 0o600)
     write_atomic(home / "tls" / "device.pem", pem + answer.certificate.encode(), 0o600)
@@ -149,20 +174,30 @@ def _post(door: str, pin: bytes, body: bytes) -> bytes:
     # The pin replaces authorities and names: it came with the claim.
     unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
-    connection = HTTPSConnection(where.hostname or "", where.port or 443, timeout=TIMEOUT_S, context=unchecked)
+    connection = HTTPSConnection(
+        where.hostname or "", where.port or 443, timeout=TIMEOUT_S, context=unchecked
+    )
     with contextlib.closing(connection):
         try:
             connection.connect()
             if public_pin(connection.sock.getpeercert(binary_form=True) or b"") != pin:
-                raise WireError(f"{door} shows another key than the claim token names", "somebody is in between, or the token is old")
+                raise WireError(
+                    f"{door} shows another key than the claim token names",
+                    "somebody is in between, or the token is old",
+                )
             connection.request("POST", PATH, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             said = answer.read(1 << 16)
         except (OSError, HTTPException) as error:
-            raise Unreachable(f"{door} does not answer: {error}", "is the coordinator running, and its `https` port open?") from None
+            raise Unreachable(
+                f"{door} does not answer: {error}", "is the coordinator running, and its `https` port open?"
+            ) from None
     if answer.status != 200:
         told = _told(said)
-        raise Refused(f"the coordinator gives no certificate: {told.get('error', answer.status)}", str(told.get("hint", "")))
+        raise Refused(
+            f"the coordinator gives no certificate: {told.get('error', answer.status)}",
+            str(told.get("hint", "")),
+        )
     return said
 
 

@@ -21,12 +21,15 @@ def check(job: Assignment, config: AgentConfig) -> tuple[Dataset, str]:
             raise Refused(f"the owner does not allow method `{name}`; allowed are {', '.join(allow.methods)}")
     if job.task.dataset not in config.datasets:
         raise Refused(
-            f"this device maps no dataset `{job.task.dataset}`; it has {', '.join(config.datasets) or 'none'}",
+            f"this device maps no dataset `{job.task.dataset}`; it has "
+            f"{', '.join(config.datasets) or 'none'}",
             f"add `datasets.{job.task.dataset}` to the agent's YAML",
         )
     dataset = config.datasets[job.task.dataset]
     if dataset.task != job.task.kind:
-        raise Refused(f"dataset `{job.task.dataset}` is for task `{dataset.task}`, the job is `{job.task.kind}`")
+        raise Refused(
+            f"dataset `{job.task.dataset}` is for task `{dataset.task}`, the job is `{job.task.kind}`"
+        )
     if job.model not in config.models:
         raise Refused(
             f"this device has no base model `{job.model}`; it has {', '.join(config.models) or 'none'}",

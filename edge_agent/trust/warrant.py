@@ -1,6 +1,8 @@
-"""Did enough operators of the fleet sign this job, and is this assignment part of it? Asked in the worker, before anything runs.
+"""Did enough operators of the fleet sign this job, and is this assignment part of it? Asked in the worker,
+before anything runs.
 
-Only a device whose claim token named the fleet's admins asks: it trusts them, and the coordinator only to pass on what they said.
+Only a device whose claim token named the fleet's admins asks: it trusts them, and the coordinator only to
+pass on what they said.
 """
 
 from pathlib import Path
@@ -52,13 +54,18 @@ def _same(text: str, job: Assignment) -> None:
         "stack": (list(signed.stack), list(job.stack)),
     }
     for field in msgspec.structs.fields(SignedTask):
-        pairs[f"task.{field.name}"] = _plain(getattr(signed.task, field.name)), _plain(getattr(job.task, field.name))
+        pairs[f"task.{field.name}"] = (
+            _plain(getattr(signed.task, field.name)),
+            _plain(getattr(job.task, field.name)),
+        )
     if job.purpose == "train":
         usual = "sgd" if any(m.plain for m in build_stack(list(signed.stack)).values()) else "adamw"
         pairs["optimizer"] = signed.training.optimizer or usual, job.recipe.optimizer
     for what, (wanted, asked) in pairs.items():
         if wanted != asked:
-            raise Refused(f"the assignment's {what} is {str(asked)[:60]!r}, the operators signed {str(wanted)[:60]!r}")
+            raise Refused(
+                f"the assignment's {what} is {str(asked)[:60]!r}, the operators signed {str(wanted)[:60]!r}"
+            )
 
 
 def _plain(value: Any) -> Any:

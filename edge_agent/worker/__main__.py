@@ -1,7 +1,8 @@
-"""The training process: `python -m rankfleet.edge_agent.worker`. Reads orders as JSON lines, answers with JSON lines.
+"""The training process: `python -m rankfleet.edge_agent.worker`. Reads orders as JSON lines, answers with
+JSON lines.
 
-It lives as long as the job, so that base and examples stay loaded; when standard input ends, it ends. A failure is an answer,
-with a code that the planner understands: `memory`, `data`, `job` or `crash`.
+It lives as long as the job, so that base and examples stay loaded; when standard input ends, it ends. A
+failure is an answer, with a code that the planner understands: `memory`, `data`, `job` or `crash`.
 """
 
 import os
@@ -18,7 +19,8 @@ from ..order import Order
 
 
 def main(make: Any = None) -> None:
-    """Serve orders until standard input ends. `make` builds another worker than the training one (benchmarks)."""
+    """Serve orders until standard input ends. `make` builds another worker than the training one
+    (benchmarks)."""
     system.die_with_parent()
     system.low_priority()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -37,7 +39,10 @@ def main(make: Any = None) -> None:
             continue
         try:
             busy.set()
-            worker.run(msgspec.json.decode(line, type=Order), lambda told: say(answers, {"event": "progress", **told}))
+            worker.run(
+                msgspec.json.decode(line, type=Order),
+                lambda told: say(answers, {"event": "progress", **told}),
+            )
             say(answers, {"event": "done"})
         except Halted as halted:
             say(answers, {"event": "failed", "code": "halted", "reason": str(halted)})
@@ -53,10 +58,12 @@ def main(make: Any = None) -> None:
 def environment() -> None:
     """What libraries read when they are loaded, where it is not set already; and how memory is given back."""
     system.steady_memory()
-    # Threads wait awake for a moment, then sleep: asleep at once costs a third of a small step, awake takes cores from others.
+    # Threads wait awake for a moment, then sleep: asleep at once costs a third of a small step, awake takes
+    # cores from others.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("KMP_BLOCKTIME", "1")
-    # Kernels are made for each number of rows. Keeping the last few takes 50 to 100 MB less than all; bf16 ones are slow to make (6%).
+    # Kernels are made for each number of rows. Keeping the last few takes 50 to 100 MB less than all; bf16
+    # ones are slow to make (6%).
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -89,7 +96,11 @@ def _quietly(work: Any) -> None:
 def _reason(error: Exception) -> dict[str, str]:
     from rankfleet.federated.errors import DoesNotFit, RankfleetError, Refused
 
-    if isinstance(error, DoesNotFit | MemoryError) or "not enough memory" in str(error) or "out of memory" in str(error):
+    if (
+        isinstance(error, DoesNotFit | MemoryError)
+        or "not enough memory" in str(error)
+        or "out of memory" in str(error)
+    ):
         return {"code": "memory", "reason": str(error)}
     if isinstance(error, Refused):
         return {"code": "data", "reason": str(error)}

@@ -1,4 +1,5 @@
-"""Which examples make a batch: a seeded permutation, in which neighbours of like length meet, so that little is padded."""
+"""Which examples make a batch: a seeded permutation, in which neighbours of like length meet, so that
+little is padded."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +16,11 @@ def size_of(example: dict[str, Any]) -> int:
 
 
 def order(sizes: list[int], batch: int, steps: int, seed: int) -> list[list[int]]:
-    """`steps` batches of indices. Every example comes once before any comes again (but for a batch between two epochs); like lengths meet.
+    """`steps` batches of indices. Every example comes once before any comes again (but for a batch between
+    two epochs); like lengths meet.
 
-    The largest batch of the first epoch comes first: what does not fit in memory shows at once, and an allocator that has served the
-    largest step wastes a quarter less on all that follow.
+    The largest batch of the first epoch comes first: what does not fit in memory shows at once, and an
+    allocator that has served the largest step wastes a quarter less on all that follow.
     """
     generator = torch.Generator().manual_seed(seed)
     stream: list[int] = []
@@ -27,7 +29,8 @@ def order(sizes: list[int], batch: int, steps: int, seed: int) -> list[list[int]
     found: list[list[int]] = []
     at = 0
     while at < steps * batch:
-        # Of this epoch alone, in whole batches: two epochs that were sorted together would put an example beside itself.
+        # Of this epoch alone, in whole batches: two epochs that were sorted together would put an example
+        # beside itself.
         rest = (-at % len(sizes) or len(sizes)) // batch * batch
         end = at + min(WINDOW * batch, max(rest, batch), steps * batch - at)
         window = sorted(stream[at:end], key=lambda i: sizes[i])

@@ -1,4 +1,5 @@
-"""The owner's data: read rows, drop duplicates, keep a tenth aside by content, count what has no known label."""
+"""The owner's data: read rows, drop duplicates, keep a tenth aside by content, count what has no known
+label."""
 
 import csv
 import gzip
@@ -17,9 +18,17 @@ Row = dict[str, Any]
 
 
 class Shard:
-    """Labelled rows of one dataset: `train` and `held` (a tenth, chosen by hash, so that it stays aside as data grow)."""
+    """Labelled rows of one dataset: `train` and `held` (a tenth, chosen by hash, so that it stays aside as
+    data grow)."""
 
-    def __init__(self, dataset: Dataset, name: str, fields: list[str], labels: list[str], optional: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        name: str,
+        fields: list[str],
+        labels: list[str],
+        optional: Collection[str] = (),
+    ) -> None:
         self.train: list[Row] = []
         self.held: list[Row] = []
         self.unknown = self.duplicates = 0
@@ -49,7 +58,8 @@ class Shard:
         total = len(self.train) + len(self.held) + self.unknown
         if self.unknown > MAX_UNKNOWN * total:
             raise Refused(
-                f"dataset `{name}`: {self.unknown} of {total} examples have a label that the job does not know",
+                f"dataset `{name}`: {self.unknown} of {total} examples have a label that the job does not "
+                "know",
                 f"map them under `datasets.{name}.labels`; the job's labels are {', '.join(labels[:12])}",
             )
         if not self.train:
@@ -59,7 +69,8 @@ class Shard:
 def _column(row: Row, column: str, name: str, path: str) -> Any:
     if column not in row:
         raise Refused(
-            f"dataset `{name}`: {path} has no column `{column}`; it has {', '.join(map(str, list(row)[:12]))}",
+            f"dataset `{name}`: {path} has no column `{column}`; it has "
+            f"{', '.join(map(str, list(row)[:12]))}",
             f"map it under `datasets.{name}.columns`",
         )
     return row[column]
@@ -82,7 +93,11 @@ def rows(dataset: Dataset, name: str) -> Iterator[Row]:
 def read(path: Path, name: str) -> Iterator[Row]:
     """One file, by its ending."""
     if path.suffix in (".jsonl", ".json", ".ndjson") or path.name.endswith(".jsonl.gz"):
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as lines
+        ):
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -99,7 +114,9 @@ def read(path: Path, name: str) -> Iterator[Row]:
         try:
             import pyarrow.parquet as parquet
         except ImportError:
-            raise Refused(f"dataset `{name}`: reading {path.name} needs pyarrow", "pip install pyarrow") from None
+            raise Refused(
+                f"dataset `{name}`: reading {path.name} needs pyarrow", "pip install pyarrow"
+            ) from None
         path.stat()
         yield from parquet.read_table(path).to_pylist()
     else:
@@ -111,7 +128,11 @@ def _hub(repository: str, name: str) -> Iterator[Row]:
     try:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.csv"]))
+        folder = Path(
+            snapshot_download(
+                repository, repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.csv"]
+            )
+        )
     except Exception as error:
         raise Refused(f"dataset `{name}`: hub dataset {repository} cannot be had: {error}") from None
     files = sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".jsonl", ".csv"))

@@ -29,11 +29,14 @@ class Steps:
 
     def gradient(self, params: Params, batch: dict[str, Any]) -> tuple[float, Params]:
         """Value and gradient at any point, of what the stack makes of the loss."""
-        leaves = {k: p if p.is_leaf and p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+        leaves = {
+            k: p if p.is_leaf and p.requires_grad else p.detach().requires_grad_() for k, p in params.items()
+        }
         return self._loss_and_grads(leaves, batch, None)
 
     def step(self, params: Params, batch: dict[str, Any], penalty: Penalty | None) -> tuple[float, Params]:
-        """Loss and gradients of one batch of `fit`; with a penalty no hook runs. Raises Refused on NaN, HookError."""
+        """Loss and gradients of one batch of `fit`; with a penalty no hook runs. Raises Refused on NaN,
+        HookError."""
         if penalty is not None:
             return self._loss_and_grads(params, batch, penalty)
         stack, contexts = self.stack, self.contexts
@@ -51,19 +54,31 @@ class Steps:
             check_tensors(n, "grad", grads, params, torch=True, whole=True)
         return value, grads
 
-    def _loss_and_grads(self, params: Params, batch: dict[str, Any], penalty: Penalty | None) -> tuple[float, Params]:
+    def _loss_and_grads(
+        self, params: Params, batch: dict[str, Any], penalty: Penalty | None
+    ) -> tuple[float, Params]:
         with torch.enable_grad():
             stack = self.stack
-            if self.micro < len(batch["labels"]) and penalty is None and not any(stack.using(h) for h in ("batch", "objective", "loss")):
+            if (
+                self.micro < len(batch["labels"])
+                and penalty is None
+                and not any(stack.using(h) for h in ("batch", "objective", "loss"))
+            ):
                 return self._in_pieces(params, batch)
             loss = self._loss(params, batch, penalty)
-            return _finite(float(loss.detach())), dict(zip(params, _grads(loss, list(params.values())), strict=True))
+            return _finite(float(loss.detach())), dict(
+                zip(params, _grads(loss, list(params.values())), strict=True)
+            )
 
     def _loss(self, params: Params, batch: dict[str, Any], penalty: Penalty | None) -> Tensor:
         """What the stack makes of the loss of a batch."""
         stack, contexts = self.stack, self.contexts
         users = stack.using("objective")
-        loss = users[0][1].objective(params, batch, contexts[users[0][0]]) if users else self.points.task_loss(params, batch)
+        loss = (
+            users[0][1].objective(params, batch, contexts[users[0][0]])
+            if users
+            else self.points.task_loss(params, batch)
+        )
         _scalar(users[0][0] if users else "", "objective", loss)
         if penalty is not None:
             return loss + penalty(params)
@@ -86,7 +101,12 @@ class Steps:
 def _scalar(name: str, hook: str, loss: Any) -> None:
     if not isinstance(loss, Tensor) or loss.dim():
         shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-        raise HookError(name, hook, f"gives a {type(loss).__name__}{shape}, which is no scalar loss", "`.mean()` over the batch")
+        raise HookError(
+            name,
+            hook,
+            f"gives a {type(loss).__name__}{shape}, which is no scalar loss",
+            "`.mean()` over the batch",
+        )
 
 
 def _grads(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:

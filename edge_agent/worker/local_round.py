@@ -33,16 +33,19 @@ from .view import View
 Progress = Callable[[dict[str, Any]], None]
 
 PUBLIC = frozenset({"version", "bits", "cache", "held", "samples", "steps", "examples"})
-"""All that a report says where the stack has a release (docs/threat-model.md): nothing that training examples were put into."""
+"""All that a report says where the stack has a release (docs/threat-model.md): nothing that training
+examples were put into."""
 
 
 class LocalRound:
-    """One assignment on one device, with everything prepared. `told` becomes the report that travels with the update."""
+    """One assignment on one device, with everything prepared. `told` becomes the report that travels with
+    the update."""
 
     trains_with: Any = Trainer
 
     def __init__(
-        self, order: Order, job: Assignment, view: View, base: Base, task: TaskEngine, train: Examples, watch: Stopwatch,
+        self, order: Order, job: Assignment, view: View, base: Base, task: TaskEngine, train: Examples,
+        watch: Stopwatch,
         progress: Progress,
         known: "tuple[Path, dict[str, Any]] | None" = None,
     ) -> None:  # fmt: skip
@@ -59,14 +62,25 @@ class LocalRound:
             path = last_state(result)
             state = thaw(path.read_bytes()) if path else None
         stack = _required(Stack(build_stack(job.stack), job.space), order, job)
-        if view.masks and (users := [n for hook in ("tensors", "express", "attach") for n, _ in stack.using(hook)]):
-            raise Refused(f"`{users[0]}` works on whole maps, and this round's are pruned", "set `arms: {prune: [0]}` in the job")
+        if view.masks and (
+            users := [n for hook in ("tensors", "express", "attach") for n, _ in stack.using(hook)]
+        ):
+            raise Refused(
+                f"`{users[0]}` works on whole maps, and this round's are pruned",
+                "set `arms: {prune: [0]}` in the job",
+            )
         self.client = ClientSide(
-            stack, job.job, stack.at(job.round, job.rounds), self.device, view.spec, steps=job.recipe.steps, lr=job.recipe.lr,
+            stack, job.job, stack.at(job.round, job.rounds), self.device, view.spec, steps=job.recipe.steps,
+            lr=job.recipe.lr,
             down=view.down, state=state,
         )  # fmt: skip
         self.trainer = self.trains_with(
-            base, task, job, self.client, train, lambda s, v: progress({"step": s, "steps": job.recipe.steps, "loss": v})
+            base,
+            task,
+            job,
+            self.client,
+            train,
+            lambda s, v: progress({"step": s, "steps": job.recipe.steps, "loss": v}),
         )
         self.probe = train[: job.recipe.probe]
         self.held: Examples = []
@@ -77,8 +91,13 @@ class LocalRound:
         self.trainer.prepare(view.tensors, self.start, view.down)
 
     def cache(self, held: Examples, room_mb: float, disk_mb: float) -> None:
-        """Keep what the unchanging lower layers put out, where that is valid and pays; the report says what came of it."""
-        base, recipe, examples = self.base, self.job.recipe, [*self.trainer.examples, *held[: self.job.recipe.evaluate]]
+        """Keep what the unchanging lower layers put out, where that is valid and pays; the report says
+        what came of it."""
+        base, recipe, examples = (
+            self.base,
+            self.job.recipe,
+            [*self.trainer.examples, *held[: self.job.recipe.evaluate]],
+        )
         told = ""
         at = 0
         if base.core is None:
@@ -89,9 +108,16 @@ class LocalRound:
             told = f"`{users[0]}` changes what the model sees"
         else:
             draws = recipe.steps * recipe.batch + 2 * recipe.probe + len(held[: recipe.evaluate])
-            made = bool(self.client.stack.using("express"))  # from tensors that may be trained where the pair is not
-            own = min((p.layer for p in self.view.spec.pairs.values() if p.trained or made), default=base.core.kind.layers)
-            at, told = choose(own, min(own, recipe.floor), draws, len(examples), recipe.keeps, self.job.rounds)
+            made = bool(
+                self.client.stack.using("express")
+            )  # from tensors that may be trained where the pair is not
+            own = min(
+                (p.layer for p in self.view.spec.pairs.values() if p.trained or made),
+                default=base.core.kind.layers,
+            )
+            at, told = choose(
+                own, min(own, recipe.floor), draws, len(examples), recipe.keeps, self.job.rounds
+            )
         if at:
             for e in examples:
                 e.setdefault("key", example_key(e["ids"]))
@@ -102,21 +128,31 @@ class LocalRound:
         self.told["cache"] = told or f"layers below {at}"
 
     def lighten(self) -> None:
-        """What the cache made superfluous leaves memory. Its counts go beside the update: they depend on restarts, the update must not."""
+        """What the cache made superfluous leaves memory. Its counts go beside the update: they depend on
+        restarts, the update must not."""
         if (prefix := self.base.prefix) is not None:
             store = prefix.store
-            self.counts = {"cache_made": store.made, "cache_found": store.hits, "cache_written_mb": round(store.written / 1e6, 2)}
+            self.counts = {
+                "cache_made": store.made,
+                "cache_found": store.hits,
+                "cache_written_mb": round(store.written / 1e6, 2),
+            }
             store.made = store.hits = store.written = 0
             self.base.lighten()
 
     def evaluate(self, held: Examples) -> None:
-        """Measure the version as it arrived on examples that are never trained on, and let methods look at it."""
+        """Measure the version as it arrived on examples that are never trained on, and let methods look at
+        it."""
         self.held = held[: self.job.recipe.evaluate]
         for ctx in self.trainer.contexts.values():
             ctx.held = held
         with self.watch("evaluate"):
             self.told["held"] = self.trainer.measure(self.held)
-        if job_samples := self.job.task.samples if self.job.purpose == "install" or self.job.round == 0 else []:
+        if (
+            job_samples := self.job.task.samples
+            if self.job.purpose == "install" or self.job.round == 0
+            else []
+        ):
             with self.watch("samples"):
                 self.told["samples"] = self.trainer.samples(job_samples)
         with self.watch("probe"):
@@ -125,13 +161,15 @@ class LocalRound:
             self.trainer.look("arrived")
 
     def _probe(self, name: str) -> None:
-        """Loss on the same few training examples, before and after: what the tuner is rewarded by. Not beside a release."""
+        """Loss on the same few training examples, before and after: what the tuner is rewarded by. Not
+        beside a release."""
         if self.job.purpose == "train" and not self.client.stack.releases:
             sums = self.trainer.measure(self.probe)
             self.told[name] = sums["loss"] / max(1.0, sums["count"])
 
     def install(self) -> Tensors:
-        """Put the version in place for applications; nothing is trained, and nothing but the report leaves."""
+        """Put the version in place for applications; nothing is trained, and nothing but the report
+        leaves."""
         self._serve(self.client.serve(self.start))
         return {}
 
@@ -163,20 +201,34 @@ class LocalRound:
         return {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
 
     def _serve(self, served: Tensors) -> None:
-        """Let applications have the version with `served` in its place; where methods make it personal, measure it as it is served."""
+        """Let applications have the version with `served` in its place; where methods make it personal,
+        measure it as it is served."""
         stack, tensors = self.client.stack, {**self.view.tensors, **served}
         if self.held and not stack.releases and (stack.using("serve") or self.client.own()):
             with self.watch("evaluate"):
                 self.told["personal"] = self.trainer.measure(self.held, tensors)
         shown, attached = stack.express(tensors, self.view.spec, np), dict(stack.using("attach"))
-        self.serves = partial(serving.publish, Path(self.order.home), self.job, self.view, shown, self.base.transposed, attached)
+        self.serves = partial(
+            serving.publish, Path(self.order.home), self.job, self.view, shown, self.base.transposed, attached
+        )
 
     def _importance(self) -> Tensors:
-        """What heads and channels are worth here, in the round in which the job asks for it; nothing from a base that is cut already."""
-        if not self.job.recipe.score or self.job.recipe.prune or self.base.core is None or self.client.stack.releases:
+        """What heads and channels are worth here, in the round in which the job asks for it; nothing from
+        a base that is cut already."""
+        if (
+            not self.job.recipe.score
+            or self.job.recipe.prune
+            or self.base.core is None
+            or self.client.stack.releases
+        ):
             return {}
         with self.watch("importance"):
-            return importance.scores(self.base, read_card(Path(self.order.model)), self.trainer.last, [self.trainer.collate(self.probe)])
+            return importance.scores(
+                self.base,
+                read_card(Path(self.order.model)),
+                self.trainer.last,
+                [self.trainer.collate(self.probe)],
+            )
 
     def commit(self, tensors: Tensors) -> None:
         """Update, state and signature in one folder, put in its place in one step."""
@@ -199,7 +251,12 @@ def _required(stack: Stack, order: Order, job: Assignment) -> Stack:
     try:
         extra = build_stack(list(order.require))
         if undoes := [n for n, m in extra.items() if overrides(m, "receive")]:
-            raise Refused(f"the owner requires `{undoes[0]}`, which the coordinator would have to undo", "ask for it in the job")
-        return Stack({**stack.methods, **{n: m for n, m in extra.items() if n not in stack.methods}}, job.space)
+            raise Refused(
+                f"the owner requires `{undoes[0]}`, which the coordinator would have to undo",
+                "ask for it in the job",
+            )
+        return Stack(
+            {**stack.methods, **{n: m for n, m in extra.items() if n not in stack.methods}}, job.space
+        )
     except Conflict as error:
         raise Refused(f"the owner's requirements and the job exclude each other: {error}") from None

@@ -1,6 +1,8 @@
-"""The optimiser of a round: all trained tensors as one flat vector, so that a step is a handful of operations.
+"""The optimiser of a round: all trained tensors as one flat vector, so that a step is a handful of
+operations.
 
-torch.optim would do, but its first use imports torch's compiler and SymPy: 70 MB and a second or two of every round on a small board.
+torch.optim would do, but its first use imports torch's compiler and SymPy: 70 MB and a second or two of
+every round on a small board.
 """
 
 import math
@@ -43,14 +45,19 @@ class SGD:
 
 
 class AdamW:
-    """Adam with bias correction (Kingma & Ba, 2015, algorithm 1); the decay of AdamW would be zero for adapters, so there is none.
+    """Adam with bias correction (Kingma & Ba, 2015, algorithm 1); the decay of AdamW would be zero for
+    adapters, so there is none.
 
     `state` is what a checkpoint keeps: both moments, like the vector, and the number of steps, on the CPU.
     """
 
     def __init__(self, like: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         self.betas, self.eps = betas, eps
-        self.state = {"mean": torch.zeros_like(like), "square": torch.zeros_like(like), "steps": torch.zeros(1)}
+        self.state = {
+            "mean": torch.zeros_like(like),
+            "square": torch.zeros_like(like),
+            "steps": torch.zeros(1),
+        }
         self._scratch = torch.empty_like(like)
 
     def step(self, values: Tensor, gradient: Tensor, lr: float) -> None:

@@ -1,6 +1,8 @@
-"""The model of a round at any point: a point is a dictionary of tensors, and what it leaves out is where training stands.
+"""The model of a round at any point: a point is a dictionary of tensors, and what it leaves out is where
+training stands.
 
-Nothing is written into the model's own parameters: what hooks look at are functions of the point, and gradients go through them.
+Nothing is written into the model's own parameters: what hooks look at are functions of the point, and
+gradients go through them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,8 @@ class Points:
         """All tensors of the adapter where training stands."""
 
     def attach(self, contexts: Mapping[str, StepContext]) -> None:
-        """Let methods put their functions into the model. Raises Refused where the engine does not run the model itself."""
+        """Let methods put their functions into the model. Raises Refused where the engine does not run the
+        model itself."""
         users = self.client.stack.using("attach")
         if users and self.base.core is None:
             raise Refused(f"`{users[0][0]}` needs an architecture that this engine runs itself")
@@ -52,8 +55,8 @@ class Points:
             for module, pair in self.client.spec.pairs.items():
                 a, b = full[f"{module}.A"], full[f"{module}.B"]
                 if (b.shape[0], a.shape[1]) != (pair.kept_out, pair.kept_in) or b.shape[1] != a.shape[0]:
-                    what = f"gives `{module}` as {tuple(b.shape)}·{tuple(a.shape)}, the map is ({pair.kept_out}, {pair.kept_in})"
-                    raise HookError(name, "express", what)
+                    shapes, map_shape = f"{tuple(b.shape)}·{tuple(a.shape)}", (pair.kept_out, pair.kept_in)
+                    raise HookError(name, "express", f"gives `{module}` as {shapes}, the map is {map_shape}")
 
     def put(self, point: Point) -> dict[str, Tensor]:
         """Let the model compute at this point; gives all tensors that it computes with."""
@@ -84,7 +87,8 @@ class Points:
         return features
 
     def hidden(self, point: Point, batch: dict[str, Any], layer: int | None = None) -> Tensor:
-        """What enters a layer, or leaves the last one, (batch, length, hidden); zeros where there is no token."""
+        """What enters a layer, or leaves the last one, (batch, length, hidden); zeros where there is no
+        token."""
         self.put(point)
         rows, layout = self.base.hidden(batch, layer)
         return layout.spread(rows)

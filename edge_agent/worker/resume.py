@@ -1,6 +1,8 @@
-"""A round of training that was cut off goes on where it was: parameters, moments, methods' state and random numbers, bit for bit.
+"""A round of training that was cut off goes on where it was: parameters, moments, methods' state and
+random numbers, bit for bit.
 
-Written every minute and when the worker is told to leave, beside the round's result; gone when the round is finished.
+Written every minute and when the worker is told to leave, beside the round's result; gone when the round
+is finished.
 """
 
 import logging
@@ -27,13 +29,16 @@ class Halted(Exception):
 
 
 class Checkpoint:
-    """One round's, for `assignment` (a digest: another assignment begins anew). `halted` says whether to leave at the next step."""
+    """One round's, for `assignment` (a digest: another assignment begins anew). `halted` says whether to
+    leave at the next step."""
 
     def __init__(self, path: Path, assignment: str, halted: Any) -> None:
         self.path, self.assignment, self.halted = path, assignment, halted
         self._saved = time.monotonic()
 
-    def restore(self, values: Tensor, moments: dict[str, Tensor], client: ClientSide, contexts: dict[str, StepContext]) -> int:
+    def restore(
+        self, values: Tensor, moments: dict[str, Tensor], client: ClientSide, contexts: dict[str, StepContext]
+    ) -> int:
         """Steps that are done already; 0 where there is nothing, or nothing that fits."""
         try:
             kept: dict[str, Any] = thaw(self.path.read_bytes())
@@ -54,22 +59,33 @@ class Checkpoint:
             contexts[name].generator.set_state(torch.from_numpy(np.array(own["random"])))
         return int(kept["step"])
 
-    def after(self, step: int, values: Tensor, moments: dict[str, Tensor], client: ClientSide, contexts: dict[str, StepContext]) -> None:
+    def after(
+        self,
+        step: int,
+        values: Tensor,
+        moments: dict[str, Tensor],
+        client: ClientSide,
+        contexts: dict[str, StepContext],
+    ) -> None:
         """A step is done. Raises Halted when it was the last for now."""
         halted = self.halted()
         if halted or time.monotonic() - self._saved > EVERY_S:
             self._saved = time.monotonic()
             methods = {
-                n: {"state": client.state[n], "up": client.up[n], "random": c.generator.get_state().numpy()} for n, c in contexts.items()
+                n: {"state": client.state[n], "up": client.up[n], "random": c.generator.get_state().numpy()}
+                for n, c in contexts.items()
             }
             told = {
-                "assignment": self.assignment, "step": step, "values": values.detach().cpu().numpy(), "methods": methods,
+                "assignment": self.assignment, "step": step, "values": values.detach().cpu().numpy(),
+                "methods": methods,
                 "moments": {k: t.cpu().numpy() for k, t in moments.items()},
             }  # fmt: skip
             try:
                 write_atomic(self.path, freeze(told))
             except (OSError, TypeError, ValueError, RankfleetError) as error:
-                log.warning("no checkpoint after step %d: %s", step, error)  # the round would begin anew, nothing else
+                log.warning(
+                    "no checkpoint after step %d: %s", step, error
+                )  # the round would begin anew, nothing else
         if halted:
             raise Halted(f"stopped after step {step}")
 

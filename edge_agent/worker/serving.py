@@ -1,4 +1,5 @@
-"""The adapter that applications use: peft's format under `<state_dir>/adapter/`, `current` always a whole one."""
+"""The adapter that applications use: peft's format under `<state_dir>/adapter/`, `current` always a whole
+one."""
 
 import os
 import shutil
@@ -20,21 +21,44 @@ if TYPE_CHECKING:
 
 
 def publish(
-    home: Path, job: Assignment, view: "View", tensors: Tensors, transposed: bool = False, attached: Mapping[str, Method] | None = None
+    home: Path,
+    job: Assignment,
+    view: "View",
+    tensors: Tensors,
+    transposed: bool = False,
+    attached: Mapping[str, Method] | None = None,
 ) -> None:
     """Write version `job.version` and let `current` point to it; older ones go, but for the last two.
 
-    `tensors`: what the model computes with, after `express`. `attached`: methods with functions in the model, which `infer`
-    puts there again.
+    `tensors`: what the model computes with, after `express`. `attached`: methods with functions in the
+    model, which `infer` puts there again.
     """
     folder = home / "adapter" / f"{job.job}-v{job.version:06d}"
     pairs = {name: _pair(view, name, tensors) for name in view.spec.pairs}
-    pairs = {name: p for name, p in pairs.items() if len(p.A)} or {name: _nothing(p) for name, p in list(pairs.items())[:1]}
+    pairs = {name: p for name, p in pairs.items() if len(p.A)} or {
+        name: _nothing(p) for name, p in list(pairs.items())[:1]
+    }
     scale = next((p.scale for p in view.spec.pairs.values()), 1.0)
-    task = {**msgspec.to_builtins(job.task), "version": job.version, "base_digest": job.model_digest, "bits": job.recipe.bits}
+    task = {
+        **msgspec.to_builtins(job.task),
+        "version": job.version,
+        "base_digest": job.model_digest,
+        "bits": job.recipe.bits,
+    }
     if attached:
-        task |= {"attach": [{n: msgspec.to_builtins(m)} for n, m in attached.items()], "spec": msgspec.to_builtins(view.spec)}
-    write_adapter(folder, pairs, {k: tensors[k] for k in view.spec.dense}, scale=scale, base=job.model, task=task, transposed=transposed)
+        task |= {
+            "attach": [{n: msgspec.to_builtins(m)} for n, m in attached.items()],
+            "spec": msgspec.to_builtins(view.spec),
+        }
+    write_adapter(
+        folder,
+        pairs,
+        {k: tensors[k] for k in view.spec.dense},
+        scale=scale,
+        base=job.model,
+        task=task,
+        transposed=transposed,
+    )
     point(home / "adapter" / "current", folder)
     for old in sorted(p for p in (home / "adapter").glob("*-v??????") if p != folder)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
@@ -58,7 +82,8 @@ def _nothing(pair: LowRank) -> LowRank:
 
 
 def point(link: Path, folder: Path) -> None:
-    """Let `link` name `folder`, in one step; a file with its name where the system has no symbolic links for us."""
+    """Let `link` name `folder`, in one step; a file with its name where the system has no symbolic links
+    for us."""
     new = link.with_name(f".{link.name}.new")
     new.unlink(missing_ok=True)
     try:

@@ -1,6 +1,7 @@
 """One round of local training: from an adapter view and the owner's rows to factor deltas.
 
-The loop knows the order of hooks and nothing about any method. Parameters are fp32 masters; bf16 exists only inside the model.
+The loop knows the order of hooks and nothing about any method. Parameters are fp32 masters; bf16 exists
+only inside the model.
 """
 
 import math
@@ -43,7 +44,14 @@ class Trainer:
         train: Examples,
         progress: Callable[[int, float], None] = lambda step, loss: None,
     ) -> None:
-        self.base, self.task, self.job, self.client, self.examples, self.progress = base, task, job, client, train, progress
+        self.base, self.task, self.job, self.client, self.examples, self.progress = (
+            base,
+            task,
+            job,
+            client,
+            train,
+            progress,
+        )
         self.points = Points(base, task, client)
         self.last: Params = {}
         """Gradients of the last step."""
@@ -54,17 +62,24 @@ class Trainer:
         """Where training starts, by the names of what is trained here."""
 
     def prepare(self, arrived: Tensors, start: Tensors, down: dict[str, Tensors]) -> None:
-        """All that hooks may look at, before anything is measured or trained; training stands at what `arrived` (all of the adapter).
+        """All that hooks may look at, before anything is measured or trained; training stands at what
+        `arrived` (all of the adapter).
 
         `start` are the tensors that are trained here, after `begin`. Raises Refused or HookError.
         """
         client, device = self.client, self.base.device
         if client.stack.plain and self.job.recipe.optimizer == "adamw":
-            raise Refused("a method that is required here needs the gradient to be the step, the job says `adamw`", "ask for it in the job")
+            raise Refused(
+                "a method that is required here needs the gradient to be the step, the job says `adamw`",
+                "ask for it in the job",
+            )
         self.points.rest = {k: as_tensor(t, device) for k, t in arrived.items()}
         received = {**self.points.rest, **{k: as_tensor(t, device) for k, t in client.own().items()}}
         # Factors before heads, by name: the order in which norms are summed.
-        names = sorted((k for k in start if k in client.spec.shapes() and client.trains(k)), key=lambda k: (k in client.spec.dense, k))
+        names = sorted(
+            (k for k in start if k in client.spec.shapes() and client.trains(k)),
+            key=lambda k: (k in client.spec.dense, k),
+        )
         self.start = {k: as_tensor(start[k], device) for k in names if start[k].size}
         self.contexts.update({n: self._context(n, received, down.get(n, {})) for n in client.stack.methods})
         self.points.attach(self.contexts)
@@ -77,7 +92,8 @@ class Trainer:
         return self.train()
 
     def train(self) -> Tensors:
-        """Train from the prepared start and return the trained tensors, fp32; training stands there afterwards."""
+        """Train from the prepared start and return the trained tensors, fp32; training stands there
+        afterwards."""
         stack = self.client.stack
         for n, m in stack.using("data"):
             self.examples = m.data(list(self.examples), self.contexts[n])
@@ -95,16 +111,24 @@ class Trainer:
         else:
             trained = self._fit(self.start, checkpoint=self.checkpoint)
         for name, method in stack.methods.items():
-            check_state(name, "` or `".join(h for h in ("train", *IN_STEPS) if (name, method) in stack.using(h)), self.client.state[name])
+            check_state(
+                name,
+                "` or `".join(h for h in ("train", *IN_STEPS) if (name, method) in stack.using(h)),
+                self.client.state[name],
+            )
         self.points.rest = {**self.points.rest, **{k: t.detach() for k, t in trained.items()}}
         return {k: t.detach().cpu().numpy().astype("float32", copy=True) for k, t in trained.items()}
 
     def look(self, hook: str) -> None:
-        """`arrived` or `trained`: what methods see of the tensors that are trained here travels beside the update. Raises HookError."""
+        """`arrived` or `trained`: what methods see of the tensors that are trained here travels beside the
+        update. Raises HookError."""
         if hook == "arrived":
             self._stand_at_start()
         for n, m in self.client.stack.using(hook):
-            params = {k: self.contexts[n].received[k] if hook == "arrived" else self.points.rest[k] for k in self.start}
+            params = {
+                k: self.contexts[n].received[k] if hook == "arrived" else self.points.rest[k]
+                for k in self.start
+            }
             self.client.up[n].update(self._answered(n, hook, getattr(m, hook)(params, self.contexts[n])))
 
     def answer(self, questions: dict[str, Tensors]) -> None:
@@ -120,7 +144,11 @@ class Trainer:
         return result
 
     def _stand_at_start(self) -> None:
-        self.points.rest = {**self.points.rest, **{k: as_tensor(t, self.base.device) for k, t in self.client.own().items()}, **self.start}
+        self.points.rest = {
+            **self.points.rest,
+            **{k: as_tensor(t, self.base.device) for k, t in self.client.own().items()},
+            **self.start,
+        }
 
     def _read_words(self) -> None:
         """The embedding rows of the round's texts at once."""
@@ -164,7 +192,9 @@ class Trainer:
 
     def _order(self) -> list[list[int]]:
         seed = seed_of(self.job.job, self.job.round, self.client.device, "batches") % 2**63
-        return batches.order([size_of(e) for e in self.examples], self.job.recipe.batch, self.job.recipe.steps, seed)
+        return batches.order(
+            [size_of(e) for e in self.examples], self.job.recipe.batch, self.job.recipe.steps, seed
+        )
 
     def collate(self, examples: Examples) -> dict[str, Any]:
         """A batch; with the names of its examples where their lower layers' output is kept."""
@@ -174,13 +204,19 @@ class Trainer:
         return batch
 
     def fit(
-        self, start: Params, penalty: Penalty | None = None, only: Callable[[str], Any] | None = None, steps: int | None = None
+        self,
+        start: Params,
+        penalty: Penalty | None = None,
+        only: Callable[[str], Any] | None = None,
+        steps: int | None = None,
     ) -> Params:
-        """The job's local steps from `start`; `StepContext.fit` says what the arguments mean. Raises Refused on NaN."""
+        """The job's local steps from `start`; `StepContext.fit` says what the arguments mean. Raises
+        Refused on NaN."""
         return self._fit(start, penalty, only, steps)
 
     def _fit(
-        self, start: Params, penalty: Penalty | None = None, only: Callable[[str], Any] | None = None, steps: int | None = None,
+        self, start: Params, penalty: Penalty | None = None, only: Callable[[str], Any] | None = None,
+        steps: int | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> Params:  # fmt: skip
         moves = {k: True if only is None else only(k) for k in start}
@@ -189,7 +225,9 @@ class Trainer:
         recipe, flat, before = self.job.recipe, Flat(params, start), self.points.rest
         steps = recipe.steps if steps is None else min(steps, recipe.steps)
         optimiser, warm = optimizer(recipe.optimizer, flat.values), max(1, math.ceil(recipe.warmup * steps))
-        done = checkpoint.restore(flat.values, optimiser.state, self.client, self.contexts) if checkpoint else 0
+        done = (
+            checkpoint.restore(flat.values, optimiser.state, self.client, self.contexts) if checkpoint else 0
+        )
         try:
             self.points.rest = {**before, **{k: t.detach() for k, t in start.items()}, **params}
             for step, batch in zip(range(done, steps), self.batches(done), strict=False):
@@ -217,7 +255,8 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, examples: Examples, tensors: Tensors | None = None) -> dict[str, float]:
-        """Sums over `examples` where training stands, or with `tensors` in their place: loss, its square, right answers, count."""
+        """Sums over `examples` where training stands, or with `tensors` in their place: loss, its square,
+        right answers, count."""
         batch = min(32, 4 * self.job.recipe.batch)
         total = {"loss": 0.0, "square": 0.0, "correct": 0.0, "count": 0.0}
         point = {k: as_tensor(t, self.base.device) for k, t in (tensors or {}).items()}

@@ -26,7 +26,11 @@ class View:
         tensors = {**constants, **tensors}
         self.carry = _carried(open_frame(Path(blobs["carry"]))[0]) if "carry" in blobs else {}
         """What all devices apply frozen, by map, in canonical coordinates, scale and all."""
-        self.masks = {k: np.array(t) for k, t in open_frame(Path(blobs["masks"]))[0].items()} if "masks" in blobs else {}
+        self.masks = (
+            {k: np.array(t) for k, t in open_frame(Path(blobs["masks"]))[0].items()}
+            if "masks" in blobs
+            else {}
+        )
         self.down: dict[str, Tensors] = {}
         self.tensors: Tensors = {}
         own: Tensors = {}
@@ -40,7 +44,9 @@ class View:
 
     def carried(self) -> dict[str, LowRank]:
         """The carry on the channels that this device keeps."""
-        out, in_ = ({m: self.masks.get(f"{m}.{side}", slice(None)) for m in self.carry} for side in ("out", "in"))
+        out, in_ = (
+            {m: self.masks.get(f"{m}.{side}", slice(None)) for m in self.carry} for side in ("out", "in")
+        )
         return {m: LowRank(p.B[out[m]], p.A[:, in_[m]]) for m, p in self.carry.items()}
 
     def trained(self) -> Tensors:
@@ -58,11 +64,14 @@ def _carried(tensors: Tensors) -> dict[str, LowRank]:
 
 
 def widened(tensors: Tensors) -> Tensors:
-    """The same arrays as fp32, checked. In one piece: torch widens fp16 twenty times as fast as NumPy. Raises NotFinite."""
+    """The same arrays as fp32, checked. In one piece: torch widens fp16 twenty times as fast as NumPy.
+    Raises NotFinite."""
     if not tensors:
         return {}
     kinds = {t.dtype for t in tensors.values()}
-    whole = np.concatenate([t.reshape(-1) if len(kinds) == 1 else t.reshape(-1).astype(np.float32) for t in tensors.values()])
+    whole = np.concatenate(
+        [t.reshape(-1) if len(kinds) == 1 else t.reshape(-1).astype(np.float32) for t in tensors.values()]
+    )
     flat: Array = torch.from_numpy(whole).float().numpy()
     found, at = {}, 0
     for name, t in tensors.items():

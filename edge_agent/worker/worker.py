@@ -1,4 +1,5 @@
-"""The worker's way through one order: check, load, and a round on what was loaded. NumPy and torch live here."""
+"""The worker's way through one order: check, load, and a round on what was loaded. NumPy and torch live
+here."""
 
 import logging
 import time
@@ -69,7 +70,8 @@ class Worker:
         return None if self._serves is None else max(IDLE_S, self._served + SERVE_S - time.monotonic())
 
     def run(self, order: Order, progress: Progress) -> None:
-        """Do what the order says and leave the result in its folder. Raises RankfleetError with the reason."""
+        """Do what the order says and leave the result in its folder. Raises RankfleetError with the
+        reason."""
         job = _verified(order)
         warrant.check(identity.known(Path(order.home)), Path(order.home), order.blobs, job)
         if time.monotonic() - self._served > 2 * SERVE_S:
@@ -98,11 +100,17 @@ class Worker:
     def _carry_out(self, order: Order, local: LocalRound, plan: StepPlan, held: Examples) -> None:
         job, base = local.job, local.base
         local.trainer.steps.micro = plan.micro
-        local.trainer.checkpoint = Checkpoint(checkpoint_file(Path(order.result)), digest_of(order.envelope), system.halted)
+        local.trainer.checkpoint = Checkpoint(
+            checkpoint_file(Path(order.result)), digest_of(order.envelope), system.halted
+        )
         if base.core is not None:
             base.core.checkpointing = plan.checkpointing
         if job.purpose == "train":
-            local.cache(held, order.budget_mb - plan.memory_mb, min(order.cache_mb, max(0.0, order.writes_mb - self.written_mb)))
+            local.cache(
+                held,
+                order.budget_mb - plan.memory_mb,
+                min(order.cache_mb, max(0.0, order.writes_mb - self.written_mb)),
+            )
         else:
             base.prefix = None
         if local.client.round.leg == "train" or job.purpose == "install":
@@ -118,18 +126,33 @@ class Worker:
             self.idle()
 
     def _fits(self, order: Order, job: Assignment, spec: Spec) -> StepPlan:
-        """How a batch is carried out in the memory that there is. Refuses before anything is allocated. Raises Refused or DoesNotFit."""
+        """How a batch is carried out in the memory that there is. Refuses before anything is allocated.
+        Raises Refused or DoesNotFit."""
         card = self._card(Path(order.model))
         if card.digest != job.model_digest:
             raise Refused(
-                f"model `{job.model}` in {order.model} has digest {card.digest[:12]}, the job wants {job.model_digest[:12]}",
+                f"model `{job.model}` in {order.model} has digest {card.digest[:12]}, the job wants "
+                f"{job.model_digest[:12]}",
                 "put the same files on every device",
             )
-        placement = {k: max(1, p.rank) for k, p in spec.pairs.items() if p.trained}  # what stands in for a pair keeps its input too
+        placement = {
+            k: max(1, p.rank) for k, p in spec.pairs.items() if p.trained
+        }  # what stands in for a pair keeps its input too
         recipe, head = job.recipe, sum(int(np.prod(d.shape)) for d in spec.dense.values())
-        # Functions that methods attach leave things for the loss: a layer that is computed again would leave them a second time.
+        # Functions that methods attach leave things for the loss: a layer that is computed again would leave
+        # them a second time.
         again = not any(overrides(m, "attach") for m in build_stack(job.stack).values())
-        plan = step_plan(card, placement, recipe.prune, recipe.bits, recipe.batch, job.task.max_length, head, order.budget_mb, again)
+        plan = step_plan(
+            card,
+            placement,
+            recipe.prune,
+            recipe.bits,
+            recipe.batch,
+            job.task.max_length,
+            head,
+            order.budget_mb,
+            again,
+        )
         if plan.memory_mb > order.budget_mb:
             raise DoesNotFit(
                 f"the arm needs {plan.memory_mb:.0f} MB, this device allows {order.budget_mb:.0f} MB",
@@ -181,10 +204,15 @@ class Worker:
         key = repr((order.dataset, job.task, order.model))
         if self._data is None or self._data[0] != key:
             task = engine(job.task, order.model)
-            shard = Shard(order.dataset, job.task.dataset, task.fields, job.task.labels, getattr(task, "optional", ()))
+            shard = Shard(
+                order.dataset, job.task.dataset, task.fields, job.task.labels, getattr(task, "optional", ())
+            )
             train, held = task.encode(shard.train), task.encode(shard.held)
             if not train:
-                raise Refused(f"dataset `{job.task.dataset}`: no example has an answer to learn", "map `output` under its `columns`")
+                raise Refused(
+                    f"dataset `{job.task.dataset}`: no example has an answer to learn",
+                    "map `output` under its `columns`",
+                )
             shard.unknown += getattr(task, "skipped", 0)
             self._data = (key, (task, train, held, shard))
         return self._data[1]

@@ -1,7 +1,8 @@
 """The file system is the registry: `federated/methods/<family>/<name>.py` is the method `<name>`.
 
-Looking a name up imports one file; listing imports none, it reads sources. Third parties add methods through
-the entry-point group `rankfleet.methods` (`name = "package.module"`), never through a job: jobs arrive over a network.
+Looking a name up imports one file; listing imports none, it reads sources. Third parties add methods
+through the entry-point group `rankfleet.methods` (`name = "package.module"`), never through a job: jobs
+arrive over a network.
 """
 
 import ast
@@ -56,7 +57,11 @@ def method_class(name: str) -> type[Method]:
         hint = f"did you mean `{near[0]}`?" if near else "`coordinator methods` lists them all"
         raise UnknownMethod(f"no method named `{name[:80]}`", hint)
     module = importlib.import_module(modules()[name])
-    classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__]
+    classes = [
+        v
+        for v in vars(module).values()
+        if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__
+    ]
     if len(classes) != 1:
         raise RuntimeError(f"{module.__name__} defines {len(classes)} methods; one file is one method")
     return classes[0]
@@ -94,7 +99,9 @@ def build_stack(items: list[StackItem]) -> dict[str, Method]:
 def entries() -> list[Entry]:
     """The whole catalogue, best evidence first. Reads sources of our own methods without importing them."""
     rows = [_entry(name, path) for name, path in modules().items()]
-    return sorted(rows, key=lambda e: (ORDER.index(e.evidence) if e.evidence in ORDER else len(ORDER), e.name))
+    return sorted(
+        rows, key=lambda e: (ORDER.index(e.evidence) if e.evidence in ORDER else len(ORDER), e.name)
+    )
 
 
 def _entry(name: str, path: str) -> Entry:
@@ -109,10 +116,19 @@ def _entry(name: str, path: str) -> Entry:
     said = {
         n.target.id: ast.literal_eval(n.value)
         for n in body
-        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.value and ast.unparse(n.annotation).startswith("ClassVar")
+        if isinstance(n, ast.AnnAssign)
+        and isinstance(n.target, ast.Name)
+        and n.value
+        and ast.unparse(n.annotation).startswith("ClassVar")
     }
     hooks = tuple(n.name for n in body if isinstance(n, ast.FunctionDef) and n.name in HOOKS)
     doc = (ast.get_docstring(tree) or "").partition("\n")[0]
     return Entry(
-        name, file.parent.name, doc, said.get("space", "any"), said.get("evidence", "toy-checked"), said.get("use_when", ""), hooks
+        name,
+        file.parent.name,
+        doc,
+        said.get("space", "any"),
+        said.get("evidence", "toy-checked"),
+        said.get("use_when", ""),
+        hooks,
     )

@@ -42,7 +42,8 @@ class ClientSide:
         rng = np.random.default_rng(seed_of(self._job, self.round.number, self.device, name))
         down = dict(self._down.get(name, {}))
         return ClientContext(
-            self.round, self.device, self.spec, {}, self.state[name], rng, down, self.up[name], self._steps, self._lr
+            self.round, self.device, self.spec, {}, self.state[name], rng, down, self.up[name], self._steps,
+            self._lr
         )  # fmt: skip
 
     def context(self, name: str) -> ClientContext:
@@ -52,7 +53,9 @@ class ClientSide:
     def trains(self, name: str) -> bool:
         """Is this tensor trained here in this round? Constants never are."""
         dense = self.spec.dense.get(name)
-        return (dense is None or dense.trained) and all(m.trains(name, self._contexts[n]) for n, m in self.stack.using("trains"))
+        return (dense is None or dense.trained) and all(
+            m.trains(name, self._contexts[n]) for n, m in self.stack.using("trains")
+        )
 
     def stays(self, name: str) -> bool:
         """Does a method keep this tensor on the device in this round, whether it is trained or not?"""
@@ -70,10 +73,15 @@ class ClientSide:
     def own(self) -> Tensors:
         """What stays here in this round, as it was trained last, in this round's shapes."""
         shapes = self.spec.shapes()
-        return {k: t for k, t in self.kept.items() if k in shapes and t.shape == tuple(shapes[k]) and self.stays(k)}
+        return {
+            k: t
+            for k, t in self.kept.items()
+            if k in shapes and t.shape == tuple(shapes[k]) and self.stays(k)
+        }
 
     def begin(self, received: Tensors) -> Tensors:
-        """Where training starts, from the adapter as received (with what this device keeps for itself). Raises HookError."""
+        """Where training starts, from the adapter as received (with what this device keeps for itself).
+        Raises HookError."""
         start = received
         for ctx in self._contexts.values():
             ctx.received = received
@@ -105,8 +113,8 @@ class ClientSide:
         return adapter
 
     def saved(self) -> dict[str, Any]:
-        """State to keep, with the coordinates that it lives in: also those of layers that this round left alone, whose state
-        waits for them and must not outlive their next change."""
+        """State to keep, with the coordinates that it lives in: also those of layers that this round left
+        alone, whose state waits for them and must not outlive their next change."""
         state = {**{n: s for n, s in self.state.items() if s}, "\0kept": self.kept}
         named = _names(state)
         known = {k: c for k, c in self._coordinates.items() if k in named or k in self.spec.shapes()}

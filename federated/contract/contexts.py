@@ -37,7 +37,8 @@ class Tensor(NamedTuple):
     value: "Array"
     """Its first value. Floats are kept as fp32, other dtypes as they are."""
     trained: bool = True
-    """Is it trained, sent and averaged like a head? Else every device has it, and it moves only when `reduce` or `step` names it."""
+    """Is it trained, sent and averaged like a head? Else every device has it, and it moves only when
+    `reduce` or `step` names it."""
 
 
 class Arrival(NamedTuple):
@@ -70,7 +71,8 @@ class Ask(TypedDict):
     """What one device is asked to do, as `plan` sees and changes it."""
 
     placement: dict[str, int]
-    """Map → rank, at most what the tuner chose; 0: it takes part and has no factors of its own. Maps that are left out arrive frozen."""
+    """Map → rank, at most what the tuner chose; 0: it takes part and has no factors of its own. Maps that
+    are left out arrive frozen."""
     rank: int
     """The largest rank; a smaller one cuts all of `placement`."""
     steps: int
@@ -114,17 +116,18 @@ class ServerContext:
     adapter: Adapter = field(default_factory=lambda: Adapter({}, {}))
     """The adapter that the round starts from."""
     updates: "Sequence[Update]" = ()
-    """What was admitted, in device order: for `step`, and for a `reduce` that looks again. Decoded when they are looked at."""
+    """What was admitted, in device order: for `step`, and for a `reduce` that looks again. Decoded when
+    they are looked at."""
     mean: "Callable[[Sequence[Update]], Change]" = _only_in_a_round
     """`mean(updates)`: the engine's own holder-normalised aggregate of any of them, such as a group."""
     maps: Mapping[str, Any] = field(default_factory=dict)
     """Maps that the job may adapt, by name, each with `layer`, `out`, `in_` and `role`."""
     carry: "dict[str, LowRank]" = field(default_factory=dict)
-    """For `reduce` and `step`: map → what all devices shall apply frozen from the next version on, s included, beside what they do
-    already. Added up by the engine, and cut to the map's own size."""
+    """For `reduce` and `step`: map → what all devices shall apply frozen from the next version on, s
+    included, beside what they do already. Added up by the engine, and cut to the map's own size."""
     of: Callable[[str], dict[str, Any]] = _only_in_a_round
-    """`of(device)`: this method's memory of one device, a file of its own, so that a round rewrites those alone that it changed.
-    Written by `weigh`, `admit`, `reduce` and `step`, read by all hooks."""
+    """`of(device)`: this method's memory of one device, a file of its own, so that a round rewrites those
+    alone that it changed. Written by `weigh`, `admit`, `reduce` and `step`, read by all hooks."""
 
 
 @dataclass
@@ -138,7 +141,8 @@ class ClientContext:
     spec: Spec
     """What the adapter of this device consists of in this round."""
     received: "Tensors"
-    """The tensors that are trained here, as they arrived, compact fp32; what this device keeps for itself is in its place."""
+    """The tensors that are trained here, as they arrived, compact fp32; what this device keeps for itself
+    is in its place."""
     state: dict[str, Any]
     """This method's memory on this device: NumPy arrays, numbers and texts, saved with every round."""
     rng: "np.random.Generator"
@@ -163,9 +167,10 @@ def _elsewhere(*args: Any, **named: Any) -> Any:
 class StepContext:
     """What a torch hook may know and do.
 
-    A point is a dictionary of tensors by name: leaves, results of other tensors or constants. Names that it leaves out are taken from
-    where training stands (inside `fit`: from what `fit` started with), so any part of the adapter may be named, factors as well as heads.
-    Functions that look at the model go through what `express` and `attach` of the whole stack make of a point; gradients go through them.
+    A point is a dictionary of tensors by name: leaves, results of other tensors or constants. Names that
+    it leaves out are taken from where training stands (inside `fit`: from what `fit` started with), so any
+    part of the adapter may be named, factors as well as heads. Functions that look at the model go through
+    what `express` and `attach` of the whole stack make of a point; gradients go through them.
     """
 
     round: Round
@@ -173,13 +178,15 @@ class StepContext:
     device: str
     """This device's name."""
     received: Mapping[str, Torch]
-    """All tensors of the adapter that this device holds, as they arrived (fp32), trained or not; what it keeps for itself in its place."""
+    """All tensors of the adapter that this device holds, as they arrived (fp32), trained or not; what it
+    keeps for itself in its place."""
     start: Mapping[str, Torch]
     """Where training starts: the tensors that are trained here, after every method's `begin`."""
     down: Mapping[str, Torch]
     """What this method's `offer` sent along, in its dtypes."""
     state: dict[str, Any]
-    """This method's memory on this device: NumPy arrays, numbers and texts (no torch tensors), saved with every round."""
+    """This method's memory on this device: NumPy arrays, numbers and texts (no torch tensors), saved with
+    every round."""
     up: "Tensors"
     """What travels beside the update, NumPy; `update.extra_of(self)` at the coordinator."""
     generator: Any
@@ -189,9 +196,10 @@ class StepContext:
     lr: float
     """The job's learning rate."""
     fit: Callable[..., dict[str, Torch]] = _elsewhere
-    """`fit(start, penalty=None, only=None, steps=None)`: the job's local steps from `start`, with an optimiser of its own; gives `start`'s
-    names. `penalty(params)` is a scalar that is added to the task's loss, and makes the fit private: no hook runs inside. `only(name)` says
-    what moves: True, False, or a mask of the tensor's shape; what does not move has no moments and stands still. `steps`: how many, from
+    """`fit(start, penalty=None, only=None, steps=None)`: the job's local steps from `start`, with an
+    optimiser of its own; gives `start`'s names. `penalty(params)` is a scalar that is added to the task's
+    loss, and makes the fit private: no hook runs inside. `only(name)` says what moves: True, False, or a
+    mask of the tensor's shape; what does not move has no moments and stands still. `steps`: how many, from
     the round's first batch on; the job's number at most."""
     batches: Callable[[], Iterator[dict[str, Torch]]] = _elsewhere
     """`batches()`: the round's batches from the first on, the same in every call."""
@@ -200,16 +208,20 @@ class StepContext:
     losses: Callable[..., Torch] = _elsewhere
     """`losses(params, batch)`: the task's loss of every example at a point, (batch,)."""
     scores: Callable[..., Any] = _elsewhere
-    """`scores(params, batch)`: what the head says at a point, (batch, labels); for causal models what `TaskEngine.forward` gives."""
+    """`scores(params, batch)`: what the head says at a point, (batch, labels); for causal models what
+    `TaskEngine.forward` gives."""
     features: Callable[..., Torch] = _elsewhere
-    """`features(params, batch)`: what the head reads at a point, (batch, hidden). Raises Refused for causal models."""
+    """`features(params, batch)`: what the head reads at a point, (batch, hidden). Raises Refused for
+    causal models."""
     hidden: Callable[..., Torch] = _elsewhere
-    """`hidden(params, batch, layer=None)`: what enters `layer` at a point, (batch, length, hidden), zeros where there is no token; None:
-    what leaves the last layer, after its norm."""
+    """`hidden(params, batch, layer=None)`: what enters `layer` at a point, (batch, length, hidden), zeros
+    where there is no token; None: what leaves the last layer, after its norm."""
     choices: Callable[..., Torch] = _elsewhere
-    """`choices(params, batch, tokens)`: a causal model's logits of some tokens at every answer place, (answers, len(tokens))."""
+    """`choices(params, batch, tokens)`: a causal model's logits of some tokens at every answer place,
+    (answers, len(tokens))."""
     gradient: Callable[..., tuple[float, dict[str, Torch]]] = _elsewhere
-    """`gradient(params, batch)`: value and gradient at a point of all that the stack makes of the loss (`objective`, `loss`)."""
+    """`gradient(params, batch)`: value and gradient at a point of all that the stack makes of the loss
+    (`objective`, `loss`)."""
     split: Callable[..., Iterator[dict[str, Torch]]] = _elsewhere
     """`split(batch, size=1)`: a batch in pieces of at most `size` examples."""
     seen: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,5 @@
-"""What a hook returned that it must not, said by method, hook and name, so that its author need not look into the engine."""
+"""What a hook returned that it must not, said by method, hook and name, so that its author need not look
+into the engine."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,26 +13,46 @@ PLAIN = (str, bytes, bool, int, float, type(None), np.ndarray, np.generic)
 
 
 def check_tensors(
-    method: str, hook: str, result: Any, like: Mapping[str, Any] | None = None, *, torch: bool = False, whole: bool = False
+    method: str,
+    hook: str,
+    result: Any,
+    like: Mapping[str, Any] | None = None,
+    *,
+    torch: bool = False,
+    whole: bool = False,
 ) -> None:
     """Is `result` a dictionary of NumPy arrays (`torch`: of tensors)? Raises HookError.
 
-    `like`: the names that it may have, with something that has the `shape` that each must have. `whole`: all of them must be there.
+    `like`: the names that it may have, with something that has the `shape` that each must have. `whole`:
+    all of them must be there.
     """
     if not isinstance(result, Mapping):
-        raise HookError(method, hook, f"returns {_kind(result)}, which is no dictionary of tensors", "return a dictionary by name")
+        raise HookError(
+            method,
+            hook,
+            f"returns {_kind(result)}, which is no dictionary of tensors",
+            "return a dictionary by name",
+        )
     for name, value in result.items():
         if torch != hasattr(value, "detach") or not hasattr(value, "dtype"):
             wanted = "a torch tensor" if torch else "a NumPy array"
             raise HookError(method, hook, f"gives `{name}` as {_kind(value)}, not as {wanted}", _way(torch))
         if not torch and value.dtype.kind not in "fiub":
-            raise HookError(method, hook, f"gives `{name}` in dtype {value.dtype}", "use a float, integer or bool dtype")
+            raise HookError(
+                method, hook, f"gives `{name}` in dtype {value.dtype}", "use a float, integer or bool dtype"
+            )
         if like is None:
             continue
         if name not in like:
-            raise HookError(method, hook, f"gives `{name}`, which is not asked for", f"the names are {_some(like)}")
+            raise HookError(
+                method, hook, f"gives `{name}`, which is not asked for", f"the names are {_some(like)}"
+            )
         if tuple(value.shape) != tuple(like[name].shape):
-            raise HookError(method, hook, f"gives `{name}` of shape {tuple(value.shape)} instead of {tuple(like[name].shape)}")
+            raise HookError(
+                method,
+                hook,
+                f"gives `{name}` of shape {tuple(value.shape)} instead of {tuple(like[name].shape)}",
+            )
     if whole and like is not None and (missing := [k for k in like if k not in result]):
         raise HookError(method, hook, f"leaves out `{missing[0]}`", "return every name that came in")
 
@@ -49,8 +70,14 @@ def _walk(method: str, hook: str, value: Any, place: str) -> None:
         for number, inner in enumerate(value):
             _walk(method, hook, inner, f"{place}[{number}]")
     elif not isinstance(value, PLAIN):
-        way = _way(False) if hasattr(value, "detach") else "keep arrays, numbers, texts, and lists or dictionaries of them"
-        raise HookError(method, hook, f"leaves {_kind(value)} in `ctx.state` as `{place}`, which cannot be saved", way)
+        way = (
+            _way(False)
+            if hasattr(value, "detach")
+            else "keep arrays, numbers, texts, and lists or dictionaries of them"
+        )
+        raise HookError(
+            method, hook, f"leaves {_kind(value)} in `ctx.state` as `{place}`, which cannot be saved", way
+        )
 
 
 def _kind(value: Any) -> str:
@@ -58,7 +85,11 @@ def _kind(value: Any) -> str:
 
 
 def _way(torch: bool) -> str:
-    return "make it one with `torch.from_numpy`" if torch else "`tensor.detach().cpu().numpy()` makes one of a torch tensor"
+    return (
+        "make it one with `torch.from_numpy`"
+        if torch
+        else "`tensor.detach().cpu().numpy()` makes one of a torch tensor"
+    )
 
 
 def _some(names: Mapping[str, Any] | Sequence[str]) -> str:

@@ -1,8 +1,9 @@
 """A page for every method and policy, from docstring, class variables, fields and hooks: `make docs`.
 
-`python -m rankfleet.federated.contract.pages docs rankfleet.bandit` writes docs/methods and docs/policies; with `--check` it says
-what is out of date and ends with 1. The caller names the package of policies: this room imports no other. What
-the base class declares is listed where a class departs from it; nothing is known by name.
+`python -m rankfleet.federated.contract.pages docs rankfleet.bandit` writes docs/methods and docs/policies;
+with `--check` it says what is out of date and ends with 1. The caller names the package of policies: this
+room imports no other. What the base class declares is listed where a class departs from it; nothing is
+known by name.
 """
 
 import importlib

@@ -24,12 +24,16 @@ class DeviceMemory(Protocol):
 
 
 class ServerSide:
-    """The coordinator's side of a stack. `state` is saved by the caller after every round, `devices` with the version.
+    """The coordinator's side of a stack. `state` is saved by the caller after every round, `devices` with
+    the version.
 
-    `adapter`, `mean`, `updates` and `carry` are what hooks see in their contexts; whoever closes a round sets them.
+    `adapter`, `mean`, `updates` and `carry` are what hooks see in their contexts; whoever closes a round
+    sets them.
     """
 
-    def __init__(self, stack: Stack, job: str, total: int, state: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, stack: Stack, job: str, total: int, state: dict[str, dict[str, Any]] | None = None
+    ) -> None:
         self.stack, self.job, self.total = stack, job, total
         self.state: dict[str, dict[str, Any]] = {n: (state or {}).get(n, {}) for n in stack.methods}
         self.enrolled = 0
@@ -52,7 +56,8 @@ class ServerSide:
         """The context of one method in one round; its generator depends on nothing else."""
         rng = np.random.default_rng(seed_of(self.job, number, device, name, "server"))
         ctx = ServerContext(
-            self.stack.at(number, self.total), self.state.setdefault(name, {}), rng, self.enrolled, self.stack.space,
+            self.stack.at(number, self.total), self.state.setdefault(name, {}), rng, self.enrolled,
+            self.stack.space,
             adapter=self.adapter, updates=self.updates, maps=self.maps, carry=self.carry,
         )  # fmt: skip
         if self.mean is not None:
@@ -62,12 +67,15 @@ class ServerSide:
         return ctx
 
     def select(self, devices: Sequence[Member], number: int) -> list[str]:
-        """Who takes part, by name. Empty where a method selects nobody, which `emptied` then names. Raises HookError."""
+        """Who takes part, by name. Empty where a method selects nobody, which `emptied` then names. Raises
+        HookError."""
         self.emptied = ""
         for n, m in self.stack.using("select"):
             chosen = list(m.select(devices, self.context(n, number)))
             if strange := sorted({d.device for d in chosen} - {d.device for d in devices}):
-                raise HookError(n, "select", f"selects `{strange[0]}`, which is not among the devices that it was given")
+                raise HookError(
+                    n, "select", f"selects `{strange[0]}`, which is not among the devices that it was given"
+                )
             if devices and not chosen:
                 self.emptied = n
             devices = chosen
@@ -78,10 +86,22 @@ class ServerSide:
         for n, m in self.stack.using("plan"):
             ranks = ask["placement"]
             ask = m.plan({**ask, "placement": dict(ranks)}, device, self.context(n, number, device))
-            if strange := [k for k, r in ask["placement"].items() if k not in ranks or not 0 <= r <= ranks[k]]:
-                raise HookError(n, "plan", f"gives `{strange[0]}` rank {ask['placement'][strange[0]]}, at most {ranks.get(strange[0], 0)}")
+            if strange := [
+                k for k, r in ask["placement"].items() if k not in ranks or not 0 <= r <= ranks[k]
+            ]:
+                raise HookError(
+                    n,
+                    "plan",
+                    f"gives `{strange[0]}` rank {ask['placement'][strange[0]]}, at most "
+                    f"{ranks.get(strange[0], 0)}",
+                )
             if ask["steps"] < 0 or ask["rank"] < 0 or ask["lr"] < 0:
-                raise HookError(n, "plan", f"asks for rank {ask['rank']}, {ask['steps']} steps, rate {ask['lr']}", "none is below 0")
+                raise HookError(
+                    n,
+                    "plan",
+                    f"asks for rank {ask['rank']}, {ask['steps']} steps, rate {ask['lr']}",
+                    "none is below 0",
+                )
         return ask
 
     def offer(self, adapter: Tensors, device: str, number: int) -> tuple[Tensors, dict[str, Tensors]]:
@@ -97,7 +117,9 @@ class ServerSide:
                 extra[n] = ctx.down
         return adapter, extra
 
-    def ready(self, arrived: Sequence[Arrival], out: Sequence[str], elapsed: float, number: int) -> bool | None:
+    def ready(
+        self, arrived: Sequence[Arrival], out: Sequence[str], elapsed: float, number: int
+    ) -> bool | None:
         """What the stack says about closing; None where no method decides."""
         users = self.stack.using("ready")
         return users[0][1].ready(arrived, out, elapsed, self.context(users[0][0], number)) if users else None
@@ -116,7 +138,9 @@ class ServerSide:
         """All answers of a leg (device → method → tensors), and what they change."""
         change: Change = {}
         for n, m in self.stack.using("hear"):
-            change.update(m.hear({d: a[n] for d, a in sorted(answers.items()) if n in a}, self.context(n, number)))
+            change.update(
+                m.hear({d: a[n] for d, a in sorted(answers.items()) if n in a}, self.context(n, number))
+            )
             self._check(n, "hear", change)
         return change
 
@@ -142,14 +166,17 @@ class ServerSide:
                 yield weighed
 
     def admit(self, updates: list[Update], number: int) -> list[Update]:
-        """Drop, clip and reweigh; `left_out` then says which method dropped whose update. Raises HookError for strangers."""
+        """Drop, clip and reweigh; `left_out` then says which method dropped whose update. Raises HookError
+        for strangers."""
         for n, m in self.stack.using("admit"):
             given = {(u.device, u.age) for u in updates}
             admitted = m.admit(updates, self.context(n, number))
             check_state(n, "admit", self.state[n])
             kept = {(u.device, u.age) for u in admitted}
             if len(kept) < len(admitted) or not kept <= given:
-                strange = next((u.device for u in admitted if (u.device, u.age) not in given), "one of them twice")
+                strange = next(
+                    (u.device for u in admitted if (u.device, u.age) not in given), "one of them twice"
+                )
                 raise HookError(n, "admit", f"admits an update that it was not given: {strange}")
             self.left_out |= dict.fromkeys(given - kept, n)
             updates = admitted
@@ -164,12 +191,15 @@ class ServerSide:
         return None
 
     def tensors(self, spec: Spec) -> dict[str, Tensor]:
-        """What methods add to the adapter. Raises Conflict where two add the same name, or one adds a factor's or a head's."""
+        """What methods add to the adapter. Raises Conflict where two add the same name, or one adds a
+        factor's or a head's."""
         added: dict[str, Tensor] = {}
         for n, m in self.stack.using("tensors"):
             mine = m.tensors(spec, self.context(n, 0))
             check_tensors(n, "tensors", {k: t.value for k, t in mine.items()})
-            if twice := sorted(k for k in mine if k in added or k in self.adapter.dense or module_of(k) in spec.pairs):
+            if twice := sorted(
+                k for k in mine if k in added or k in self.adapter.dense or module_of(k) in spec.pairs
+            ):
                 raise Conflict(f"`{n}` adds `{twice[0]}`, which is there already", "keep one of the two")
             added.update(mine)
         return added
@@ -182,7 +212,8 @@ class ServerSide:
         return change
 
     def _check(self, name: str, hook: str, change: Change) -> None:
-        """Is this a change of the adapter that can be applied, and a state that can be saved? Raises HookError."""
+        """Is this a change of the adapter that can be applied, and a state that can be saved? Raises
+        HookError."""
         check_state(name, hook, self.state[name])
         pairs, dense = self.adapter.pairs, self.adapter.dense
         if not pairs and not dense:
@@ -197,14 +228,27 @@ class ServerSide:
                 fits = value.shape == dense[key].shape
             else:
                 like = pairs.get(module_of(key))
-                fits = like is not None and key != module_of(key) and _slots_fit(value, like.B if key.endswith(".B") else like.A, key)
+                fits = (
+                    like is not None
+                    and key != module_of(key)
+                    and _slots_fit(value, like.B if key.endswith(".B") else like.A, key)
+                )
             if not fits:
                 shape = (value.B.shape, value.A.shape) if isinstance(value, LowRank) else value.shape
-                raise HookError(name, hook, f"changes `{key}` by shape {shape}, which the adapter does not have", "see `ctx.adapter`")
+                raise HookError(
+                    name,
+                    hook,
+                    f"changes `{key}` by shape {shape}, which the adapter does not have",
+                    "see `ctx.adapter`",
+                )
 
 
 def _slots_fit(change: Array, factor: Array, name: str) -> bool:
     """A factor's change may leave out its last slots."""
     slots = 1 if name.endswith(".B") else 0
     other = 1 - slots
-    return change.ndim == 2 and change.shape[other] == factor.shape[other] and change.shape[slots] <= factor.shape[slots]
+    return (
+        change.ndim == 2
+        and change.shape[other] == factor.shape[other]
+        and change.shape[slots] <= factor.shape[slots]
+    )

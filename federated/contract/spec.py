@@ -63,7 +63,8 @@ def module_of(name: str) -> str:
 
 
 def coordinates(spec: Spec) -> dict[str, str]:
-    """Tensor name → id of the coordinates it lives in. Equal ids: state of earlier rounds still means the same."""
+    """Tensor name → id of the coordinates it lives in. Equal ids: state of earlier rounds still means the
+    same."""
     ids = {k: f"dense:{d.shape}" for k, d in spec.dense.items()}
     for module, p in spec.pairs.items():
         for side in "AB":

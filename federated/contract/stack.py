@@ -29,14 +29,17 @@ class Stack:
         self.space = space or self._space()
         self.plain = any(m.plain for m in self.methods.values())
         self._check()
-        self.legs: tuple[str, ...] = next((m.legs for m in self.methods.values() if len(m.legs) > 1), ("train",))
+        self.legs: tuple[str, ...] = next(
+            (m.legs for m in self.methods.values() if len(m.legs) > 1), ("train",)
+        )
         """Parts of a round; to the engine each is a round of its own."""
 
     def _space(self) -> str:
         wanted = {m.space: n for n, m in reversed(self.methods.items()) if m.space != "any"}
         if len(wanted) > 1:
             raise Conflict(
-                f"`{wanted['factors']}` needs factors that keep their coordinates, `{wanted['product']}` needs them renewed every round",
+                f"`{wanted['factors']}` needs factors that keep their coordinates, `{wanted['product']}` "
+                "needs them renewed every round",
                 "keep one of the two",
             )
         return next(iter(wanted), "product")
@@ -48,7 +51,8 @@ class Stack:
                 raise Conflict(f"`{users[0]}` and `{users[1]}` both define `{hook}`", "keep one of the two")
         if self._using["train"] and self._using["objective"]:
             raise Conflict(
-                f"`{self._using['train'][0][0]}` replaces the loop in which `{self._using['objective'][0][0]}` would set the loss",
+                f"`{self._using['train'][0][0]}` replaces the loop in which "
+                f"`{self._using['objective'][0][0]}` would set the loss",
                 "keep one of the two",
             )
         self._check_codecs()
@@ -59,7 +63,10 @@ class Stack:
         coded = ""
         for name, method in self.methods.items():
             if coded and overrides(method, "send") and method.codes != "floats" and not method.releases:
-                raise Conflict(f"`{name}` reads tensors that `{coded}` has coded", f"put `{name}` before `{coded}`, or keep one of the two")
+                raise Conflict(
+                    f"`{name}` reads tensors that `{coded}` has coded",
+                    f"put `{name}` before `{coded}`, or keep one of the two",
+                )
             coded = name if method.codes else coded
 
     def _check_sums(self) -> None:
@@ -68,20 +75,26 @@ class Stack:
         for name, method in self.methods.items():
             single = next((h for h in ("weigh", "admit", "receive") if overrides(method, h)), "")
             if name != summing and (method.needs_all or single):
-                raise Conflict(f"`{name}` looks at single updates, of which `{summing}` leaves nothing but the sum", "keep one of the two")
+                raise Conflict(
+                    f"`{name}` looks at single updates, of which `{summing}` leaves nothing but the sum",
+                    "keep one of the two",
+                )
 
     def _check_release(self) -> None:
         released = ""
         for name, method in self.methods.items():
             if released and overrides(method, "send") and not method.releases:
                 raise Conflict(
-                    f"`{name}` changes what leaves the device after `{released}` has made it private", f"put `{name}` before `{released}`"
+                    f"`{name}` changes what leaves the device after `{released}` has made it private",
+                    f"put `{name}` before `{released}`",
                 )
             released = name if method.releases else released
         telling = next((n for n, m in self.methods.items() if _tells(m)), "")
         if released and telling:
             raise Conflict(
-                f"`{telling}` tells what it makes of examples beside the update that `{released}` has made private", "keep one of the two"
+                f"`{telling}` tells what it makes of examples beside the update that `{released}` has made "
+                "private",
+                "keep one of the two",
             )
 
     @property
@@ -111,7 +124,8 @@ class Stack:
         return Round(number // n, -(-total // n), self.legs[number % n])
 
     def express(self, params: Mapping[str, Any], spec: Spec, xp: Any) -> dict[str, Any]:
-        """What the model computes with: `params`, and what methods make of them, in the order of the stack."""
+        """What the model computes with: `params`, and what methods make of them, in the order of the
+        stack."""
         full = dict(params)
         for _, m in self.using("express"):
             full.update(m.express(full, spec, xp))
@@ -119,6 +133,7 @@ class Stack:
 
 
 def _tells(method: Method) -> bool:
-    """May what travels beside the update be made of examples? Where a method looks at the model and does not say, it may."""
+    """May what travels beside the update be made of examples? Where a method looks at the model and does
+    not say, it may."""
     looks = any(overrides(method, hook) for hook in ("arrived", "trained", "answer"))
     return method.tells == "private" or (looks and not method.tells)

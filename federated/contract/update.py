@@ -22,7 +22,8 @@ class LowRank(NamedTuple):
 
 
 class Scaled(Mapping[str, Array]):
-    """Arrays times a number, multiplied when they are looked at; integers stay as they are, a mask is no length."""
+    """Arrays times a number, multiplied when they are looked at; integers stay as they are, a mask is no
+    length."""
 
     def __init__(self, arrays: Mapping[str, Array], by: float) -> None:
         self._arrays, self._by = arrays, by
@@ -42,14 +43,15 @@ class Scaled(Mapping[str, Array]):
 class Update:
     """What one device sends up: factor deltas against the view (B₀, A₀) that it was given.
 
-    `delta` and `view` are compact; `factors` gives a module's s·(B₁A₁ - B₀A₀) in canonical coordinates. Whatever is read here is
-    scaled by what `scale` was called with; `scale` itself copies no array.
+    `delta` and `view` are compact; `factors` gives a module's s·(B₁A₁ - B₀A₀) in canonical coordinates.
+    Whatever is read here is scaled by what `scale` was called with; `scale` itself copies no array.
     """
 
     device: str
     weight: float
     sent: Mapping[str, Array]
-    """Compact deltas by name as they were sent, unscaled: for the engine. Those of stored updates are decoded when they are looked at."""
+    """Compact deltas by name as they were sent, unscaled: for the engine. Those of stored updates are
+    decoded when they are looked at."""
     spec: Spec
     view: Tensors
     masks: Masks = field(default_factory=dict)
@@ -74,7 +76,11 @@ class Update:
     def deltas(self, module: str) -> tuple[Array, Array]:
         """(dB, dA) of one pair, scaled; zeros where a factor did not travel."""
         db, da = self.pair(module)
-        return (db, da) if self.scaling == 1.0 else (db * np.float32(self.scaling), da * np.float32(self.scaling))
+        return (
+            (db, da)
+            if self.scaling == 1.0
+            else (db * np.float32(self.scaling), da * np.float32(self.scaling))
+        )
 
     def pair(self, module: str) -> tuple[Array, Array]:
         """(dB, dA) as they were sent, unscaled: for the engine."""
@@ -83,7 +89,8 @@ class Update:
         return (np.zeros_like(b0) if db is None else db), (np.zeros_like(a0) if da is None else da)
 
     def factors(self, module: str) -> LowRank:
-        """s·(B₁A₁ - B₀A₀) = s·(dB·A₀ + (B₀+dB)·dA) as one canonical pair of rank 2r; the product is scaled, not each factor."""
+        """s·(B₁A₁ - B₀A₀) = s·(dB·A₀ + (B₀+dB)·dA) as one canonical pair of rank 2r; the product is
+        scaled, not each factor."""
         pair = self.spec.pairs[module]
         db, da = self.pair(module)
         a0, b0 = self.view[f"{module}.A"], self.view[f"{module}.B"]
@@ -143,7 +150,11 @@ class Update:
     def dot(self, other: "Update") -> float:
         """Inner product of two updates, from the factors."""
         by = self.scaling * other.scaling
-        total = by * sum(float(np.vdot(t, other.sent[k])) for k, t in self.sent.items() if k in self.spec.dense and k in other.sent)
+        total = by * sum(
+            float(np.vdot(t, other.sent[k]))
+            for k, t in self.sent.items()
+            if k in self.spec.dense and k in other.sent
+        )
         for module in self.modules():
             if not other.holds(module):
                 continue

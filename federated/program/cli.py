@@ -13,13 +13,19 @@ Command = Callable[[argparse.Namespace], int]
 
 def parser(name: str, text: str) -> argparse.ArgumentParser:
     """The program's parser."""
-    return argparse.ArgumentParser(prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        prog=name, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def command(group: Any, name: str, run: Command, text: str, example: str) -> argparse.ArgumentParser:
     """One verb: its help shows an example, and everything that prints takes `--json`."""
     made: argparse.ArgumentParser = group.add_parser(
-        name, help=text, description=text, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--json", action="store_true", help="print JSON")
     made.set_defaults(run=run)

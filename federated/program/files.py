@@ -13,7 +13,8 @@ CANNOT = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP)
 def write_atomic(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = True) -> None:
     """Replace `path` by `data`; after a crash it holds the old content or the new one, never a mixture.
 
-    Without `durable` that holds for a crash of the program alone, at the price of a plain write: for what can be had again.
+    Without `durable` that holds for a crash of the program alone, at the price of a plain write: for what
+    can be had again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -33,9 +34,11 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644, *, durable: bool = 
 
 
 def write_in_order(files: dict[Path, bytes]) -> None:
-    """Replace several files of one folder: each is whole, and a later one is never there without the earlier ones.
+    """Replace several files of one folder: each is whole, and a later one is never there without the
+    earlier ones.
 
-    Journalling file systems keep the order of renames within a folder, so one sync of the folder at the end is enough.
+    Journalling file systems keep the order of renames within a folder, so one sync of the folder at the
+    end is enough.
     """
     parts = []
     for path, data in files.items():
@@ -79,7 +82,8 @@ def sync_files(paths: list[Path]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable, where the system can sync folders at all. Raises OSError where the disk fails or is full."""
+    """Make renames in `folder` durable, where the system can sync folders at all. Raises OSError where the
+    disk fails or is full."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
@@ -101,7 +105,11 @@ def digest_of(data: bytes) -> str:
 def digest_of_file(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _pieces(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _pieces(file)
+        )
 
 
 def _pieces(file: object) -> str:

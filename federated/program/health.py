@@ -1,4 +1,5 @@
-"""Declared conditions: what can be wrong with a running program, how bad it is, and which of them is behind which.
+"""Declared conditions: what can be wrong with a running program, how bad it is, and which of them is
+behind which.
 
 `status`, `doctor` and the metrics show the same ones, under codes that stay.
 """
@@ -22,14 +23,23 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Declared(Generic[P]):
-    """One that may hold: `look` gives the text, or an empty one. It is not shown while one of `depends_on` holds, its cause."""
+    """One that may hold: `look` gives the text, or an empty one. It is not shown while one of `depends_on`
+    holds, its cause."""
 
-    def __init__(self, code: str, severity: Severity, look: Callable[[P], str], do: str = "", depends_on: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        code: str,
+        severity: Severity,
+        look: Callable[[P], str],
+        do: str = "",
+        depends_on: tuple[str, ...] = (),
+    ) -> None:
         self.code, self.severity, self.look, self.do, self.depends_on = code, severity, look, do, depends_on
 
 
 def holding(declared: Iterable[Declared[P]], program: P) -> list[Condition]:
-    """What holds now, causes before symptoms, symptoms of a cause that holds left out. A look that fails is a condition too."""
+    """What holds now, causes before symptoms, symptoms of a cause that holds left out. A look that fails
+    is a condition too."""
     found: list[Condition] = []
     for d in declared:
         if any(c.code in d.depends_on for c in found):

@@ -22,7 +22,9 @@ LIMIT = 1_000_000
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9]+\Z|0o[0-7]+\Z|0x[0-9a-fA-F]+\Z")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")
+_FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z"
+)
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 _WHERE = re.compile(r"at `(?:key in )?\$([^`]*)`")
 Path_ = tuple[str | int, ...]
@@ -34,7 +36,10 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            raise ConfigError(f"line {event.start_mark.line + 1}: aliases (`*{event.anchor}`) are not allowed", "write the value out")
+            raise ConfigError(
+                f"line {event.start_mark.line + 1}: aliases (`*{event.anchor}`) are not allowed",
+                "write the value out",
+            )
         return super().compose_node(parent, index)
 
 
@@ -68,9 +73,13 @@ def _data(node: Any, path: Path_, lines: dict[Path_, int], name: str) -> Any:
     for key_node, value in node.value:
         key = _scalar(key_node, f"{name}, line {line}") if isinstance(key_node, yaml.ScalarNode) else None
         if not isinstance(key, str | int | float) or isinstance(key, bool):
-            raise ConfigError(f"{name}, line {key_node.start_mark.line + 1}: a key must be a word or a number")
+            raise ConfigError(
+                f"{name}, line {key_node.start_mark.line + 1}: a key must be a word or a number"
+            )
         if key in out:
-            raise ConfigError(f"{name}, line {key_node.start_mark.line + 1}: `{key}` is set twice", "keep one of them")
+            raise ConfigError(
+                f"{name}, line {key_node.start_mark.line + 1}: `{key}` is set twice", "keep one of them"
+            )
         here = (*path, str(key))
         out[key] = _data(value, here, lines, name)
         lines[here] = key_node.start_mark.line + 1
@@ -126,7 +135,9 @@ def _explain(message: str, kind: Any, lines: dict[Path_, int], name: str, at: Pa
     while path and path not in lines:
         path = path[:-1]
     where = ".".join(str(p) for p in path)
-    return ConfigError(f"{name}, line {lines.get(path, 1)}{f' (`{where}`)' if where else ''}: {message}", hint)
+    return ConfigError(
+        f"{name}, line {lines.get(path, 1)}{f' (`{where}`)' if where else ''}: {message}", hint
+    )
 
 
 def _path(text: str) -> Iterable[str | int]:

@@ -1,4 +1,5 @@
-"""Logs for people, or one JSON object a line for machines; claim tokens and passwords in addresses never appear in either."""
+"""Logs for people, or one JSON object a line for machines; claim tokens and passwords in addresses never
+appear in either."""
 
 import json
 import logging
@@ -7,7 +8,9 @@ import time
 from typing import Literal
 
 Format = Literal["text", "json"]
-SECRETS = re.compile(r"rf1\.[A-Za-z0-9_-]{8,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)|(?i:(?<=password=)|(?<=bearer ))\S+")
+SECRETS = re.compile(
+    r"rf1\.[A-Za-z0-9_-]{8,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)|(?i:(?<=password=)|(?<=bearer ))\S+"
+)
 
 
 def redacted(text: str) -> str:
@@ -23,7 +26,8 @@ class _Text(logging.Formatter):
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         said = {
-            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname.lower(),
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
             "from": record.name, "text": redacted(record.getMessage()),
         }  # fmt: skip
         if record.exc_info:

@@ -1,4 +1,5 @@
-"""Prometheus metrics in its text format, and a server of a few lines for them: the idle agent must not load a web framework."""
+"""Prometheus metrics in its text format, and a server of a few lines for them: the idle agent must not
+load a web framework."""
 
 import asyncio
 import contextlib
@@ -68,7 +69,8 @@ class MetricsServer:
             words = asking.result().split(b"\r\n", 1)[0].split()
             found = len(words) > 1 and words[0] == b"GET" and words[1].split(b"?")[0] == b"/metrics"
             body = self._make().encode() if found else b"try /metrics\n"
-            head = f"HTTP/1.1 {'200 OK' if found else '404 Not Found'}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
+            state = "200 OK" if found else "404 Not Found"
+            head = f"HTTP/1.1 {state}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n"
             writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
             await writer.drain()
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):

@@ -1,4 +1,5 @@
-"""Says to systemd that a service is up, alive, or ending: datagrams to the socket that `Type=notify` names. Elsewhere nothing."""
+"""Says to systemd that a service is up, alive, or ending: datagrams to the socket that `Type=notify`
+names. Elsewhere nothing."""
 
 import asyncio
 import contextlib
@@ -29,7 +30,8 @@ def watchdog_s() -> float | None:
 
 
 async def alive(status: Callable[[], str]) -> None:
-    """READY now, then a sign of life as often as it is wanted, for ever. It comes from the event loop: a loop that hangs is restarted."""
+    """READY now, then a sign of life as often as it is wanted, for ever. It comes from the event loop: a
+    loop that hangs is restarted."""
     notify("READY=1", f"STATUS={status()}")
     every = watchdog_s()
     while True:

@@ -1,4 +1,5 @@
-"""One program for one folder: two coordinators on one ledger, or two agents with one identity, would undo each other's work."""
+"""One program for one folder: two coordinators on one ledger, or two agents with one identity, would undo
+each other's work."""
 
 import os
 import sys
@@ -18,7 +19,9 @@ def hold(folder: Path, program: str) -> None:
         _lock(descriptor)
     except OSError:
         os.close(descriptor)
-        raise ConfigError(f"another {program} runs with {folder}", "stop it first, or give this one a folder of its own") from None
+        raise ConfigError(
+            f"another {program} runs with {folder}", "stop it first, or give this one a folder of its own"
+        ) from None
     _held.append(descriptor)
 
 

@@ -1,7 +1,8 @@
 """Wait for something, but not for ever, and never deaf to a cancellation.
 
-`asyncio.wait_for` of Python 3.10 and 3.11 returns the result and swallows a cancellation that arrives in the same moment: a
-service that is being stopped just as a message comes in would then run on. `asyncio.wait` does not.
+`asyncio.wait_for` of Python 3.10 and 3.11 returns the result and swallows a cancellation that arrives in
+the same moment: a service that is being stopped just as a message comes in would then run on.
+`asyncio.wait` does not.
 """
 
 import asyncio

@@ -1,8 +1,10 @@
-"""What a job can learn, as both sides must know it without torch: one file per task, its name is the registration.
+"""What a job can learn, as both sides must know it without torch: one file per task, its name is the
+registration.
 
-`federated/tasks/<kind>.py` says which plain tensors the task trains beside the factors; `edge_agent/tasks/<kind>.py` loads rows and
-makes batches. Third parties add a task through the entry-point group `rankfleet.tasks` (`name = "package.module"`, with `TASK` in
-it, whose `engine` names the module with the class `Engine`).
+`federated/tasks/<kind>.py` says which plain tensors the task trains beside the factors;
+`edge_agent/tasks/<kind>.py` loads rows and makes batches. Third parties add a task through the entry-point
+group `rankfleet.tasks` (`name = "package.module"`, with `TASK` in it, whose `engine` names the module with
+the class `Engine`).
 """
 
 import importlib
@@ -52,7 +54,8 @@ def task_kind(name: str) -> TaskKind:
 
 
 def head_shapes(name: str, labels: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape. Raises ConfigError for an unknown task, and for labels that are missing or mean nothing."""
+    """Tensor name → shape. Raises ConfigError for an unknown task, and for labels that are missing or mean
+    nothing."""
     kind = task_kind(name)
     if kind.labelled and not labels:
         raise ConfigError(f"task `{name}` needs `labels`, in the order of the head's rows")

@@ -30,7 +30,9 @@ def parse_url(url: str) -> BrokerURL:
     except ValueError as error:
         raise ConfigError(f"broker address {url!r}: {error}", "mqtt://host:1883") from None
     if parts.scheme not in PORTS or not parts.hostname:
-        raise ConfigError(f"broker address {url!r} is not understood", "mqtt://host:1883, mqtts://, ws:// or wss://")
+        raise ConfigError(
+            f"broker address {url!r} is not understood", "mqtt://host:1883, mqtts://, ws:// or wss://"
+        )
     return BrokerURL(
         parts.scheme,
         parts.hostname,
@@ -49,13 +51,17 @@ def without_password(url: str) -> str:
 
 
 def tls_context(ca_file: str = "", cert_file: str = "", key_file: str = "") -> ssl.SSLContext:
-    """TLS with the system's authorities or `ca_file`, and a client certificate if there is one. Raises ConfigError."""
+    """TLS with the system's authorities or `ca_file`, and a client certificate if there is one. Raises
+    ConfigError."""
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
         if cert_file:
             context.load_cert_chain(cert_file, key_file or None)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"TLS files {ca_file or 'of the system'} {cert_file}: {error}", "PEM files that this user may read") from None
+        raise ConfigError(
+            f"TLS files {ca_file or 'of the system'} {cert_file}: {error}",
+            "PEM files that this user may read",
+        ) from None
     return context
 
 
@@ -68,7 +74,10 @@ def parse_proxy(url: str) -> dict[str, Any]:
     parts = urlsplit(url)
     kinds = {"http": socks.HTTP, "socks5": socks.SOCKS5}
     if parts.scheme not in kinds or not parts.hostname or not parts.port:
-        raise ConfigError(f"proxy {without_password(url)!r} is not understood", "http://user:password@host:3128 or socks5://host:1080")
+        raise ConfigError(
+            f"proxy {without_password(url)!r} is not understood",
+            "http://user:password@host:3128 or socks5://host:1080",
+        )
     return {
         "proxy_type": kinds[parts.scheme],
         "proxy_addr": parts.hostname,

@@ -1,7 +1,8 @@
 """The bus: publish and subscribe with at-least-once delivery. `MemoryBus` here, MQTT in `mqtt.py`.
 
-Nothing above the bus may trust it: messages may be lost, doubled and reordered, and an acknowledged publish may still have
-been dropped by a broker. Every exchange ends in an answer of the other side or is tried again.
+Nothing above the bus may trust it: messages may be lost, doubled and reordered, and an acknowledged
+publish may still have been dropped by a broker. Every exchange ends in an answer of the other side or is
+tried again.
 """
 
 import asyncio
@@ -36,4 +37,5 @@ class Bus(Protocol):
         """Stop delivering `pattern`."""
 
     async def publish(self, topic: str, payload: bytes, retain: bool = False, again: bool = True) -> bool:
-        """Wait until a broker has taken the message; over lost connections too, unless not `again`: then False."""
+        """Wait until a broker has taken the message; over lost connections too, unless not `again`: then
+        False."""

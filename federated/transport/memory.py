@@ -11,7 +11,9 @@ from .topics import matches
 class MemoryBroker:
     """A broker in one process, with retained messages and faults from a seed."""
 
-    def __init__(self, *, drop: float = 0.0, double: float = 0.0, reorder: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, *, drop: float = 0.0, double: float = 0.0, reorder: float = 0.0, seed: int = 0
+    ) -> None:
         self.drop, self.double, self.reorder = drop, double, reorder
         self.rng = random.Random(seed)
         self.retained: dict[str, bytes] = {}

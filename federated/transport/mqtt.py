@@ -1,8 +1,9 @@
-"""The bus over MQTT: one file on paho-mqtt, driven by the event loop itself; by paho's thread where the loop cannot watch sockets.
+"""The bus over MQTT: one file on paho-mqtt, driven by the event loop itself; by paho's thread where the
+loop cannot watch sockets.
 
-MQTT 5 first, 3.1.1 where the broker refuses it or hangs up. Every connection is a new, clean session: what matters is retained,
-in an outbox or asked for again, so nothing depends on what a broker, or paho, remembers. WebSocket, TLS and HTTP or SOCKS
-proxies are paho's own.
+MQTT 5 first, 3.1.1 where the broker refuses it or hangs up. Every connection is a new, clean session: what
+matters is retained, in an outbox or asked for again, so nothing depends on what a broker, or paho,
+remembers. WebSocket, TLS and HTTP or SOCKS proxies are paho's own.
 """
 
 import asyncio
@@ -48,7 +49,13 @@ class MqttBus:
         proxy: str = "",
         threaded: bool | None = None,
     ) -> None:
-        self.url, self.client_id, self.keepalive_s, self.tls, self.packet = parse_url(url), client_id, keepalive_s, tls, packet
+        self.url, self.client_id, self.keepalive_s, self.tls, self.packet = (
+            parse_url(url),
+            client_id,
+            keepalive_s,
+            tls,
+            packet,
+        )
         self.proxy = parse_proxy(proxy) if proxy else None
         self.connected = asyncio.Event()
         self.on_connect: list[Callable[[], None]] = []
@@ -69,7 +76,9 @@ class MqttBus:
         """Connect in the background, for as long as it takes."""
         self._loop, self._ident = asyncio.get_running_loop(), threading.get_ident()
         if self._threaded is None:
-            self._threaded = not hasattr(asyncio, "SelectorEventLoop") or "Proactor" in type(self._loop).__name__
+            self._threaded = (
+                not hasattr(asyncio, "SelectorEventLoop") or "Proactor" in type(self._loop).__name__
+            )
         self._task = asyncio.create_task(self._keep_connected(), name="mqtt")
 
     async def stop(self) -> None:
@@ -120,7 +129,8 @@ class MqttBus:
         self._write(client)
 
     async def _serve(self) -> bool:
-        """Until the connection is lost: was it ever up? Raises OSError where a broker takes it and then says nothing."""
+        """Until the connection is lost: was it ever up? Raises OSError where a broker takes it and then
+        says nothing."""
         client, since, up = self._client, self._loop.time(), False
         while not self._lost.is_set() and client is not None:
             if not self._threaded:
@@ -168,7 +178,8 @@ class MqttBus:
         return client
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
-        """From wherever paho calls: `connect` runs beside the loop, everything else in it unless paho has a thread."""
+        """From wherever paho calls: `connect` runs beside the loop, everything else in it unless paho has
+        a thread."""
         if self._loop.is_closed():
             return
         if threading.get_ident() != self._ident:
@@ -180,7 +191,11 @@ class MqttBus:
 
     def _read(self, client: paho.Client) -> None:
         client.loop_read()
-        while client is self._client and (sock := client.socket()) is not None and getattr(sock, "pending", int)() > 0:
+        while (
+            client is self._client
+            and (sock := client.socket()) is not None
+            and getattr(sock, "pending", int)() > 0
+        ):
             client.loop_read()
 
     def _write(self, client: paho.Client) -> None:
@@ -203,7 +218,9 @@ class MqttBus:
             self._loop.remove_writer(self._watched)
         self._watched, self._writing = None, False
 
-    def _on_connect(self, client: paho.Client, user: Any, flags: Any, code: Any, properties: Any = None) -> None:
+    def _on_connect(
+        self, client: paho.Client, user: Any, flags: Any, code: Any, properties: Any = None
+    ) -> None:
         if code.is_failure:
             self.problem = f"the broker refuses the connection: {code}"
             log.error("%s", self.problem)
@@ -270,7 +287,8 @@ class MqttBus:
     async def publish(self, topic: str, payload: bytes, retain: bool = False, again: bool = True) -> bool:
         """QoS 1; returns after the broker's PUBACK, which proves nothing more than that a broker took it.
 
-        When the connection is lost before, the message is published once more; without `again` the answer is False.
+        When the connection is lost before, the message is published once more; without `again` the answer
+        is False.
         """
         while True:
             await self.connected.wait()

@@ -1,10 +1,9 @@
 """Every MQTT topic, in one place.
 
-rf/<fleet>/dev/<device>/up       device → coordinator: sealed messages
-rf/<fleet>/dev/<device>/chunk    device → coordinator: pieces of an update
-rf/<fleet>/dev/<device>/down     coordinator → device: sealed messages
-rf/<fleet>/dev/<device>/job      coordinator → device: the current assignment, retained (the only retained topic)
-rf/<fleet>/blob/<digest>         coordinator → whoever wants it: pieces of views and masks
+rf/<fleet>/dev/<device>/up       device → coordinator: sealed messages rf/<fleet>/dev/<device>/chunk
+device → coordinator: pieces of an update rf/<fleet>/dev/<device>/down     coordinator → device: sealed
+messages rf/<fleet>/dev/<device>/job      coordinator → device: the current assignment, retained (the only
+retained topic) rf/<fleet>/blob/<digest>         coordinator → whoever wants it: pieces of views and masks
 """
 
 import re
@@ -19,7 +18,8 @@ def checked(name: str, what: str = "device") -> str:
     """`name`, if it can stand in a topic and in a file name. Raises ConfigError."""
     if not NAME.match(name):
         raise ConfigError(
-            f"{what} name {name[:80]!r} is not allowed", "use 1 to 64 letters, digits, `-`, `_` and `.`, starting with a letter or digit"
+            f"{what} name {name[:80]!r} is not allowed",
+            "use 1 to 64 letters, digits, `-`, `_` and `.`, starting with a letter or digit",
         )
     return name
 

@@ -1,6 +1,7 @@
 """The claim token: what `coordinator invite` prints and `edge-agent enroll` reads.
 
-It holds a secret from which both sides derive the key that seals their messages; the key itself never travels.
+It holds a secret from which both sides derive the key that seals their messages; the key itself never
+travels.
 """
 
 import base64
@@ -30,7 +31,8 @@ class Claim(msgspec.Struct, frozen=True, array_like=True):
     pin: bytes = b""
     """SHA-256 of the public key that is shown there."""
     operators: list[bytes] = []
-    """Keys of the fleet's admins: jobs must be signed by operators whom one of them named. Empty: the coordinator is trusted."""
+    """Keys of the fleet's admins: jobs must be signed by operators whom one of them named. Empty: the
+    coordinator is trusted."""
 
 
 def write_claim(claim: Claim) -> str:
@@ -47,7 +49,9 @@ def read_claim(token: str) -> Claim:
         raw = base64.urlsafe_b64decode(text[len(PREFIX) :] + "=" * (-len(text[len(PREFIX) :]) % 4))
         claim = msgspec.msgpack.decode(raw, type=Claim)
     except (ValueError, binascii.Error, msgspec.MsgspecError) as error:
-        raise ConfigError(f"this is not a claim token: {error}", "copy the whole line that `coordinator invite` printed") from None
+        raise ConfigError(
+            f"this is not a claim token: {error}", "copy the whole line that `coordinator invite` printed"
+        ) from None
     checked(claim.device)
     return claim
 

@@ -1,7 +1,9 @@
-"""How a device gets its certificate: one request over HTTPS, under the claim's key and signed by the device's own.
+"""How a device gets its certificate: one request over HTTPS, under the claim's key and signed by the
+device's own.
 
-The server shows the key that the claim token names, so the device trusts it before it has any authority. A request that is
-sent again by somebody else gains nothing: the certificate is for a key that only the device has.
+The server shows the key that the claim token names, so the device trusts it before it has any authority. A
+request that is sent again by somebody else gains nothing: the certificate is for a key that only the
+device has.
 """
 
 import hashlib
@@ -21,7 +23,8 @@ class CertificateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     device: str
     csr: str
     public_key: bytes
-    """Ed25519, 32 bytes: the key that signs the device's updates. The first one that is shown under a claim stays."""
+    """Ed25519, 32 bytes: the key that signs the device's updates. The first one that is shown under a
+    claim stays."""
     signature: bytes
     """By that key, over `signed`."""
     mac: bytes
@@ -39,7 +42,9 @@ class CertificateAnswer(msgspec.Struct, frozen=True):
 
 def signed(device: str, csr: str, public_key: bytes) -> bytes:
     """What signature and MAC cover."""
-    return b"rankfleet certificate 1\n" + b"\n".join((device.encode(), public_key.hex().encode(), csr.encode()))
+    return b"rankfleet certificate 1\n" + b"\n".join(
+        (device.encode(), public_key.hex().encode(), csr.encode())
+    )
 
 
 def mac_of(link_key: bytes, content: bytes) -> bytes:

@@ -1,7 +1,8 @@
-"""Who may order what: a roster of operators' keys that an admin signed, and warrants that operators sign for jobs.
+"""Who may order what: a roster of operators' keys that an admin signed, and warrants that operators sign
+for jobs.
 
-The coordinator passes both on and can make neither: a device that knows the fleet's admins (from its claim token) carries out only
-what enough operators signed, whoever runs the coordinator.
+The coordinator passes both on and can make neither: a device that knows the fleet's admins (from its claim
+token) carries out only what enough operators signed, whoever runs the coordinator.
 """
 
 import base64
@@ -50,7 +51,8 @@ class SignedRoster(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Warrant(msgspec.Struct, frozen=True, array_like=True):
-    """A job as its operators signed it: the YAML text, (key, signature) of each, and the roster that they stand in."""
+    """A job as its operators signed it: the YAML text, (key, signature) of each, and the roster that they
+    stand in."""
 
     text: str
     signatures: list[tuple[bytes, bytes]]
@@ -86,7 +88,9 @@ def signed_by(key: bytes, signature: bytes, data: bytes) -> bool:
 
 def read_roster(signed: SignedRoster, fleet: str, admins: Iterable[bytes]) -> Roster:
     """The roster, if one of `admins` signed it for this fleet. Raises Refused."""
-    if signed.key not in set(admins) or not signed_by(signed.key, signed.signature, roster_bytes(signed.data)):
+    if signed.key not in set(admins) or not signed_by(
+        signed.key, signed.signature, roster_bytes(signed.data)
+    ):
         raise Refused("the roster of operators is not signed by an admin of this fleet")
     try:
         roster = msgspec.msgpack.decode(signed.data, type=Roster)
@@ -105,13 +109,17 @@ def signers(roster: Roster, text: str, signatures: Iterable[tuple[bytes, bytes]]
 
 
 def check_warrant(warrant: Warrant, fleet: str, admins: Iterable[bytes], oldest: int) -> Roster:
-    """The roster of a warrant that enough operators signed; `oldest` is the lowest version that is taken. Raises Refused."""
+    """The roster of a warrant that enough operators signed; `oldest` is the lowest version that is taken.
+    Raises Refused."""
     roster = read_roster(warrant.roster, fleet, admins)
     if roster.version < oldest:
         raise Refused(f"the roster of operators has version {roster.version}, this device has seen {oldest}")
     agreed = signers(roster, warrant.text, warrant.signatures)
     if len(agreed) < max(1, roster.approvals):
-        raise Refused(f"{len(agreed)} operators signed the job, {max(1, roster.approvals)} must: {', '.join(sorted(agreed)) or 'nobody'}")
+        raise Refused(
+            f"{len(agreed)} operators signed the job, {max(1, roster.approvals)} must: "
+            f"{', '.join(sorted(agreed)) or 'nobody'}"
+        )
     return roster
 
 
@@ -127,7 +135,9 @@ def decode_key(text: str, what: str) -> bytes:
     except ValueError:
         raw = b""
     if len(raw) != 32:
-        raise ConfigError(f"{what}: {text[:50]!r} is no key", "copy the line that `coordinator operators keygen` printed")
+        raise ConfigError(
+            f"{what}: {text[:50]!r} is no key", "copy the line that `coordinator operators keygen` printed"
+        )
     return raw
 
 

@@ -1,7 +1,8 @@
-"""What operators sign of a job, decoded by both sides with the one loader: every default stands here and nowhere else.
+"""What operators sign of a job, decoded by both sides with the one loader: every default stands here and
+nowhere else.
 
-A device passes over keys that it does not know (a newer coordinator may have more); the coordinator's `JobSpec` extends these structs
-and forbids them.
+A device passes over keys that it does not know (a newer coordinator may have more); the coordinator's
+`JobSpec` extends these structs and forbids them.
 """
 
 from typing import Annotated, Literal
@@ -24,7 +25,8 @@ class SignedTask(msgspec.Struct, frozen=True):
     tolerance: Annotated[float, Meta(gt=0)] = 0.5
     """Regression: how far off still counts as right."""
     samples: Annotated[tuple[str, ...], Meta(max_length=8)] = ()
-    """Causal language models: prompts that are answered with the first and the last version, for the report."""
+    """Causal language models: prompts that are answered with the first and the last version, for the
+    report."""
 
 
 class SignedTraining(msgspec.Struct, frozen=True):

@@ -19,7 +19,17 @@ from ..errors import NotFinite, TooLarge, WireError
 from ..program.files import write_atomic
 
 MAGIC = b"RFT1"
-DTYPES = {"f64": "<f8", "f32": "<f4", "f16": "<f2", "i8": "|i1", "i16": "<i2", "u8": "|u1", "i32": "<i4", "i64": "<i8", "u32": "<u4"}
+DTYPES = {
+    "f64": "<f8",
+    "f32": "<f4",
+    "f16": "<f2",
+    "i8": "|i1",
+    "i16": "<i2",
+    "u8": "|u1",
+    "i32": "<i4",
+    "i64": "<i8",
+    "u32": "<u4",
+}
 _NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
 MAX_BYTES = 4 << 30
 MAX_TENSORS = 100_000
@@ -38,7 +48,9 @@ def encode(tensors: Mapping[str, Array], meta: Any = None) -> bytes:
     for name, array in tensors.items():
         kind = _NAMES.get(array.dtype.newbyteorder("<"))
         if kind is None:
-            raise WireError(f"`{name}` has dtype {array.dtype}, which does not travel", f"use one of {sorted(DTYPES)}")
+            raise WireError(
+                f"`{name}` has dtype {array.dtype}, which does not travel", f"use one of {sorted(DTYPES)}"
+            )
         rows.append((name, kind, array.shape))
         blobs.append(np.ascontiguousarray(array, dtype=DTYPES[kind]).reshape(-1).view(np.uint8).data)
     header = msgspec.msgpack.encode(_Header(rows, meta))
@@ -52,7 +64,8 @@ def encode(tensors: Mapping[str, Array], meta: Any = None) -> bytes:
 def decode(data: bytes | memoryview, *, limit: int = MAX_BYTES, finite: bool = False) -> tuple[Tensors, Any]:
     """The tensors (views into `data`, read-only) and the meta value of a frame.
 
-    Raises TooLarge over `limit` bytes, NotFinite with `finite` where a float is NaN or infinite, else WireError.
+    Raises TooLarge over `limit` bytes, NotFinite with `finite` where a float is NaN or infinite, else
+    WireError.
     """
     if len(data) > limit:
         raise TooLarge(f"frame of {len(data):,} bytes, at most {limit:,} are allowed")
@@ -76,7 +89,13 @@ def _arrays(view: memoryview, header: _Header, at: int, finite: bool) -> Tensors
         raise TooLarge(f"{len(header.tensors):,} tensors in one frame, at most {MAX_TENSORS:,}")
     out: Tensors = {}
     for name, kind, shape in header.tensors:
-        if kind not in DTYPES or len(name) > 512 or len(shape) > 8 or any(n < 0 for n in shape) or name in out:
+        if (
+            kind not in DTYPES
+            or len(name) > 512
+            or len(shape) > 8
+            or any(n < 0 for n in shape)
+            or name in out
+        ):
             raise WireError(f"tensor `{name[:80]}` with dtype `{kind[:8]}` and shape {shape[:9]}")
         count = 1
         for n in shape:
@@ -119,7 +138,11 @@ def thaw(data: bytes) -> dict[str, Any]:
 
     def rich(value: Any) -> Any:
         if isinstance(value, dict):
-            return tensors[value["\0"]].copy() if set(value) == {"\0"} else {k: rich(v) for k, v in value.items()}
+            return (
+                tensors[value["\0"]].copy()
+                if set(value) == {"\0"}
+                else {k: rich(v) for k, v in value.items()}
+            )
         return [rich(v) for v in value] if isinstance(value, list) else value
 
     tree = rich(meta)

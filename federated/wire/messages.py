@@ -1,8 +1,9 @@
 """What the two sides say to each other. msgpack, versioned, every message sealed.
 
-A message travels in an `Envelope`: protocol version, sender, a rising number, the body, an HMAC-SHA256 under the device's
-own key (agreed at enrolment; the idle agent can check it with the standard library alone) and, where it matters beyond the
-link, an Ed25519 signature (assignments by the coordinator, updates by the device; made and checked in the worker).
+A message travels in an `Envelope`: protocol version, sender, a rising number, the body, an HMAC-SHA256
+under the device's own key (agreed at enrolment; the idle agent can check it with the standard library
+alone) and, where it matters beyond the link, an Ed25519 signature (assignments by the coordinator, updates
+by the device; made and checked in the worker).
 """
 
 import hashlib
@@ -84,7 +85,8 @@ class Offer(Message, tag="offer", frozen=True):
     data: bytes = b""
     """The whole update, where the assignment allows that and it fits into a packet."""
     cost: dict[str, float] = {}
-    """What the round took here: seconds by part, `peak_mb`. Beside the update and not in it: the same work gives the same bytes."""
+    """What the round took here: seconds by part, `peak_mb`. Beside the update and not in it: the same work
+    gives the same bytes."""
 
 
 class Report(Message, tag="report", frozen=True):
@@ -99,7 +101,8 @@ class Report(Message, tag="report", frozen=True):
 
 
 class Bundle(Message, tag="bundle", frozen=True):
-    """What the coordinator asked for: the last lines of the log, or what `doctor` finds; without secrets, and bounded."""
+    """What the coordinator asked for: the last lines of the log, or what `doctor` finds; without secrets,
+    and bounded."""
 
     number: int
     text: str
@@ -215,14 +218,16 @@ class Assignment(Message, tag="assignment", frozen=True):
     space: str
     recipe: Recipe
     blobs: dict[str, Blob]
-    """`view` (spec, factors, heads, extras of methods), `frozen` (layers below the boundary), `masks` (kept channels)."""
+    """`view` (spec, factors, heads, extras of methods), `frozen` (layers below the boundary), `masks`
+    (kept channels)."""
     seed: int
     say: str = ""
     """Why this arm, in one sentence."""
     inline: bool = False
     """A small update may travel with its offer: the coordinator has room for all of them."""
     epoch: int = 0
-    """Which life of the coordinator says this: one that was restored from a backup begins another, and rounds may come again."""
+    """Which life of the coordinator says this: one that was restored from a backup begins another, and
+    rounds may come again."""
     source: ModelSource | None = None
     """Where a device without the base model finds it."""
 
@@ -265,7 +270,9 @@ def seal(message: Message, sender: str, key: bytes, signature: bytes = b"", numb
     """`message` as bytes, under the link key."""
     body = _encoder.encode(message)
     number = number or time.time_ns() // 1000
-    return _encoder.encode(Envelope(PROTOCOL, sender, number, body, _mac(key, PROTOCOL, sender, number, body), signature))
+    return _encoder.encode(
+        Envelope(PROTOCOL, sender, number, body, _mac(key, PROTOCOL, sender, number, body), signature)
+    )
 
 
 def unpack(data: bytes) -> Envelope:
@@ -279,7 +286,8 @@ def unpack(data: bytes) -> Envelope:
     if not OLDEST <= envelope.version <= PROTOCOL:
         spoken = str(PROTOCOL) if OLDEST == PROTOCOL else f"{OLDEST} and {PROTOCOL}"
         raise WrongVersion(
-            f"`{envelope.sender[:64]}` speaks protocol {envelope.version}, this side speaks {spoken}", "upgrade the older side"
+            f"`{envelope.sender[:64]}` speaks protocol {envelope.version}, this side speaks {spoken}",
+            "upgrade the older side",
         )
     return envelope
 
@@ -291,7 +299,9 @@ def body(message: Message) -> bytes:
 
 def check(envelope: Envelope, key: bytes) -> None:
     """Raises WireError unless the envelope was sealed under `key`."""
-    if not hmac.compare_digest(_mac(key, envelope.version, envelope.sender, envelope.number, envelope.body), envelope.mac):
+    if not hmac.compare_digest(
+        _mac(key, envelope.version, envelope.sender, envelope.number, envelope.body), envelope.mac
+    ):
         raise WireError(
             f"a message that names `{envelope.sender[:64]}` as sender is not sealed with its key",
             "enrol the device again, or find out who else publishes on its topic",
@@ -328,5 +338,6 @@ def _read(decoder: msgspec.msgpack.Decoder[M], data: bytes) -> M:
 
 
 def manifest(job: str, round: int, device: str, digest: str) -> bytes:
-    """What a device signs for an update. Its first line has a version of its own: it may outlive the protocol's."""
+    """What a device signs for an update. Its first line has a version of its own: it may outlive the
+    protocol's."""
     return f"rankfleet update 1\n{job}\n{round}\n{device}\n{digest}\n".encode()

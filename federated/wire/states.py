@@ -7,8 +7,8 @@ JobState = Literal["held", "queued", "running", "paused", "finished", "failed", 
 RoundState = Literal["open", "closing", "closed"]
 """`closing`: which updates go in is decided, and the next version is being made of them."""
 AnswerState = Literal["assigned", "received", "counted", "failed", "refused", "late", "dropped"]
-"""Of one device in one round. `received`: its update lies here; `counted`: it went into a version; `late`: the round closed
-without it, and it may still come; `dropped`: it came too late for any version."""
+"""Of one device in one round. `received`: its update lies here; `counted`: it went into a version; `late`:
+the round closed without it, and it may still come; `dropped`: it came too late for any version."""
 VersionState = Literal["candidate", "good", "rolled back"]
 """`good`: devices measured it and found it no worse than the last good one."""
 DeviceState = Literal["invited", "enrolled", "suspended", "left", "revoked"]

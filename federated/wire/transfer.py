@@ -1,8 +1,9 @@
 """Content-addressed transfer in small pieces, resumable on both sides.
 
-A piece on the wire: version (u8), first 8 bytes of the blob's digest, number (u32), CRC-32 of the data (u32), data.
-A half-arrived blob is a file with its pieces in place and a log of which are there: a kill at any instant loses at most the
-half second before it, and what a power cut left behind is checked piece by piece.
+A piece on the wire: version (u8), first 8 bytes of the blob's digest, number (u32), CRC-32 of the data
+(u32), data. A half-arrived blob is a file with its pieces in place and a log of which are there: a kill at
+any instant loses at most the half second before it, and what a power cut left behind is checked piece by
+piece.
 """
 
 import hashlib
@@ -45,7 +46,8 @@ def read_piece(payload: bytes) -> tuple[str, int, bytes]:
 
 
 def blob_of(data: bytes, chunk: int) -> Blob:
-    """The address of `data`, cut into pieces so that each packet stays within `chunk` bytes with its header."""
+    """The address of `data`, cut into pieces so that each packet stays within `chunk` bytes with its
+    header."""
     return Blob(digest_of(data), len(data), max(1, chunk - PIECE.size))
 
 
@@ -69,9 +71,12 @@ def numbers(spans: Ranges, below: int) -> Iterator[int]:
 
 
 class Assembly:
-    """A blob that is arriving: pieces in their places in `<digest>.part`, and in `<digest>.have` a log of which are there."""
+    """A blob that is arriving: pieces in their places in `<digest>.part`, and in `<digest>.have` a log of
+    which are there."""
 
-    def __init__(self, folder: Path, blob: Blob, *, durable: bool = True, hold_bytes: int = HOLD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, blob: Blob, *, durable: bool = True, hold_bytes: int = HOLD_BYTES
+    ) -> None:
         self.hold_bytes = hold_bytes
         self.blob, self.target, self.durable = blob, folder / blob.digest, durable
         self.path, self.log = folder / f"{blob.digest}.part", folder / f"{blob.digest}.have"
@@ -104,13 +109,17 @@ class Assembly:
         return part.read(self._length(number))
 
     def _length(self, number: int) -> int:
-        return self.blob.size - number * self.blob.chunk if number == self.blob.chunks - 1 else self.blob.chunk
+        return (
+            self.blob.size - number * self.blob.chunk if number == self.blob.chunks - 1 else self.blob.chunk
+        )
 
     def add(self, number: int, data: bytes) -> bool:
-        """Keep one piece; False for one that is here already. Raises WireError for a piece that cannot belong here."""
+        """Keep one piece; False for one that is here already. Raises WireError for a piece that cannot
+        belong here."""
         if not 0 <= number < self.blob.chunks or len(data) != self._length(number):
             raise WireError(
-                f"chunk {number} with {len(data):,} bytes does not fit a blob of {self.blob.chunks} chunks of {self.blob.chunk:,} bytes"
+                f"chunk {number} with {len(data):,} bytes does not fit a blob of {self.blob.chunks} chunks "
+                f"of {self.blob.chunk:,} bytes"
             )
         if number in self.have:
             self.repeated += 1
@@ -121,7 +130,9 @@ class Assembly:
             self._hash.update(data)
             self._hashed += 1
         now = time.monotonic()
-        if not self.complete and (now - self._since > HOLD_S or len(self._fresh) * self.blob.chunk > self.hold_bytes):
+        if not self.complete and (
+            now - self._since > HOLD_S or len(self._fresh) * self.blob.chunk > self.hold_bytes
+        ):
             self.save()
         return True
 
@@ -148,14 +159,17 @@ class Assembly:
         return len(self.have) == self.blob.chunks
 
     def whole(self) -> bytes | None:
-        """The content, where every piece came in this life and none has been written yet; None where `finish` must look at the disk.
+        """The content, where every piece came in this life and none has been written yet; None where
+        `finish` must look at the disk.
 
         Raises WireError and starts over if the digest is wrong.
         """
         if len(self._fresh) < self.blob.chunks:
             return None
         data = b"".join(self._fresh[n] for n in range(self.blob.chunks))
-        right = (self._hash.hexdigest() if self._hashed == self.blob.chunks else digest_of(data)) == self.blob.digest
+        right = (
+            self._hash.hexdigest() if self._hashed == self.blob.chunks else digest_of(data)
+        ) == self.blob.digest
         self._restart_hash()
         if not right:
             self._wrong()
@@ -163,7 +177,8 @@ class Assembly:
         return data
 
     def finish(self) -> Path:
-        """Check the digest and put the blob in its place, durably if so wished. Raises WireError and starts over if it is wrong."""
+        """Check the digest and put the blob in its place, durably if so wished. Raises WireError and
+        starts over if it is wrong."""
         with self.path.open("r+b" if self.path.exists() else "w+b") as part:
             for number, data in self._fresh.items():
                 part.seek(number * self.blob.chunk)

@@ -27,7 +27,9 @@ from rankfleet.profiles.memory import memory_mb
 def card(layers: int = 6, h: int = 384, f: int = 1536) -> ModelCard:
     modules = []
     for i in range(layers):
-        modules += [Module(f"layer.{i}.{n}", i, h, h, "attention") for n in ("query", "key", "value", "dense")]
+        modules += [
+            Module(f"layer.{i}.{n}", i, h, h, "attention") for n in ("query", "key", "value", "dense")
+        ]
         modules += [Module(f"layer.{i}.up", i, f, h, "up"), Module(f"layer.{i}.down", i, h, f, "down")]
     return ModelCard("m", "0" * 64, "bert", layers, h, f, 12, 1000, 12_000_000, modules)
 
@@ -82,19 +84,32 @@ def test_placements() -> None:
     scored = expand("scored(query,value@5,1; r=4..16)", CARD, modules)
     assert scored == {"layer.1.query": 8, "layer.1.value": 8, "layer.5.query": 16, "layer.5.value": 16}
     assert rank_and_depth(scored, CARD) == (16, 5)
-    for bad in ("top(2)", "rising(3..9, total=10)", "scored(key@1; r=1..2)", "import os", "scored(query@9; r=1..2)"):
+    for bad in (
+        "top(2)",
+        "rising(3..9, total=10)",
+        "scored(key@1; r=1..2)",
+        "import os",
+        "scored(query@9; r=1..2)",
+    ):
         with pytest.raises(ValueError, match=r"."):
             expand(bad, CARD, modules)
 
 
-@given(st.integers(1, 6), st.sampled_from([4, 8, 16]), st.sampled_from([0.0, 0.2, 0.5]), st.sampled_from([4, 8, 32]))
+@given(
+    st.integers(1, 6),
+    st.sampled_from([4, 8, 16]),
+    st.sampled_from([0.0, 0.2, 0.5]),
+    st.sampled_from([4, 8, 32]),
+)
 @settings(deadline=None)
 def test_cost_grows_with_depth_and_falls_with_pruning(depth: int, rank: int, prune: float, bits: int) -> None:
     modules = targets(CARD, ["all"])
 
     def of(d: int, p: float) -> tuple[float, float]:
         placement = expand(f"top({d}, r={rank})", CARD, modules)
-        cost = price(CARD, library()["raspberry-pi-5-8gb"], placement, prune=p, bits=bits, batch=8, steps=8, length=32)
+        cost = price(
+            CARD, library()["raspberry-pi-5-8gb"], placement, prune=p, bits=bits, batch=8, steps=8, length=32
+        )
         return cost.memory_mb, cost.seconds
 
     memory, seconds = of(depth, prune)
@@ -126,12 +141,17 @@ def test_no_policy_ever_picks_what_does_not_fit_and_replays_the_same(policy: str
             for name, profile, _ in FLEET:
                 arm = chosen[name].arm
                 placement = made.placements[arm.placement]
-                assert memory_mb(CARD, placement, arm.prune, arm.bits, arm.batch, 32, 4000) <= profile.budget_mb
+                assert (
+                    memory_mb(CARD, placement, arm.prune, arm.bits, arm.batch, 32, 4000) <= profile.budget_mb
+                )
                 assert chosen[name].why
             seen.append({d: c.arm.text() for d, c in chosen.items()})
             rng = random.Random(number)
             made.observe(
-                [Outcome(d, p.name, chosen[d].arm, 2.0, 2.0 - rng.random(), 1 + rng.random(), 0.3) for d, p, _ in FLEET],
+                [
+                    Outcome(d, p.name, chosen[d].arm, 2.0, 2.0 - rng.random(), 1 + rng.random(), 0.3)
+                    for d, p, _ in FLEET
+                ],
                 {d: p for d, p, _ in FLEET},
                 {},
             )
@@ -151,7 +171,10 @@ def test_pruning_only_grows_and_at_most_every_fifth_round() -> None:
             if choice.arm.prune > prune:
                 assert number - since >= 5
                 since = number
-            last[name] = (choice.arm.prune, since if choice.arm.prune > prune or name not in last else last[name][1])
+            last[name] = (
+                choice.arm.prune,
+                since if choice.arm.prune > prune or name not in last else last[name][1],
+            )
         made.observe([], {}, {})
 
 
@@ -186,7 +209,11 @@ def test_a_memory_failure_lowers_what_is_asked() -> None:
     before = max(p.memory_mb for p in made.feasible("pi", FLEET[1][1], 0))
     for _ in range(2):
         arm = made.choose(0, FLEET)["pi"].arm
-        made.observe([Outcome("pi", "raspberry-pi-5-8gb", arm, 0, 0, 1.0, failed="memory")], {d: p for d, p, _ in FLEET}, {})
+        made.observe(
+            [Outcome("pi", "raspberry-pi-5-8gb", arm, 0, 0, 1.0, failed="memory")],
+            {d: p for d, p, _ in FLEET},
+            {},
+        )
     assert made.state["devices"]["pi"]["bits"] == 8
     assert made.feasible("pi", FLEET[1][1], 0)
     assert before <= 109
@@ -194,7 +221,12 @@ def test_a_memory_failure_lowers_what_is_asked() -> None:
 
 def test_the_sweep_does_not_let_one_slow_device_set_the_pace() -> None:
     def member(name: str, speed: float) -> Member:
-        return Member(name, name, 0.5, [Priced(Arm(placement=f"top({d}, r=8)"), 8, d, d * speed, 1.0, d**0.5) for d in (1, 2, 3)])
+        return Member(
+            name,
+            name,
+            0.5,
+            [Priced(Arm(placement=f"top({d}, r=8)"), 8, d, d * speed, 1.0, d**0.5) for d in (1, 2, 3)],
+        )
 
     members = [member("fast", 1.0), member("slow", 20.0)]
     assert sweep(members) == 20.0
@@ -221,14 +253,24 @@ def test_profiles_match_what_a_probe_sees(tmp_path: Path) -> None:
     assert match("x86_64", "", 16000, 8).name == "laptop-x86-16gb"
     assert match("riscv64", "", 4000, 4) == generic("riscv64", 4000, 4)
     for profile in library().values():
-        assert set(profile.source.values()) <= set(SOURCES), f"{profile.name} says where its figures come from"
+        assert set(profile.source.values()) <= set(SOURCES), (
+            f"{profile.name} says where its figures come from"
+        )
         assert "gflops" in profile.source
 
 
 def test_auto_takes_what_a_device_measured_fastest_and_never_assumes_bf16() -> None:
     space = msgspec.convert({"bits": "auto"}, ArmSpace)
     made = Tuner(
-        policy_class("fixed")(), CARD, targets(CARD, ["auto"]), space, max_depth=3, length=32, head=4000, wire_bits=sparse_bits, seed=1
+        policy_class("fixed")(),
+        CARD,
+        targets(CARD, ["auto"]),
+        space,
+        max_depth=3,
+        length=32,
+        head=4000,
+        wire_bits=sparse_bits,
+        seed=1,
     )
     roomy = device("laptop-x86-16gb", 4000.0)
     assert made.join("avx2", roomy, {"32": 4.0, "16": 120.0, "8": 5.0, "4": 6.0}) == 32
@@ -241,7 +283,9 @@ def test_auto_takes_what_a_device_measured_fastest_and_never_assumes_bf16() -> N
 def test_the_file_name_is_the_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"cost_ucb", "fedspine", "fixed", "ucb1"} <= set(modules())
     theirs = EntryPoint("dice", "rankfleet.bandit.policies.fixed", "rankfleet.policies")
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [theirs] if group == "rankfleet.policies" else [])
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group: [theirs] if group == "rankfleet.policies" else []
+    )
     modules.cache_clear()
     try:
         assert policy_class("dice").__name__ == "Fixed"

@@ -38,12 +38,19 @@ class Machine:
 
     def environment(self) -> dict[str, str]:
         shim = str(Path(__file__).parent / "shim")
-        return {**os.environ, "PYTHONPATH": f"{shim}{os.pathsep}{ROOT}", "CHAOS_HOME": str(self.home), "CHAOS_SIDE": str(self.side)}
+        return {
+            **os.environ,
+            "PYTHONPATH": f"{shim}{os.pathsep}{ROOT}",
+            "CHAOS_HOME": str(self.home),
+            "CHAOS_SIDE": str(self.side),
+        }
 
     def run(self, *words: str) -> str:
         """A verb of the CLI, on this machine."""
         command = [sys.executable, "-W", "ignore", "-m", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.environment(), cwd=ROOT)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=self.environment(), cwd=ROOT
+        )
         if done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
         return done.stdout
@@ -101,7 +108,9 @@ class Machine:
         self._forget()
 
     def _forget(self) -> None:
-        here = {str(p.relative_to(self.home)): p for p in self.home.rglob("*") if p.is_file() or p.is_symlink()}
+        here = {
+            str(p.relative_to(self.home)): p for p in self.home.rglob("*") if p.is_file() or p.is_symlink()
+        }
         inodes = {p.lstat().st_ino: p for p in here.values()}
         try:
             durable: dict[str, int] = json.loads((self.side / "names.json").read_text())
@@ -185,10 +194,15 @@ class Fleet:
         store.chmod(0o777)
         conf = self.folder / "mosquitto.conf"
         conf.write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {store}/\n"
+            f"listener {self.port} 127.0.0.1\nallow_anonymous true\n"
+            f"persistence true\npersistence_location {store}/\n"
             "autosave_interval 1\nautosave_on_changes true\nmax_queued_messages 0\n"
         )
-        self.broker = subprocess.Popen([mosquitto() or "mosquitto", "-c", str(conf)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.broker = subprocess.Popen(
+            [mosquitto() or "mosquitto", "-c", str(conf)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def kill_broker(self) -> None:
         if self.broker:
@@ -204,7 +218,8 @@ class Fleet:
         self.start_broker()
         c = self.coordinator
         config = {
-            "data_dir": str(c.home), "broker": {"url": f"mqtt://127.0.0.1:{self.port}"}, "models": {"tiny": str(self.model)},
+            "data_dir": str(c.home), "broker": {"url": f"mqtt://127.0.0.1:{self.port}"},
+            "models": {"tiny": str(self.model)},
             "limits": {"packet_bytes": 2000, "nudge_s": 3},
         }  # fmt: skip
         self.config = self.write("coordinator.yaml", config)
@@ -218,32 +233,41 @@ class Fleet:
             path = self.write(
                 f"{name}.yaml",
                 {
-                    "state_dir": str(machine.home), "profile": "laptop-x86-16gb", "threads": 1, "models": {"tiny": str(self.model)},
+                    "state_dir": str(machine.home), "profile": "laptop-x86-16gb", "threads": 1,
+                    "models": {"tiny": str(self.model)},
                     "datasets": {"words": {"path": str(data)}},
-                    "link": {"answer_s": 1, "packet_bytes": 600, "broker": f"mqtt://127.0.0.1:{self.proxies[name].port}"},
+                    "link": {"answer_s": 1, "packet_bytes": 600,
+                    "broker": f"mqtt://127.0.0.1:{self.proxies[name].port}"},
                 },
             )  # fmt: skip
             token = c.run("rankfleet.coordinator", "invite", name, "--config", self.config).strip()
             machine.run("rankfleet.edge_agent", "enroll", token, "--no-probe", "--config", path)
             machine.command = ["rankfleet.edge_agent", "run", "--config", path]
             machine.start()
-        await self.until(lambda: sum(r[0] == "enrolled" for r in self.ask("select state from devices")) == len(AGENTS), 60)
+        await self.until(
+            lambda: sum(r[0] == "enrolled" for r in self.ask("select state from devices")) == len(AGENTS), 60
+        )
         for machine in self.machines:
             machine.remember()
 
     def submit(self, **changes: Any) -> None:
         """One job, fixed arms unless `changes` say otherwise, no deadline, everybody."""
         settings = {
-            "stack": ["sparse"], "quorum": 1.0, "min_devices": len(AGENTS), "arms": {"ranks": [4], "bits": [32], "steps": [40], "batch": 4},
+            "stack": ["sparse"], "quorum": 1.0, "min_devices": len(AGENTS),
+            "arms": {"ranks": [4], "bits": [32], "steps": [40], "batch": 4},
             **changes,
         }  # fmt: skip
         (self.folder / "job.yaml").write_text(job(**settings))
-        self.coordinator.run("rankfleet.coordinator", "submit", str(self.folder / "job.yaml"), "--config", self.config)
+        self.coordinator.run(
+            "rankfleet.coordinator", "submit", str(self.folder / "job.yaml"), "--config", self.config
+        )
 
     def ask(self, query: str) -> list[Any]:
         """Straight from the ledger: the coordinator may be dead."""
         try:
-            with contextlib.closing(sqlite3.connect(f"file:{self.coordinator.home}/ledger.db?mode=ro", uri=True, timeout=2)) as ledger:
+            with contextlib.closing(
+                sqlite3.connect(f"file:{self.coordinator.home}/ledger.db?mode=ro", uri=True, timeout=2)
+            ) as ledger:
                 return ledger.execute(query).fetchall()
         except sqlite3.Error:
             return []
@@ -257,7 +281,9 @@ class Fleet:
             if what():
                 return
             await asyncio.sleep(0.1)
-        tails = "\n".join(f"--- {m.name}\n{m.log.read_text()[-1500:]}" for m in self.machines if m.log.exists())
+        tails = "\n".join(
+            f"--- {m.name}\n{m.log.read_text()[-1500:]}" for m in self.machines if m.log.exists()
+        )
         raise TimeoutError(f"not within {seconds:.0f} s; logs:\n{tails}")
 
     async def stop(self) -> None:

@@ -1,4 +1,5 @@
-"""A proxy between an agent and the broker that reads MQTT frames, and loses, doubles, delays, swaps and tears what is published.
+"""A proxy between an agent and the broker that reads MQTT frames, and loses, doubles, delays, swaps and
+tears what is published.
 
 A frame that it loses is acknowledged all the same, as brokers do that drop silently: a PUBACK proves nothing.
 """
@@ -12,7 +13,8 @@ PUBLISH, PUBACK = 3, 4
 
 
 class Proxy:
-    """Listens on `port` (0: a free one). While `wild` is positive, it is the probability that something happens to a frame."""
+    """Listens on `port` (0: a free one). While `wild` is positive, it is the probability that something
+    happens to a frame."""
 
     def __init__(self, broker_port: int, rng: random.Random) -> None:
         self.broker_port, self.rng = broker_port, rng
@@ -61,7 +63,9 @@ class Proxy:
             self._writers.discard(end)
             end.close()
 
-    async def _way(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: asyncio.StreamWriter) -> None:
+    async def _way(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: asyncio.StreamWriter
+    ) -> None:
         held = b""
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:

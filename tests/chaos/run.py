@@ -15,8 +15,10 @@ from .fleet import Fleet
 
 LIMIT_S = 3600.0
 FAULTS = (
-    "coordinator killed", "agent killed", "worker killed", "coordinator's power cut", "agent's power cut", "broker killed",
-    "broker killed, retained messages lost", "connections cut", "messages lost, doubled, delayed, swapped, torn", "disk full", "clock set",
+    "coordinator killed", "agent killed", "worker killed", "coordinator's power "
+                                                           "cut", "agent's power cut", "broker killed",
+    "broker killed, retained messages lost", "connections cut", "messages lost, doubled, delayed, swapped, "
+                                                                "torn", "disk full", "clock set",
 )  # fmt: skip
 
 
@@ -52,7 +54,9 @@ class Chaos:
 
     def progress(self) -> int:
         """Grows with every update that was taken and every round that was closed."""
-        found = self.fleet.ask("select (select count(*) from assignments where digest != '') + (select count(*) from versions)")
+        found = self.fleet.ask(
+            "select (select count(*) from assignments where digest != '') + (select count(*) from versions)"
+        )
         return int(found[0][0]) if found else -1
 
     async def watch(self) -> None:
@@ -93,12 +97,19 @@ class Chaos:
     def hold(self, ahead: bool) -> None:
         """The job must not be over before the faults are: where rounds run ahead, no further one is opened.
 
-        An answer may be lost as everything else; what the ledger says counts. The coordinator may be dead: the next look asks again.
+        An answer may be lost as everything else; what the ledger says counts. The coordinator may be dead:
+        the next look asks again.
         """
         state = self.fleet.job_state()
         if (ahead and state == "running") or (not ahead and state == "paused"):
             with contextlib.suppress(RuntimeError):
-                self.fleet.coordinator.run("rankfleet.coordinator", "pause" if ahead else "resume", "toy-1", "--config", self.fleet.config)
+                self.fleet.coordinator.run(
+                    "rankfleet.coordinator",
+                    "pause" if ahead else "resume",
+                    "toy-1",
+                    "--config",
+                    self.fleet.config,
+                )
 
     async def fault(self, kind: str) -> bool:
         """Do it; False where there was nothing to do it to."""
@@ -111,7 +122,8 @@ class Chaos:
             machine.kill()
             self.later(0.2, machine.start)
         elif kind == "worker killed":
-            # The second kill in one assignment is reported as what it most likely is, a lack of memory: not what is asked here.
+            # The second kill in one assignment is reported as what it most likely is, a lack of memory: not
+            # what is asked here.
             key = (self.round(), agent)
             if key in self._killed_workers or not machine.kill_worker():
                 return False
@@ -136,7 +148,9 @@ class Chaos:
             fleet.coordinator.fill_disk(True)
             self.later(self.rng.uniform(0.3, 3.0), lambda: fleet.coordinator.fill_disk(False))
         else:
-            self.rng.choice(fleet.machines).set_clock(self.rng.choice([-1, 1]) * 10 ** self.rng.uniform(0, 7.5))
+            self.rng.choice(fleet.machines).set_clock(
+                self.rng.choice([-1, 1]) * 10 ** self.rng.uniform(0, 7.5)
+            )
 
     def later(self, seconds: float, what: Any) -> None:
         async def wait() -> None:
@@ -157,7 +171,10 @@ async def run(folder: Path, model: Path, seed: int, rounds: int, faults: int, **
         await fleet.start()
         fleet.submit(rounds=rounds, **changes)
         chaos = Chaos(fleet, rng, rounds, faults)
-        tasks = [asyncio.create_task(chaos.strike(), name="strike"), asyncio.create_task(chaos.watch(), name="watch")]
+        tasks = [
+            asyncio.create_task(chaos.strike(), name="strike"),
+            asyncio.create_task(chaos.watch(), name="watch"),
+        ]
         await fleet.until(lambda: fleet.job_state() in ("finished", "failed"), LIMIT_S)
         for task in tasks:
             task.cancel()
@@ -172,11 +189,16 @@ def _result(fleet: Fleet, chaos: Chaos, seconds: float) -> Result:
     return Result(
         dict(chaos.done),
         dict(sum((p.done for p in fleet.proxies.values()), Counter())),
-        [list(r) for r in fleet.ask("select round, device, digest, state from assignments order by round, device")],
+        [
+            list(r)
+            for r in fleet.ask("select round, device, digest, state from assignments order by round, device")
+        ],
         [r[0] for r in fleet.ask("select digest from versions order by number")],
         [tuple(x) for _, folding in rounds for x in json.loads(folding or "[]")],
         seconds,
         chaos.recoveries,
-        fleet.ask("select round, device, state, reason from assignments where state not in ('counted', 'received')")
+        fleet.ask(
+            "select round, device, state, reason from assignments where state not in ('counted', 'received')"
+        )
         + fleet.ask("select device, text from events where text != 'finished'"),
     )

@@ -1,4 +1,5 @@
-"""Random updates with any mix of rank, depth and mask, and the dense reference that they are compared with."""
+"""Random updates with any mix of rank, depth and mask, and the dense reference that they are compared
+with."""
 
 import numpy as np
 
@@ -34,8 +35,14 @@ def update(
         pairs[name] = Pair(0, rows, columns, rank, SCALE, n, m, "v")
         if masked:
             masks[f"{name}.out" if name.startswith("up") else f"{name}.in"] = kept
-        views |= {f"{name}.A": rng.standard_normal((rank, m)).astype(dtype), f"{name}.B": rng.standard_normal((n, rank)).astype(dtype)}
-        delta |= {f"{name}.A": rng.standard_normal((rank, m)).astype(dtype), f"{name}.B": rng.standard_normal((n, rank)).astype(dtype)}
+        views |= {
+            f"{name}.A": rng.standard_normal((rank, m)).astype(dtype),
+            f"{name}.B": rng.standard_normal((n, rank)).astype(dtype),
+        }
+        delta |= {
+            f"{name}.A": rng.standard_normal((rank, m)).astype(dtype),
+            f"{name}.B": rng.standard_normal((n, rank)).astype(dtype),
+        }
     views |= view or {}
     delta["head"] = rng.standard_normal((3, 5)).astype(dtype)
     return Update(device, weight, delta, Spec(pairs, {"head": Dense((3, 5))}), views, masks, origin=device)

@@ -1,4 +1,5 @@
-"""Who may do what, as brokers are told it; the authority's certificates; where devices find the door; no open link over a network."""
+"""Who may do what, as brokers are told it; the authority's certificates; where devices find the door; no
+open link over a network."""
 
 import asyncio
 import datetime
@@ -26,13 +27,23 @@ async def test_signing_requests_that_are_none(tmp_path: Path) -> None:
     authority = Authority(tmp_path, "main")
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "coordinator")])
     builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    weak = builder.sign(rsa.generate_private_key(65537, 2048), hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+    weak = (
+        builder.sign(rsa.generate_private_key(65537, 2048), hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+        .decode()
+    )
     for text in ("", "hello", weak, weak[:-80] + weak[-60:], "x" * 9000):
         with pytest.raises(WireError):
             authority.sign_request(text, "d0")
-    good = builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+    good = (
+        builder.sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+        .decode()
+    )
     made = x509.load_pem_x509_certificate(authority.sign_request(good, "d0").pem.encode())
-    assert made.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value == "d0", "what the request asks for is not believed"
+    assert made.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value == "d0", (
+        "what the request asks for is not believed"
+    )
     assert not made.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
@@ -94,7 +105,9 @@ def test_names_of_a_server_are_added_and_its_key_stays(tmp_path: Path) -> None:
     made = x509.load_pem_x509_certificate(cert.read_bytes())
     names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert set(names.get_values_for_type(x509.DNSName)) == {"a.example", "b.example"}
-    assert made.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc) < datetime.timedelta(days=366)
+    assert made.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc) < datetime.timedelta(
+        days=366
+    )
     (tmp_path / "ca" / "ca.key").write_bytes(b"rubbish")
     with pytest.raises(ConfigError, match="cannot be read"):
         Authority(tmp_path, "main")
@@ -104,13 +117,26 @@ def test_names_of_a_server_are_added_and_its_key_stays(tmp_path: Path) -> None:
 async def test_a_broker_elsewhere_from_our_files(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "c", "main")
     written = write(authority, "mosquitto", tmp_path / "broker", 0, ["broker.example"])
-    assert {p.name for p in written} == {"broker.key", "broker.pem", "ca.pem", "crl.pem", "mosquitto.conf", "rules.acl"}
+    assert {p.name for p in written} == {
+        "broker.key",
+        "broker.pem",
+        "ca.pem",
+        "crl.pem",
+        "mosquitto.conf",
+        "rules.acl",
+    }
     child = BrokerChild(Broker(kind="mosquitto", port=0), tmp_path)
     folder = tmp_path / "broker"
     files = Files(folder / "ca.pem", folder / "broker.pem", folder / "broker.key", folder / "crl.pem")
-    (folder / "mosquitto.conf").write_text(mosquitto_config(child.port, "127.0.0.1", files, folder / "rules.acl"))
+    (folder / "mosquitto.conf").write_text(
+        mosquitto_config(child.port, "127.0.0.1", files, folder / "rules.acl")
+    )
     process = await asyncio.create_subprocess_exec(mosquitto() or "", "-c", str(folder / "mosquitto.conf"))
-    bus = MqttBus(f"mqtts://127.0.0.1:{child.port}", "c", tls=tls_context(str(authority.ca), *map(str, authority.client())))
+    bus = MqttBus(
+        f"mqtts://127.0.0.1:{child.port}",
+        "c",
+        tls=tls_context(str(authority.ca), *map(str, authority.client())),
+    )
     await bus.start()
     await asyncio.wait_for(bus.connected.wait(), 20)
     await bus.stop()
@@ -121,7 +147,14 @@ async def test_a_broker_elsewhere_from_our_files(tmp_path: Path) -> None:
 def test_the_same_rules_for_emqx(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "c", "main")
     written = write(authority, "emqx", tmp_path / "broker", 8883, own_names())
-    assert {p.name for p in written} == {"acl.conf", "broker.key", "broker.pem", "ca.pem", "crl.pem", "emqx.conf"}
+    assert {p.name for p in written} == {
+        "acl.conf",
+        "broker.key",
+        "broker.pem",
+        "ca.pem",
+        "crl.pem",
+        "emqx.conf",
+    }
     rules = emqx_rules("main")
     assert '"rf/main/dev/${username}/up"' in rules
     assert rules.strip().endswith("{deny, all}.")
@@ -164,7 +197,9 @@ async def test_where_devices_find_the_door(
             super().__init__(runner, "127.0.0.1", 0, **more)
 
     monkeypatch.setattr(web, "TCPSite", Site)
-    config = CoordinatorConfig(data_dir=str(tmp_path), broker=Broker(**broker), https=Https(**{"models": True, **https}))
+    config = CoordinatorConfig(
+        data_dir=str(tmp_path), broker=Broker(**broker), https=Https(**{"models": True, **https})
+    )
     assert config.mutual_tls == certificates
     authority = Authority(tmp_path, "main") if certificates else None
     service = Service(config, MemoryBus(MemoryBroker()), "mqtts://x", authority)

@@ -78,7 +78,9 @@ async def test_a_flooding_device_is_suspended_and_the_round_goes_on(tmp_path: Pa
         now = [0.0]
         service.admission._clock = lambda: now[0]
         name = service.jobs.submit(job(rounds=2, deadline_s=0))
-        await world.until(lambda: len(service.ledger.rows(tables.assignments, job=name, state="received")) == 2)
+        await world.until(
+            lambda: len(service.ledger.rows(tables.assignments, job=name, state="received")) == 2
+        )
         key = identity.load(tmp_path / "d2").link_key
         while service.devices.enrolled("d2"):
             for _ in range(400):
@@ -98,7 +100,9 @@ async def test_a_flooding_device_is_suspended_and_the_round_goes_on(tmp_path: Pa
         assert world.coordinator.devices.suspended("d2")
         world.coordinator.resume("d2")
         again = await world.run(job(rounds=1))
-        assert {r["device"] for r in world.coordinator.ledger.rows(tables.assignments, job=again, round=0)} == set(world.names)
+        assert {
+            r["device"] for r in world.coordinator.ledger.rows(tables.assignments, job=again, round=0)
+        } == set(world.names)
 
 
 async def test_rubbish_is_a_strike_and_changes_nothing_for_others(tmp_path: Path, tiny: Path) -> None:
@@ -121,7 +125,9 @@ async def test_a_device_that_was_only_invited_is_slowed_but_not_suspended(tmp_pa
         key = identity.load(tmp_path / "new").link_key
         for _ in range(40):
             for _ in range(400):
-                service._take(Topics("main").device("new", "up"), seal(Report("x", 0, "training"), "new", key))
+                service._take(
+                    Topics("main").device("new", "up"), seal(Report("x", 0, "training"), "new", key)
+                )
             now[0] += 700.0
         assert service.admission.dropped
         assert service.devices.key("new") == key

@@ -73,7 +73,9 @@ async def test_a_round_without_an_admitted_update_keeps_the_old_version(
         assert "round 1: no update was admitted; version 2 is what version 1 was" in events(world, name)
 
 
-async def test_what_is_counted_is_what_was_admitted(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_counted_is_what_was_admitted(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register(monkeypatch, "all_but_one", AllButOne)
     async with World(tmp_path, tiny, devices=3) as world:
         name = await world.run(job(rounds=2, stack=["all_but_one"]))
@@ -82,7 +84,9 @@ async def test_what_is_counted_is_what_was_admitted(tmp_path: Path, tiny: Path, 
         assert any("`all_but_one` did not admit its update of round 0" in e for e in events(world, name))
 
 
-async def test_a_round_waits_while_nobody_is_selected(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_round_waits_while_nobody_is_selected(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register(monkeypatch, "wary", Wary)
     async with World(tmp_path, tiny, devices=2) as world:
         monkeypatch.setattr("rankfleet.coordinator.rounds.opening.LOOK_S", 0.05)

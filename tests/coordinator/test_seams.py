@@ -1,4 +1,5 @@
-"""The coordinator's seams: one scaled view, updates one by one, what methods add and plan, memory of devices, carry."""
+"""The coordinator's seams: one scaled view, updates one by one, what methods add and plan, memory of
+devices, carry."""
 
 import tracemalloc
 from functools import partial
@@ -54,7 +55,10 @@ class Adds(Method, frozen=True):
     """A counter and a constant beside the factors."""
 
     def tensors(self, spec: Any, ctx: ServerContext) -> dict[str, Tensor]:
-        return {"extra.scale": Tensor(np.ones(3)), "extra.places": Tensor(np.array([1, 1 << 40]), trained=False)}
+        return {
+            "extra.scale": Tensor(np.ones(3)),
+            "extra.places": Tensor(np.array([1, 1 << 40]), trained=False),
+        }
 
 
 class Private(Method, frozen=True):
@@ -72,7 +76,10 @@ def server(**methods: Method) -> ServerSide:
 
 def old_of(updates: list[Update], rank: int = 8) -> Version:
     pairs = {m: p for u in updates for m, p in u.spec.pairs.items()}
-    start = {m: LowRank(RNG(1).standard_normal((p.out, rank)), RNG(2).standard_normal((rank, p.in_))) for m, p in pairs.items()}
+    start = {
+        m: LowRank(RNG(1).standard_normal((p.out, rank)), RNG(2).standard_normal((rank, p.in_)))
+        for m, p in pairs.items()
+    }
     return Version(0, start, {"head": np.zeros((3, 5), np.float32)}, {}, {})
 
 
@@ -83,7 +90,9 @@ def test_an_update_has_one_scaled_view() -> None:
     assert np.array_equal(half.delta["up.B"], u.delta["up.B"] / 2)
     assert np.array_equal(half.deltas("up")[0], u.deltas("up")[0] / 2)
     assert np.array_equal(half.dense()["head"], u.dense()["head"] / 2)
-    assert np.allclose(half.factors("up").B @ half.factors("up").A, (u.factors("up").B @ u.factors("up").A) / 2)
+    assert np.allclose(
+        half.factors("up").B @ half.factors("up").A, (u.factors("up").B @ u.factors("up").A) / 2
+    )
     assert half.norm() == pytest.approx(u.norm() / 2)
     assert half.delta["up.B"].dtype == u.delta["up.B"].dtype
     assert not hasattr(half, "factor")
@@ -95,7 +104,13 @@ def test_weigh_sees_one_at_a_time_and_may_drop(space: str) -> None:
     side = ServerSide(Stack({"halves": Halves()}, space), "job", 3)
     old = old_of(updates)
     made, used = combine.next_version(side, old, iter(updates), 3, 0)
-    goal, _ = combine.next_version(ServerSide(Stack({}, space), "job", 3), old, iter([updates[0].scale(0.5), updates[2].scale(0.5)]), 3, 0)
+    goal, _ = combine.next_version(
+        ServerSide(Stack({}, space), "job", 3),
+        old,
+        iter([updates[0].scale(0.5), updates[2].scale(0.5)]),
+        3,
+        0,
+    )
     assert [u.device for u in used] == ["d0", "d2"]
     assert all(np.array_equal(p.B, goal.pairs[m].B) for m, p in made.pairs.items())
 
@@ -114,7 +129,14 @@ def test_step_in_product_space_gets_the_change_without_the_updates() -> None:
 
 @pytest.mark.parametrize(
     ("name", "space"),
-    [("fedbuff", "product"), ("fedbuff", "factors"), ("norm_bound", "factors"), ("fedadam", ""), ("fedit", ""), ("ffa_lora", "")],
+    [
+        ("fedbuff", "product"),
+        ("fedbuff", "factors"),
+        ("norm_bound", "factors"),
+        ("fedadam", ""),
+        ("fedit", ""),
+        ("ffa_lora", ""),
+    ],
 )
 def test_memory_does_not_grow_with_the_fleet(name: str, space: str) -> None:
     """A further update that the keeper has no room for takes its entry in a list, and none of its tensors."""
@@ -127,7 +149,10 @@ def test_memory_does_not_grow_with_the_fleet(name: str, space: str) -> None:
         def decoded(n: int) -> Tensors:
             return {k: RNG(n).standard_normal(t.shape).astype(np.float32) for k, t in like.sent.items()}
 
-        many = (Update(f"d{n:03}", 1.0, Decoded(keeper, partial(decoded, n)), like.spec, like.view, origin="v") for n in range(count))
+        many = (
+            Update(f"d{n:03}", 1.0, Decoded(keeper, partial(decoded, n)), like.spec, like.view, origin="v")
+            for n in range(count)
+        )
         side, old = ServerSide(Stack(build_stack([name]), space), "job", 3), old_of([like], 2)
         tracemalloc.start()
         combine.next_version(side, old, many, count, 0)
@@ -162,7 +187,12 @@ class Places(Method, frozen=True):
 def test_plan_may_place_but_not_exceed() -> None:
     """D6: the placement counts, rank 0 too; what the device cannot hold is an author's error."""
     asked: Ask = {"placement": {"a": 2, "b": 2, "c": 2}, "rank": 2, "steps": 8, "lr": 0.1}
-    assert server(p=Places()).plan(asked, "d", 0) == {"placement": {"a": 0, "b": 1}, "rank": 2, "steps": 2, "lr": 0.1}
+    assert server(p=Places()).plan(asked, "d", 0) == {
+        "placement": {"a": 0, "b": 1},
+        "rank": 2,
+        "steps": 2,
+        "lr": 0.1,
+    }
     with pytest.raises(HookError, match="method `p`, hook `plan`: gives `b` rank 3, at most 2"):
         server(p=Places(rank=3)).plan(asked, "d", 0)
 
@@ -196,7 +226,9 @@ def test_an_upload_costs_what_the_codec_says() -> None:
     assert Stack({}).wire_bits(1000) == 32_000
     assert Stack(build_stack(["qsgd"])).wire_bits(1000) == 8_000
     # a quarter of the entries: entropy 0.811 bits for the index, 2 bits of values, 5% for framing
-    assert Stack(build_stack(["sparse"])).wire_bits(1000) == pytest.approx(1000 * (0.8113 + 2) * 1.05, rel=1e-3)
+    assert Stack(build_stack(["sparse"])).wire_bits(1000) == pytest.approx(
+        1000 * (0.8113 + 2) * 1.05, rel=1e-3
+    )
 
 
 def test_memory_of_devices_follows_the_version(tmp_path: Path) -> None:
@@ -231,13 +263,20 @@ def test_a_carry_adds_up_and_never_outgrows_the_map(tmp_path: Path) -> None:
 
 
 def test_export_shows_what_the_model_computes_with() -> None:
-    """Pairs by `express`, the carry as further rank without s, and none of the tensors that they were made of."""
+    """Pairs by `express`, the carry as further rank without s, and none of the tensors that they were made
+    of."""
     spec = read_job(job(stack=["fed_sb"]))
     side = server(fed_sb=build_stack(["fed_sb"])["fed_sb"])
     maps = Spec({"m": Pair(0, 6, 5, 0, 2.0, 6, 5, "v")}, {})
     added = {k: t.value for k, t in side.tensors(maps).items()}
     core = RNG(0).standard_normal(added["m.R"].shape)
-    version = Version(3, {"m": LowRank(np.zeros((6, 2)), np.zeros((2, 5)))}, {**added, "m.R": core, "head.bias": np.ones(4)}, {}, {})
+    version = Version(
+        3,
+        {"m": LowRank(np.zeros((6, 2)), np.zeros((2, 5)))},
+        {**added, "m.R": core, "head.bias": np.ones(4)},
+        {},
+        {},
+    )
     version.carry = {"m": LowRank(RNG(1).standard_normal((6, 1)), RNG(2).standard_normal((1, 5)))}
     made = export.shown(version, spec)
     goal = 2 * added["m.left"] @ core @ added["m.right"].T + version.carry["m"].B @ version.carry["m"].A
@@ -245,20 +284,28 @@ def test_export_shows_what_the_model_computes_with() -> None:
     assert list(made.dense) == ["head.bias"]
 
 
-async def test_constants_travel_once_in_their_dtype(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_constants_travel_once_in_their_dtype(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The blob of constants has one digest in all rounds, and no device sends any."""
     from rankfleet.coordinator.store import tables
     from rankfleet.federated.wire.messages import read_assignment
 
     async with World(tmp_path, tiny, devices=2) as world:
-        name = await world.run(job(rounds=2, stack=["fed_sb"], arms={"ranks": [2], "bits": [32], "steps": [2], "batch": 4}))
+        name = await world.run(
+            job(rounds=2, stack=["fed_sb"], arms={"ranks": [2], "bits": [32], "steps": [2], "batch": 4})
+        )
         rows = world.coordinator.ledger.rows(tables.assignments, job=name)
         blobs = [read_assignment(r["body"]).blobs for r in rows]
         assert len({b["constants"].digest for b in blobs}) == 1
         assert len({b["view"].digest for b in blobs}) > 1
         first, last = (Registry(world.coordinator.config.home / "jobs" / name).load(n) for n in (0, 2))
         assert any(not np.array_equal(t, first.dense[k]) for k, t in last.dense.items() if k.endswith(".R"))
-        assert all(np.array_equal(t, first.dense[k]) for k, t in last.dense.items() if k.endswith((".left", ".right")))
+        assert all(
+            np.array_equal(t, first.dense[k])
+            for k, t in last.dense.items()
+            if k.endswith((".left", ".right"))
+        )
 
 
 async def test_a_job_begins_on_anothers_frozen_adapter(tmp_path: Path, tiny: Path) -> None:
@@ -267,7 +314,11 @@ async def test_a_job_begins_on_anothers_frozen_adapter(tmp_path: Path, tiny: Pat
         one = await world.run(job(rounds=2, arms=arms))
         two = await world.run(job(name="more", rounds=1, arms=arms, start=one, frozen=True))
         home = world.coordinator.config.home / "jobs"
-        last, begun, done = Registry(home / one).load(2), Registry(home / two).load(0), Registry(home / two).load(1)
+        last, begun, done = (
+            Registry(home / one).load(2),
+            Registry(home / two).load(0),
+            Registry(home / two).load(1),
+        )
         for m, p in last.pairs.items():
             assert np.allclose(begun.carry[m].B @ begun.carry[m].A, 2 * p.B @ p.A, atol=1e-6)
             assert not np.any(begun.pairs[m].B)

@@ -25,7 +25,10 @@ device = st.tuples(
 def start(updates: list[Update], rng: np.random.Generator, rank: int) -> dict[str, LowRank]:
     """A global adapter of a rank."""
     pairs = {m: p for u in updates for m, p in u.spec.pairs.items()}
-    return {m: LowRank(rng.standard_normal((p.out, rank)) / 9, rng.standard_normal((rank, p.in_)) / 9) for m, p in pairs.items()}
+    return {
+        m: LowRank(rng.standard_normal((p.out, rank)) / 9, rng.standard_normal((rank, p.in_)) / 9)
+        for m, p in pairs.items()
+    }
 
 
 def whole(old: LowRank, updates: list[Update], module: str) -> Array:
@@ -36,7 +39,9 @@ def whole(old: LowRank, updates: list[Update], module: str) -> Array:
 @pytest.mark.parametrize("dense", [1 << 20, 0])
 @given(st.lists(device, min_size=1, max_size=6), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
-def test_equals_the_dense_reference_for_any_mix(dense: int, devices: list[tuple[int, float, tuple[str, ...], float]], seed: int) -> None:
+def test_equals_the_dense_reference_for_any_mix(
+    dense: int, devices: list[tuple[int, float, tuple[str, ...], float]], seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     updates = [update(f"d{i}", rng, r, keep=k, modules=m, weight=w) for i, (r, k, m, w) in enumerate(devices)]
     old = start(updates, rng, 24)
@@ -57,12 +62,19 @@ def test_truncation_is_the_best_one(count: int, strength: float, keep: float) ->
     """Strong deltas make the cross term large; then more passes are made."""
     rng = np.random.default_rng(1)
     size = (320, 400)
-    kinds = [update(f"v{i}", rng, r, modules=("up",), keep=keep if i else 1.0, size=size) for i, r in enumerate((4, 8))]
+    kinds = [
+        update(f"v{i}", rng, r, modules=("up",), keep=keep if i else 1.0, size=size)
+        for i, r in enumerate((4, 8))
+    ]
     updates = []
     for i in range(count):
         like = kinds[i % 2]
-        delta = {k: (strength * rng.standard_normal(t.shape)).astype(np.float32) for k, t in like.delta.items()}
-        updates.append(Update(f"d{i:03}", 1.0 + i % 3, delta, like.spec, like.view, like.masks, origin=like.device))
+        delta = {
+            k: (strength * rng.standard_normal(t.shape)).astype(np.float32) for k, t in like.delta.items()
+        }
+        updates.append(
+            Update(f"d{i:03}", 1.0 + i % 3, delta, like.spec, like.view, like.masks, origin=like.device)
+        )
     old = start(updates, rng, 8)
     pairs, _, _ = streaming.product(updates, old, count)
     goal = whole(old["up"], updates, "up")
@@ -75,7 +87,9 @@ def test_truncation_is_the_best_one(count: int, strength: float, keep: float) ->
 def test_what_is_decoded_again_gives_the_same_bits() -> None:
     rng = np.random.default_rng(2)
     like = update("v", rng, 4, modules=("up",), size=(300, 300))
-    deltas = [{k: rng.standard_normal(t.shape).astype(np.float32) for k, t in like.delta.items()} for _ in range(30)]
+    deltas = [
+        {k: rng.standard_normal(t.shape).astype(np.float32) for k, t in like.delta.items()} for _ in range(30)
+    ]
     old = start([like], rng, 8)
     results = []
     for pinned, recent in ((100.0, 100.0), (0.0, 0.02), (0.03, 0.02)):
@@ -86,7 +100,8 @@ def test_what_is_decoded_again_gives_the_same_bits() -> None:
             return dict(delta)
 
         updates = [
-            Update(f"d{i:02}", 1.0, Decoded(keeper, lambda d=d: decode(d)), like.spec, like.view, origin="v") for i, d in enumerate(deltas)
+            Update(f"d{i:02}", 1.0, Decoded(keeper, lambda d=d: decode(d)), like.spec, like.view, origin="v")
+            for i, d in enumerate(deltas)
         ]
         results.append((streaming.product(updates, old, 30)[0]["up"], made[0]))
         assert sum(t.nbytes for held in keeper.recent.values() for t in held.values()) <= recent * 1e6

@@ -126,7 +126,12 @@ def test_absurd_offers_are_refused(tmp_path: Path) -> None:
     from rankfleet.federated.wire.messages import Blob
 
     desk = Desk(tmp_path, update_mb=1)
-    for blob in (Blob("ab" * 32, 2_000_000, 1000), Blob("../../etc", 100, 1000), Blob("ab" * 32, 100, 1), Blob("ab" * 32, 0, 1000)):
+    for blob in (
+        Blob("ab" * 32, 2_000_000, 1000),
+        Blob("../../etc", 100, 1000),
+        Blob("ab" * 32, 100, 1),
+        Blob("ab" * 32, 0, 1000),
+    ):
         desk.uploads.offer("a", Offer("j", 0, blob, b""))
     assert len(desk.refused) == 4
     assert not desk.uploads.live

@@ -1,4 +1,5 @@
-"""Views: nothing dies at zero, ranks go up and down without changing the function, state keeps its meaning."""
+"""Views: nothing dies at zero, ranks go up and down without changing the function, state keeps its
+meaning."""
 
 import numpy as np
 import pytest
@@ -76,13 +77,19 @@ def test_fresh_factors_are_nested_over_ranks() -> None:
 
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_a_rank_16_device_after_rounds_of_rank_4_devices_only(rounds: int) -> None:
-    """The global pair after `rounds` real aggregations of rank-4 devices, from zero; then every slot of rank 16 can move."""
+    """The global pair after `rounds` real aggregations of rank-4 devices, from zero; then every slot of
+    rank 16 can move."""
     rng = np.random.default_rng(0)
     pair = LowRank(np.zeros((OUT, 16)), np.zeros((16, IN)))
     for number in range(rounds):
         shown = view(pair, 4, None, 0, "up", half=True)
-        devices = [update(f"d{i}", rng, 4, modules=("up",), view={"up.A": shown.A, "up.B": shown.B}) for i in range(3)]
-        change = product([Update(u.device, 1.0, u.delta, u.spec, u.view, origin=f"v{number}") for u in devices])["up"]
+        devices = [
+            update(f"d{i}", rng, 4, modules=("up",), view={"up.A": shown.A, "up.B": shown.B})
+            for i in range(3)
+        ]
+        change = product(
+            [Update(u.device, 1.0, u.delta, u.spec, u.view, origin=f"v{number}") for u in devices]
+        )["up"]
         assert isinstance(change, Operator)
         pair = merge(pair, change, 16)
     shown = view(pair, 16, None, 0, "up", half=True)

@@ -21,13 +21,24 @@ def answer(count: int, open_round: bool = True) -> dict[str, Any]:
         {
             "round": n, "state": "closed", "opened": 1e9 + n, "closed": 1e9 + n + 2.5,
             "info": {"loss": 1 / (n + 1), "arrived": 2, "invited": 2},
-            "version": {"loss": 0.9, "accuracy": 0.5}, "devices": [device("d0", "counted"), device("d1", "counted")],
+            "version": {"loss": 0.9, "accuracy": 0.5},
+            "devices": [device("d0", "counted"), device("d1", "counted")],
         }
         for n in range(count)
     ]  # fmt: skip
     if open_round:
         devices = [device("d0", "received"), device("d1", "assigned")]
-        rounds.append({"round": count, "state": "open", "opened": 1e9, "closed": None, "info": {}, "version": {}, "devices": devices})
+        rounds.append(
+            {
+                "round": count,
+                "state": "open",
+                "opened": 1e9,
+                "closed": None,
+                "info": {},
+                "version": {},
+                "devices": devices,
+            }
+        )
     return {"rounds": rounds, "live": {"d1": {"state": "sending", "chunks": [1, 3]}}}
 
 
@@ -117,7 +128,10 @@ def test_mlflow_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted((m.step, m.value) for m in history) == [(r.round, r.train_loss) for r in ROWS]
 
 
-@pytest.mark.parametrize(("make", "module"), [(lambda: Picture(Path("x")), "matplotlib"), (lambda: TensorBoard(Path("x")), "tensorboard")])
+@pytest.mark.parametrize(
+    ("make", "module"),
+    [(lambda: Picture(Path("x")), "matplotlib"), (lambda: TensorBoard(Path("x")), "tensorboard")],
+)
 def test_what_is_not_installed_is_said(make: Any, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -26,23 +26,32 @@ def adapter(folder: Path, rank: int = 2, dense: Tensors | None = None) -> tuple[
     """A seeded adapter on every map of a model, with a head for two labels; B is not zero."""
     card, rng = read_card(folder), np.random.default_rng(0)
     tensors = {f"{m.name}.A": rng.standard_normal((rank, m.in_)).astype(np.float32) for m in card.modules}
-    tensors |= {f"{m.name}.B": 0.1 * rng.standard_normal((m.out, rank)).astype(np.float32) for m in card.modules}
-    heads = {"head.weight": rng.standard_normal((2, 16)).astype(np.float32), "head.bias": np.zeros(2, np.float32), **(dense or {})}
+    tensors |= {
+        f"{m.name}.B": 0.1 * rng.standard_normal((m.out, rank)).astype(np.float32) for m in card.modules
+    }
+    heads = {
+        "head.weight": rng.standard_normal((2, 16)).astype(np.float32),
+        "head.bias": np.zeros(2, np.float32),
+        **(dense or {}),
+    }
     pairs = {m.name: Pair(m.layer, m.out, m.in_, rank, 2.0, m.out, m.in_, "") for m in card.modules}
     return Spec(pairs, {k: Dense(t.shape) for k, t in heads.items()}), tensors | heads
 
 
 def rig(
-    folder: Path, methods: dict[str, Method], *, spec: Spec, tensors: Tensors, down: dict[str, Tensors] | None = None,
+    folder: Path, methods: dict[str, Method], *, spec: Spec, tensors: Tensors,
+    down: dict[str, Tensors] | None = None,
     state: dict[str, Any] | None = None, base: Base | None = None, round: int = 1, **recipe: Any,
 ) -> Trainer:  # fmt: skip
-    """A trainer that is prepared for `tensors`; keyword arguments change the recipe (batch 4, 4 steps, lr 0.05)."""
+    """A trainer that is prepared for `tensors`; keyword arguments change the recipe (batch 4, 4 steps, lr
+    0.05)."""
     stack = Stack(methods, "factors")
     plain = {"optimizer": "sgd", "clip": 0.0, "warmup": 0.0} if stack.plain else {}
     settings = msgspec.structs.replace(Recipe(32, 4, 4, 0.05), **{**plain, **recipe})
     job: Any = SimpleNamespace(job="j", round=round, rounds=3, recipe=settings, seed=1)
     client = ClientSide(
-        stack, "j", Round(round, 3), "d", spec, steps=settings.steps, lr=settings.lr, down=down or {}, state=state
+        stack, "j", Round(round, 3), "d", spec, steps=settings.steps, lr=settings.lr, down=down or {},
+        state=state
     )  # fmt: skip
     task = engine(Task("d", "text_classification", ["a", "b"], 8), str(folder))
     rows = task.encode([{"text": t, "label": n % 2} for n, t in enumerate(TEXTS)])

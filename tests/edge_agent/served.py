@@ -20,7 +20,11 @@ class Served(Method, frozen=True):
 
     def serve(self, adapter: Tensors, ctx: ClientContext) -> Tensors:
         """Zeros in place of the head: log(labels) is its loss."""
-        return adapter if self.carries else {k: 0 * t if k.startswith("head.") else t for k, t in adapter.items()}
+        return (
+            adapter
+            if self.carries
+            else {k: 0 * t if k.startswith("head.") else t for k, t in adapter.items()}
+        )
 
     def step(self, change: dict[str, Any], ctx: ServerContext) -> dict[str, Any]:
         """0.1 in every entry of the map, once."""

@@ -1,4 +1,5 @@
-"""The engine on another device than the CPU, without one: torch's `meta` device holds no numbers but knows where everything lies."""
+"""The engine on another device than the CPU, without one: torch's `meta` device holds no numbers but knows
+where everything lies."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class OnePlace(TorchDispatchMode):
 
 @pytest.mark.parametrize(("bits", "checkpointing"), [(32, True), (16, False), (8, False), (4, False)])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_training_step_stays_on_its_device(tmp_path: Path, family: str, bits: int, checkpointing: bool) -> None:
+def test_a_training_step_stays_on_its_device(
+    tmp_path: Path, family: str, bits: int, checkpointing: bool
+) -> None:
     causal = family not in ENCODERS
     base = Base(make(family, tmp_path), [], bits, {}, causal, device="meta", half=bits < 16)
     core = base.core
@@ -47,7 +50,9 @@ def test_a_training_step_stays_on_its_device(tmp_path: Path, family: str, bits: 
     optimiser = AdamW(flat.values)
     long = torch.randint(3, 60, (2, 80))
     with OnePlace():
-        for ids, mask in [(IDS, MASK)] + ([(long, torch.ones_like(long))] if family not in ("roberta", "gpt2") else []):
+        for ids, mask in [(IDS, MASK)] + (
+            [(long, torch.ones_like(long))] if family not in ("roberta", "gpt2") else []
+        ):
             batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
             x, layout = base.hidden(batch)
             loss = layout.means(x).square().mean()
@@ -84,10 +89,15 @@ def test_on_a_gpu_as_on_the_cpu(tmp_path: Path, family: str, bits: int) -> None:
         base = Base(folder, [], bits, {}, family not in ENCODERS, device=device)
         rng = np.random.default_rng(0)
         for site in base.sites.values():
-            a, b = (torch.from_numpy(rng.standard_normal(s)).float() for s in ((2, site.base.in_), (site.base.out, 2)))
+            a, b = (
+                torch.from_numpy(rng.standard_normal(s)).float()
+                for s in ((2, site.base.in_), (site.base.out, 2))
+            )
             site.place(a.to(device) * 0.1, b.to(device) * 0.1, 0.5, True)
         rows, _ = base.hidden({"input_ids": IDS, "attention_mask": MASK})
         grads = torch.autograd.grad(rows[:20].square().mean(), list(base.parameters().values()))
         found.append((rows[:20].detach().cpu(), [g.cpu() for g in grads]))
     assert torch.allclose(found[0][0], found[1][0], rtol=1e-3, atol=1e-3)
-    assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(found[0][1], found[1][1], strict=True)
+    )

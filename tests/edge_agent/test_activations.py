@@ -1,4 +1,5 @@
-"""The activation cache: the same training with and without, bit for bit over a restart, every ingredient of its name, damaged files."""
+"""The activation cache: the same training with and without, bit for bit over a restart, every ingredient
+of its name, damaged files."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ CASES = ("bert", "llama", "gpt2")
 
 @pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
-    return make(request.param, tmp_path_factory.mktemp("models") / request.param), request.param not in ENCODERS
+    return make(
+        request.param, tmp_path_factory.mktemp("models") / request.param
+    ), request.param not in ENCODERS
 
 
 def examples(count: int = 40) -> list[list[int]]:
@@ -28,20 +31,33 @@ def examples(count: int = 40) -> list[list[int]]:
 
 def batch(ids: list[list[int]]) -> dict[str, Any]:
     longest = max(map(len, ids))
-    padded, mask = torch.ones(len(ids), longest, dtype=torch.long), torch.zeros(len(ids), longest, dtype=torch.long)
+    padded, mask = (
+        torch.ones(len(ids), longest, dtype=torch.long),
+        torch.zeros(len(ids), longest, dtype=torch.long),
+    )
     for row, one in enumerate(ids):
         padded[row, : len(one)], mask[row, : len(one)] = torch.tensor(one), 1
     return {"input_ids": padded, "attention_mask": mask, "key": torch.tensor([example_key(i) for i in ids])}
 
 
 def adapted(
-    folder: Path, causal: bool, lowest: int = 2, frozen: int | None = None, seed: int = 0, bits: int = 32, digest: str = "m", **more: Any
+    folder: Path,
+    causal: bool,
+    lowest: int = 2,
+    frozen: int | None = None,
+    seed: int = 0,
+    bits: int = 32,
+    digest: str = "m",
+    **more: Any,
 ) -> Base:
     base = Base(folder, [], bits, more.get("masks", {}), causal, digest=digest)
     generator = torch.Generator().manual_seed(seed)
     for name, site in sorted(base.sites.items()):
         if site.layer >= lowest or site.layer == frozen:
-            a, b = torch.randn(2, site.base.in_, generator=generator), torch.randn(site.base.out, 2, generator=generator)
+            a, b = (
+                torch.randn(2, site.base.in_, generator=generator),
+                torch.randn(site.base.out, 2, generator=generator),
+            )
             site.place(0.2 * a, 0.2 * b, 0.5, site.layer >= lowest)
         del name
     return base
@@ -133,12 +149,21 @@ def gradients_without(base: Base, ids: list[list[int]]) -> list[torch.Tensor]:
 
 
 MUTATIONS: dict[str, dict[str, Any]] = {
-    "model": {"digest": "other"}, "bits": {"bits": 8}, "a frozen pair below": {"frozen": 0}, "boundary": {"lowest": 1},
+    "model": {"digest": "other"}, "bits": {"bits": 8}, "a frozen pair below": {"frozen": 0},
+    "boundary": {"lowest": 1},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "what", [*MUTATIONS, "values of a frozen pair", "scale of a frozen pair", "kept channels", "a carry below", "nothing"]
+    "what",
+    [
+        *MUTATIONS,
+        "values of a frozen pair",
+        "scale of a frozen pair",
+        "kept channels",
+        "a carry below",
+        "nothing",
+    ],
 )
 def test_every_ingredient_changes_the_name(model: tuple[Path, bool], what: str) -> None:
     folder, causal = model
@@ -152,7 +177,11 @@ def test_every_ingredient_changes_the_name(model: tuple[Path, bool], what: str) 
         else:
             site.scale += 0.1
     if what == "kept channels":
-        card = [s for s in other.sites.values() if s.layer == 0 and s.base.out == max(x.base.out for x in other.sites.values())]
+        card = [
+            s
+            for s in other.sites.values()
+            if s.layer == 0 and s.base.out == max(x.base.out for x in other.sites.values())
+        ]
         other.masks = {f"{card[0].name}.out": np.arange(8)}
     if what == "a carry below":
         site = next(s for s in other.sites.values() if s.layer == 1)
@@ -195,7 +224,8 @@ def test_room_is_bounded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("own", "common", "draws", "n", "keeps", "rounds", "at"), [
-    (0, 0, 1000, 10, 5, 20, 0), (4, 4, 200, 1000, 1, 20, 4), (4, 2, 1000, 1000, 5, 20, 4), (4, 2, 300, 1000, 2, 20, 2),
+    (0, 0, 1000, 10, 5, 20, 0), (4, 4, 200, 1000, 1, 20, 4), (4, 2, 1000, 1000, 5, 20, 4),
+    (4, 2, 300, 1000, 2, 20, 2),
     (4, 0, 300, 1000, 2, 20, 0), (4, 4, 10, 1000, 5, 20, 0),
 ])  # fmt: skip
 def test_where_to_cut(own: int, common: int, draws: int, n: int, keeps: int, rounds: int, at: int) -> None:

@@ -29,7 +29,10 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     folder = make("bert", tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
-    save_file({k: t for k, t in tensors.items() if "layer.2.output.dense.weight" not in k}, folder / "model.safetensors")
+    save_file(
+        {k: t for k, t in tensors.items() if "layer.2.output.dense.weight" not in k},
+        folder / "model.safetensors",
+    )
     with pytest.raises(Refused, match=r"no tensor `encoder\.layer\.2\.output\.dense\.weight`"):
         Base(folder, [], 32, {})
 

@@ -11,7 +11,9 @@ def sizes(count: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("count", "batch", "steps"), [(50, 4, 40), (16, 16, 9), (20, 16, 12), (300, 8, 20), (7, 3, 50)])
+@pytest.mark.parametrize(
+    ("count", "batch", "steps"), [(50, 4, 40), (16, 16, 9), (20, 16, 12), (300, 8, 20), (7, 3, 50)]
+)
 def test_every_example_comes_once_before_any_comes_again(count: int, batch: int, steps: int) -> None:
     found = order(sizes(count), batch, steps, 5)
     assert [len(one) for one in found] == [batch] * steps

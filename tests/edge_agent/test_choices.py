@@ -21,7 +21,9 @@ def test_choices_are_the_logits_behind_the_loss(tmp_path: Path, family: str) -> 
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     losses, _, _ = base.answers(batch)
     every = base.choices(batch, range(22))
-    assert torch.allclose(cross_entropy(every, labels[:, 1:][labels[:, 1:] != -100], reduction="none"), losses, atol=1e-5)
+    assert torch.allclose(
+        cross_entropy(every, labels[:, 1:][labels[:, 1:] != -100], reduction="none"), losses, atol=1e-5
+    )
     assert torch.allclose(base.choices(batch, [7, 5]), every[:, [7, 5]], atol=1e-5)
     assert base.core is not None
     base.core.places = places = Attached(base.sites)

@@ -18,7 +18,15 @@ from rankfleet.edge_agent.model.ops.adapted import Site, apply
 from rankfleet.edge_agent.model.ops.frozen import Frozen
 from rankfleet.edge_agent.model.ops.layout import Layout
 from rankfleet.edge_agent.model.ops.quantise import NF4, pack_nf4, packed_bytes, unpack_nf4
-from rankfleet.edge_agent.order import Meta, commit, last_state, read_update, result_of, state_file, update_file
+from rankfleet.edge_agent.order import (
+    Meta,
+    commit,
+    last_state,
+    read_update,
+    result_of,
+    state_file,
+    update_file,
+)
 from rankfleet.edge_agent.status import Counters
 from rankfleet.edge_agent.worker.data import Shard
 from rankfleet.federated.contract.spec import Pair, Spec
@@ -47,10 +55,12 @@ def test_quantised_weights_are_near(bits: int, error: float) -> None:
 
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_forward_and_backward_equal_those_of_the_dense_map(bits: int) -> None:
-    """Three maps of one input: with a pair, with a frozen carry and a pair, bare; against autograd on plain products."""
+    """Three maps of one input: with a pair, with a frozen carry and a pair, bare; against autograd on
+    plain products."""
     torch.manual_seed(0)
     sites = [
-        Site(f"m{n}", 0, Frozen(out, 64, Frozen.pack(torch.randn(out, 64), bits), torch.randn(out))) for n, out in enumerate((24, 40, 8))
+        Site(f"m{n}", 0, Frozen(out, 64, Frozen.pack(torch.randn(out, 64), bits), torch.randn(out)))
+        for n, out in enumerate((24, 40, 8))
     ]
     for site, rank in zip(sites[:2], (3, 5), strict=True):
         site.place(torch.randn(rank, 64), torch.randn(site.base.out, rank), 1.5, True)
@@ -58,7 +68,9 @@ def test_forward_and_backward_equal_those_of_the_dense_map(bits: int) -> None:
     x = torch.randn(5, 64, requires_grad=True)
     weights = [torch.randn(5, s.base.out) for s in sites]
     leaves = [x, *(t for s in sites[:2] for t in (s.A, s.B))]
-    ours = torch.autograd.grad(sum((y * w).sum() for y, w in zip(apply(x, sites), weights, strict=True)), leaves)
+    ours = torch.autograd.grad(
+        sum((y * w).sum() for y, w in zip(apply(x, sites), weights, strict=True)), leaves
+    )
     plain = []
     for s in sites:
         y = nn.functional.linear(x, s.base.dense(), s.base.bias)
@@ -87,7 +99,10 @@ def test_bitsandbytes_reads_our_packing_and_we_read_its() -> None:
     expected = unpack_nf4(ours, 320, 128), unpack_nf4(ragged, 50, 96)
     try:
         if not quantise.use_bitsandbytes():
-            assert tuple(map(int, version("bitsandbytes").split(".")[:2])) < (0, 50)  # older ones have no such kernel for the CPU
+            assert tuple(map(int, version("bitsandbytes").split(".")[:2])) < (
+                0,
+                50,
+            )  # older ones have no such kernel for the CPU
             return
         assert torch.equal(unpack_nf4(ours, 320, 128), expected[0])
         assert torch.equal(unpack_nf4(ragged, 50, 96), expected[1])
@@ -112,13 +127,18 @@ def test_pruned_model_equals_the_masked_one(tiny: Path) -> None:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     a, b = (base.hidden(batch)[0] for base in (small, whole))
     assert torch.allclose(a, b, atol=1e-5)
-    assert sum(s.base.nbytes() for s in small.sites.values()) < sum(s.base.nbytes() for s in whole.sites.values())
+    assert sum(s.base.nbytes() for s in small.sites.values()) < sum(
+        s.base.nbytes() for s in whole.sites.values()
+    )
 
 
 def test_masks_are_nested_over_ratios(tiny: Path) -> None:
     card = read_card(tiny)
     scores = channels.importance(tiny, card)
-    kept = [set(channels.masks(card, scores, r)["encoder.layer.0.intermediate.dense.out"].tolist()) for r in (0.2, 0.4, 0.6)]
+    kept = [
+        set(channels.masks(card, scores, r)["encoder.layer.0.intermediate.dense.out"].tolist())
+        for r in (0.2, 0.4, 0.6)
+    ]
     assert kept[2] < kept[1] < kept[0]
     assert channels.masks(card, scores, 0.0) == {}
 
@@ -161,7 +181,10 @@ def test_the_carry_adds_and_is_frozen() -> None:
 def test_files_of_every_kind(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"data{ending}"
     if ending == ".jsonl":
-        path.write_text("\n".join(json.dumps({"body": f"t{i}", "class": "A" if i % 2 else "b"}) for i in range(40)) + "\n\n")
+        path.write_text(
+            "\n".join(json.dumps({"body": f"t{i}", "class": "A" if i % 2 else "b"}) for i in range(40))
+            + "\n\n"
+        )
     elif ending == ".csv":
         path.write_text("body,class\n" + "\n".join(f"t{i},{'A' if i % 2 else 'b'}" for i in range(40)))
     else:
@@ -169,9 +192,17 @@ def test_files_of_every_kind(tmp_path: Path, ending: str) -> None:
         import pyarrow.parquet as parquet
 
         parquet.write_table(
-            pyarrow.table({"body": [f"t{i}" for i in range(40)], "class": ["A" if i % 2 else "b" for i in range(40)]}), path
+            pyarrow.table(
+                {"body": [f"t{i}" for i in range(40)], "class": ["A" if i % 2 else "b" for i in range(40)]}
+            ),
+            path,
         )
-    shard = Shard(Dataset(str(path), columns={"text": "body", "label": "class"}, labels={"A": "a"}), "x", ["text", "label"], ["a", "b"])
+    shard = Shard(
+        Dataset(str(path), columns={"text": "body", "label": "class"}, labels={"A": "a"}),
+        "x",
+        ["text", "label"],
+        ["a", "b"],
+    )
     assert len(shard.train) + len(shard.held) == 40
     assert {r["label"] for r in shard.train} == {0, 1}
     assert shard.held
@@ -193,7 +224,8 @@ def test_the_held_out_tenth_stays_aside_as_data_grow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("data.txt", "none of .jsonl"), ("none.jsonl", "does not exist"), ("list.jsonl", "line 1 is not an object"),
+        ("data.txt", "none of .jsonl"), ("none.jsonl", "does not exist"),
+        ("list.jsonl", "line 1 is not an object"),
         ("bad.parquet", "Parquet"), ("latin.csv", "codec can't decode"),
     ],
 )  # fmt: skip

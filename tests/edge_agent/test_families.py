@@ -1,4 +1,5 @@
-"""Every family that the engine runs itself: equal to transformers, padded or not, forward and backward; and in few bits from disk."""
+"""Every family that the engine runs itself: equal to transformers, padded or not, forward and backward;
+and in few bits from disk."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ def batch(seed: int = 0) -> dict[str, Any]:
 def theirs(folder: Path, causal: bool) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
-    return (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, attn_implementation="eager").eval()
+    return (
+        (AutoModelForCausalLM if causal else AutoModel)
+        .from_pretrained(folder, attn_implementation="eager")
+        .eval()
+    )
 
 
 def adapted(base: Base, rank: int = 2) -> None:
@@ -43,7 +48,9 @@ def adapted(base: Base, rank: int = 2) -> None:
 
 
 @pytest.mark.parametrize("short", [64, 0])
-def test_hidden_states_equal_those_of_transformers(model: tuple[str, Path], short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_equal_those_of_transformers(
+    model: tuple[str, Path], short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By batched products, and by the fused kernel as for longer sequences."""
     monkeypatch.setattr(transformer, "SHORT", short)
     family, folder = model
@@ -54,14 +61,18 @@ def test_hidden_states_equal_those_of_transformers(model: tuple[str, Path], shor
         ours, layout = base.hidden(given)
         ours = ours[: layout.real]
         trunk = plain.base_model if causal else plain
-        expected = trunk(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
+        expected = trunk(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"]
+        ).last_hidden_state
     assert torch.allclose(ours, expected[given["attention_mask"].bool()], atol=1e-4), float(
         (ours - expected[given["attention_mask"].bool()]).abs().max()
     )
 
 
 @pytest.mark.parametrize("short", [64, 0])
-def test_losses_and_gradients_equal_those_of_transformers(model: tuple[str, Path], short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_gradients_equal_those_of_transformers(
+    model: tuple[str, Path], short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A merged W + s·B·A in transformers' model; dL/dB and dL/dA follow from its dL/dW."""
     monkeypatch.setattr(transformer, "SHORT", short)
     family, folder = model
@@ -72,7 +83,14 @@ def test_losses_and_gradients_equal_those_of_transformers(model: tuple[str, Path
     for name, p in plain.named_parameters():
         p.requires_grad_(False)
         stem = name.removesuffix(".weight")
-        site = next((s for k, s in base.sites.items() if stem == k or stem.endswith("." + k) or k.endswith("." + stem)), None)
+        site = next(
+            (
+                s
+                for k, s in base.sites.items()
+                if stem == k or stem.endswith("." + k) or k.endswith("." + stem)
+            ),
+            None,
+        )
         if site is not None and name.endswith(".weight"):
             change = 0.7 * site.B.detach() @ site.A.detach()
             p.add_(change.t() if family == "gpt2" else change)
@@ -83,20 +101,28 @@ def test_losses_and_gradients_equal_those_of_transformers(model: tuple[str, Path
         losses, right, _ = base.answers(given)
         loss = losses.mean()
         shown = plain(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
-        wanted = torch.nn.functional.cross_entropy(shown[:, :-1].reshape(-1, shown.shape[-1]), given["labels"][:, 1:].reshape(-1))
-        assert (shown[:, :-1].argmax(-1) == given["labels"][:, 1:])[given["labels"][:, 1:] != IGNORED].sum() == right.sum()
+        wanted = torch.nn.functional.cross_entropy(
+            shown[:, :-1].reshape(-1, shown.shape[-1]), given["labels"][:, 1:].reshape(-1)
+        )
+        assert (shown[:, :-1].argmax(-1) == given["labels"][:, 1:])[
+            given["labels"][:, 1:] != IGNORED
+        ].sum() == right.sum()
     else:
         loss = (base.hidden(given)[0][:28] * target).sum()
         states = plain(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
         wanted = (states[given["attention_mask"].bool()] * target).sum()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
-    ours = dict(zip(base.parameters(), torch.autograd.grad(loss, list(base.parameters().values())), strict=True))
+    ours = dict(
+        zip(base.parameters(), torch.autograd.grad(loss, list(base.parameters().values())), strict=True)
+    )
     wanted.backward()
     for name, p in weights.items():
         gradient = (p.grad.t() if family == "gpt2" else p.grad).float()
         site = base.sites[name]
         for side, expected in (("A", 0.7 * site.B.t() @ gradient), ("B", 0.7 * gradient @ site.A.t())):
-            assert torch.allclose(ours[f"{name}.{side}"], expected, rtol=2e-3, atol=2e-4 * expected.abs().max().item()), f"{name}.{side}"
+            assert torch.allclose(
+                ours[f"{name}.{side}"], expected, rtol=2e-3, atol=2e-4 * expected.abs().max().item()
+            ), f"{name}.{side}"
 
 
 def test_checkpointing_changes_no_gradient(model: tuple[str, Path]) -> None:
@@ -105,7 +131,9 @@ def test_checkpointing_changes_no_gradient(model: tuple[str, Path]) -> None:
     adapted(base)
     found = []
     for base.core.checkpointing in (False, True):
-        found.append(torch.autograd.grad(base.hidden(batch())[0][:28].square().sum(), list(base.parameters().values())))
+        found.append(
+            torch.autograd.grad(base.hidden(batch())[0][:28].square().sum(), list(base.parameters().values()))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -127,6 +155,11 @@ def test_answers_of_generation_equal_those_of_transformers(model: tuple[str, Pat
         pytest.skip("an encoder says nothing")
     base, plain, start = Base(folder, [], 32, {}, True), theirs(folder, True), [5, 9, 33, 12]
     made = plain.generate(
-        torch.tensor([start]), attention_mask=torch.ones(1, 4), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=1
+        torch.tensor([start]),
+        attention_mask=torch.ones(1, 4),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=1,
     )
     assert base.generate(start, 6, None) == made[0, 4:].tolist()

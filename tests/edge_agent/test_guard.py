@@ -1,4 +1,5 @@
-"""The guard: what objects and how it is said; a worker that is stopped at once, goes on, and leaves with what it did."""
+"""The guard: what objects and how it is said; a worker that is stopped at once, goes on, and leaves with
+what it did."""
 
 import asyncio
 import time
@@ -46,11 +47,14 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize(("name", "value", "settings", "said"), [
-    ("battery_now", (12.0, False), {}, "battery at 12%"), ("battery_now", (99.0, False), {"battery_percent": 100}, "battery at 99%"),
+    ("battery_now", (12.0, False), {}, "battery at 12%"),
+    ("battery_now", (99.0, False), {"battery_percent": 100}, "battery at 99%"),
     ("celsius", 95.0, {}, "95 °C"), ("user_idle_s", 20.0, {"idle_s": 60}, "somebody typed 20 s ago"),
     ("metered", True, {"metered": False}, "metered"),
 ])  # fmt: skip
-def test_what_objects(calm: pytest.MonkeyPatch, name: str, value: Any, settings: dict[str, Any], said: str) -> None:
+def test_what_objects(
+    calm: pytest.MonkeyPatch, name: str, value: Any, settings: dict[str, Any], said: str
+) -> None:
     assert Guard(GuardConfig(**settings)).objects() == ""
     kept = Guard(GuardConfig(**settings))
     calm.setattr(guard, name, lambda: value)
@@ -75,7 +79,8 @@ def test_heat_has_to_fall_before_it_goes_on(calm: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("hours", "at", "allowed"), [
-    ("22:00-06:30", (23, 0), True), ("22:00-06:30", (6, 29), True), ("22:00-06:30", (6, 30), False), ("22:00-06:30", (12, 0), False),
+    ("22:00-06:30", (23, 0), True), ("22:00-06:30", (6, 29), True), ("22:00-06:30", (6, 30), False),
+    ("22:00-06:30", (12, 0), False),
     ("09:00-17:00", (9, 0), True), ("09:00-17:00", (17, 0), False),
 ])  # fmt: skip
 def test_the_schedule(calm: pytest.MonkeyPatch, hours: str, at: tuple[int, int], allowed: bool) -> None:
@@ -184,7 +189,10 @@ async def test_a_real_worker_stops_goes_on_and_leaves(tmp_path: Path) -> None:
     engine = ProcessEngine(memory_mb=None, idle_s=60)
     try:
         with pytest.raises(EngineFailed, match="not a message"):
-            await engine.run(Order(str(tmp_path), b"", {}, str(tmp_path / "r000000"), Dataset("x"), "m", 1, 10.0, 1000), lambda told: None)
+            await engine.run(
+                Order(str(tmp_path), b"", {}, str(tmp_path / "r000000"), Dataset("x"), "m", 1, 10.0, 1000),
+                lambda told: None,
+            )
         assert engine.pid is not None
         worker = psutil.Process(engine.pid)
         engine.pause()
@@ -208,7 +216,9 @@ async def test_nothing_begins_while_something_objects(calm: pytest.MonkeyPatch) 
     work.cancel()
 
 
-def trainer(tiny: Path, checkpoint: Checkpoint | None, stack: list[Any]) -> tuple[Trainer, dict[str, Any], list[int]]:
+def trainer(
+    tiny: Path, checkpoint: Checkpoint | None, stack: list[Any]
+) -> tuple[Trainer, dict[str, Any], list[int]]:
     """A whole trainer on the tiny model, with momentum, a method with state and one with random numbers."""
     card = read_card(tiny)
     base = Base(tiny, [], 32, {})
@@ -216,12 +226,30 @@ def trainer(tiny: Path, checkpoint: Checkpoint | None, stack: list[Any]) -> tupl
     pairs = {m.name: Pair(m.layer, m.out, m.in_, 2, 2.0, m.out, m.in_, "") for m in card.modules}
     tensors = {f"{m.name}.A": rng.standard_normal((2, m.in_)).astype(np.float32) for m in card.modules}
     tensors |= {f"{m.name}.B": np.zeros((m.out, 2), np.float32) for m in card.modules}
-    tensors |= {"head.weight": rng.standard_normal((2, 16)).astype(np.float32), "head.bias": np.zeros(2, np.float32)}
+    tensors |= {
+        "head.weight": rng.standard_normal((2, 16)).astype(np.float32),
+        "head.bias": np.zeros(2, np.float32),
+    }
     spec = Spec(pairs, {"head.weight": Dense([2, 16]), "head.bias": Dense([2])})
     job: Any = SimpleNamespace(job="j", round=1, rounds=3, recipe=Recipe(32, 4, 9, 0.05), seed=1)
-    client = ClientSide(Stack(build_stack(stack), "factors"), "j", Round(1, 3), "d", spec, steps=9, lr=0.05, down={}, state=None)
+    client = ClientSide(
+        Stack(build_stack(stack), "factors"),
+        "j",
+        Round(1, 3),
+        "d",
+        spec,
+        steps=9,
+        lr=0.05,
+        down={},
+        state=None,
+    )
     task = engine(Task("d", "text_classification", ["a", "b"], 8), str(tiny))
-    rows = task.encode([{"text": w, "label": n % 2} for n, w in enumerate(("red sun", "blue", "cat dog bird", "tree", "rock sea", "moon"))])
+    rows = task.encode(
+        [
+            {"text": w, "label": n % 2}
+            for n, w in enumerate(("red sun", "blue", "cat dog bird", "tree", "rock sea", "moon"))
+        ]
+    )
     base.place(spec, tensors)
     steps: list[int] = []
     made = Trainer(base, task, job, client, rows, lambda step, loss: steps.append(step))

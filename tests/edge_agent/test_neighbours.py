@@ -46,7 +46,14 @@ async def second(home: Path, tiny: Path, first: list[Any]) -> str:
 
 async def test_a_job_leaves_nothing_behind_for_the_next(tmp_path: Path, tiny: Path) -> None:
     alone = await second(tmp_path / "plain", tiny, [])
-    others: list[Any] = [{"served": {"carries": True}}, "ssf", {"prefix": {"deep": True}}, "partial_pfl", "apfl", "just_one_byte"]
+    others: list[Any] = [
+        {"served": {"carries": True}},
+        "ssf",
+        {"prefix": {"deep": True}},
+        "partial_pfl",
+        "apfl",
+        "just_one_byte",
+    ]
     for number, first in enumerate(others):
         assert await second(tmp_path / str(number), tiny, [first]) == alone, first
 
@@ -58,19 +65,28 @@ async def test_what_devices_serve_is_measured_beside_what_arrived(tmp_path: Path
         rows = world.coordinator.ledger.rows(tables.assignments, job=name)
         for row in rows:
             told = database.read(row["telemetry"])
-            assert told["personal"]["loss"] == pytest.approx(told["personal"]["count"] * math.log(4), rel=1e-5)
+            assert told["personal"]["loss"] == pytest.approx(
+                told["personal"]["count"] * math.log(4), rel=1e-5
+            )
             assert told["held"]["loss"] != told["personal"]["loss"]
-        assert all("personal" not in database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=plain))
+        assert all(
+            "personal" not in database.read(r["telemetry"])
+            for r in world.coordinator.ledger.rows(tables.assignments, job=plain)
+        )
 
 
 async def test_a_kept_part_is_measured_with_what_arrived(tmp_path: Path, tiny: Path) -> None:
-    """What the device serves is its own head on the shared part as it arrived, not the head that nobody trains."""
+    """What the device serves is its own head on the shared part as it arrived, not the head that nobody
+    trains."""
     async with World(tmp_path, tiny, devices=2) as world:
         name = await world.run(text(["partial_pfl"], rounds=4, arms={**ARMS, "steps": [8]}))
         rows = world.coordinator.ledger.rows(tables.assignments, job=name, round=3)
         told = [database.read(r["telemetry"]) for r in rows]
         assert sum(t["personal"]["loss"] for t in told) < sum(t["held"]["loss"] for t in told)
-        heads = [load_file(tmp_path / d / "adapter" / "current" / "head.safetensors")["head.weight"] for d in world.names]
+        heads = [
+            load_file(tmp_path / d / "adapter" / "current" / "head.safetensors")["head.weight"]
+            for d in world.names
+        ]
         assert not np.array_equal(*heads)
 
 
@@ -120,7 +136,9 @@ async def test_dp_and_byte_jobs_run(tmp_path: Path, tiny: Path) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
         for stack in (["dp_lora"], ["just_one_byte"]):
             name = await world.run(text(stack, rounds=2))
-            assert len({str(v["digest"]) for v in world.coordinator.ledger.rows(tables.versions, job=name)}) == 3
+            assert (
+                len({str(v["digest"]) for v in world.coordinator.ledger.rows(tables.versions, job=name)}) == 3
+            )
 
 
 async def test_pruning_is_refused_where_methods_need_whole_maps(tmp_path: Path, tiny: Path) -> None:
@@ -132,5 +150,8 @@ async def test_pruning_is_refused_where_methods_need_whole_maps(tmp_path: Path, 
 def test_the_plan_of_a_step_knows_that_attached_functions_run_once(tiny: Path) -> None:
     card, length, batch = read_card(tiny), 16, 64
     placement = {m.name: 1 for m in card.modules}
-    lean, fast = (step_plan(card, placement, 0.0, 32, batch, length, 68, 0.0, again).memory_mb for again in (True, False))
+    lean, fast = (
+        step_plan(card, placement, 0.0, 32, batch, length, 68, 0.0, again).memory_mb
+        for again in (True, False)
+    )
     assert lean < fast

@@ -40,7 +40,11 @@ def test_steps_as_torch_does(name: str) -> None:
     start = {"a": torch.randn(3, 4), "b": torch.randn(5)}
     params = {k: t.clone() for k, t in start.items()}
     theirs = torch.nn.Parameter(torch.cat([t.reshape(-1) for t in start.values()]))
-    peer = torch.optim.SGD([theirs], lr=0.1) if name == "sgd" else torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0)
+    peer = (
+        torch.optim.SGD([theirs], lr=0.1)
+        if name == "sgd"
+        else torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0)
+    )
     flat = Flat(params, start)
     ours = optimizer(name, flat.values)
     for step in range(20):
@@ -74,6 +78,8 @@ def test_moments_are_what_a_checkpoint_needs() -> None:
 
 
 def test_a_training_step_imports_no_compiler(tmp_path: Path) -> None:
-    made = subprocess.run([sys.executable, "-c", STEP, str(make("bert", tmp_path))], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [sys.executable, "-c", STEP, str(make("bert", tmp_path))], capture_output=True, text=True, check=False
+    )
     assert made.returncode == 0, made.stderr
     assert made.stdout.strip() == "[]"

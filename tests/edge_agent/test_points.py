@@ -1,4 +1,5 @@
-"""Hooks look at the model at any point: what they are given is a function of the point, and the loop moves what it is told to."""
+"""Hooks look at the model at any point: what they are given is a function of the point, and the loop moves
+what it is told to."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,9 @@ class Look(Method, frozen=True):
         return start
 
 
-def looking(tiny: Path, down: dict[str, Tensors] | None = None, **recipe: Any) -> tuple[StepContext, dict[str, Torch]]:
+def looking(
+    tiny: Path, down: dict[str, Tensors] | None = None, **recipe: Any
+) -> tuple[StepContext, dict[str, Torch]]:
     spec, tensors = adapter(tiny)
     trainer = rig(tiny, {"look": Look()}, spec=spec, tensors=tensors, down=down, **recipe)
     trainer.train()
@@ -59,7 +62,9 @@ def test_the_gradient_is_that_of_the_point(tiny: Path) -> None:
     assert all(torch.equal(g, w) for g, w in zip(grads.values(), wanted, strict=True))
     scaled = torch.ones(1, requires_grad=True)
     (through,) = torch.autograd.grad(ctx.task_loss({k: scaled * t for k, t in point.items()}, batch), scaled)
-    assert float(through) == pytest.approx(sum(float((g * point[k]).sum()) for k, g in grads.items()), rel=1e-4)
+    assert float(through) == pytest.approx(
+        sum(float((g * point[k]).sum()) for k, g in grads.items()), rel=1e-4
+    )
 
 
 def test_two_points_in_one_graph_with_checkpointing(tiny: Path) -> None:
@@ -85,7 +90,9 @@ def test_views_of_the_model_agree_with_each_other(tiny: Path) -> None:
     assert torch.allclose((last * mask).sum(1) / mask.sum(1), features, atol=1e-5)
     first = ctx.hidden(start, batch, 0)
     assert first.shape == last.shape
-    assert torch.equal(first, ctx.hidden({k: 2 * t for k, t in start.items()}, batch, 0))  # embeddings know no adapter
+    assert torch.equal(
+        first, ctx.hidden({k: 2 * t for k, t in start.items()}, batch, 0)
+    )  # embeddings know no adapter
     assert not torch.allclose(ctx.hidden(start, batch, 1), last)
     with pytest.raises(Refused, match="2 layers"):
         ctx.hidden(start, batch, 3)
@@ -116,7 +123,8 @@ def test_what_was_sent_along_keeps_its_dtypes(tiny: Path) -> None:
 
 
 def test_what_does_not_move_stands_still(tiny: Path) -> None:
-    """Once with moments in the other half of the steps before: zero gradients alone would let AdamW move on."""
+    """Once with moments in the other half of the steps before: zero gradients alone would let AdamW move
+    on."""
     ctx, start = looking(tiny, steps=6)
     first = ctx.fit(start, only=lambda name: name.startswith("head."), steps=3)
     second = ctx.fit(first, only=lambda name: not name.startswith("head."), steps=3)
@@ -179,7 +187,9 @@ def test_gradient_from_another_point(tiny: Path) -> None:
     batch = next(ctx.batches())
     _, first = ctx.gradient(start, batch)
     _, second = ctx.gradient({k: t + 0.01 * first[k] for k, t in start.items()}, batch)
-    trained = rig(tiny, {"uphill": Uphill()}, spec=spec, tensors=tensors, steps=1, optimizer="sgd", clip=0.0).train()
+    trained = rig(
+        tiny, {"uphill": Uphill()}, spec=spec, tensors=tensors, steps=1, optimizer="sgd", clip=0.0
+    ).train()
     for k, t in start.items():
         assert np.allclose(trained[k], (t - 0.05 * second[k]).numpy(), atol=1e-6), k
 
@@ -189,7 +199,9 @@ class Half(Method, frozen=True):
 
     def express(self, params: Mapping[str, Any], spec: Spec, xp: Any) -> dict[str, Any]:
         out = {f"{m}.B": params[f"{m}.left"] * 0.5 for m in spec.pairs}
-        return out | {f"{m}.A": xp.concatenate([params[f"{m}.right"], params[f"{m}.right"][:1]]) for m in spec.pairs}
+        return out | {
+            f"{m}.A": xp.concatenate([params[f"{m}.right"], params[f"{m}.right"][:1]]) for m in spec.pairs
+        }
 
 
 def expressed(tiny: Path) -> tuple[Spec, Tensors]:
@@ -226,7 +238,9 @@ class Wrong(Method, frozen=True):
 
 def test_pairs_that_do_not_fit_are_named(tiny: Path) -> None:
     spec, tensors = adapter(tiny)
-    with pytest.raises(HookError, match=r"method `wrong`, hook `express`: gives `encoder.layer.0.* the map is"):
+    with pytest.raises(
+        HookError, match=r"method `wrong`, hook `express`: gives `encoder.layer.0.* the map is"
+    ):
         rig(tiny, {"wrong": Wrong()}, spec=spec, tensors=tensors)
 
 
@@ -264,7 +278,9 @@ def test_functions_run_at_their_places_and_go_with_the_round(tiny: Path) -> None
     assert torch.equal(trainer.points.scores({}, batch), plain)
     assert SEEN == ["after", "enter"]
     assert trainer.contexts["around"].seen["bias"] is trainer.points.rest["head.bias"]
-    moved = rig(tiny, {"around": Around(shift=0.5)}, spec=spec, tensors=tensors, base=bare.base).points.scores({}, batch)
+    moved = rig(
+        tiny, {"around": Around(shift=0.5)}, spec=spec, tensors=tensors, base=bare.base
+    ).points.scores({}, batch)
     assert not torch.allclose(moved, plain)
     bare.base.clear()
     again = rig(tiny, {}, spec=spec, tensors=tensors, base=bare.base)
@@ -279,7 +295,9 @@ class Front(Method, frozen=True):
 
 
 def test_rows_in_front_are_read_and_taken_off_again(tiny: Path) -> None:
-    spec, tensors = adapter(tiny, dense={"front": np.random.default_rng(5).standard_normal((2, 16)).astype(np.float32)})
+    spec, tensors = adapter(
+        tiny, dense={"front": np.random.default_rng(5).standard_normal((2, 16)).astype(np.float32)}
+    )
     trainer = rig(tiny, {"front": Front()}, spec=spec, tensors=tensors)
     batch = next(trainer.batches())
     hidden = trainer.points.hidden({}, batch)
@@ -304,7 +322,9 @@ class Unkind(Method, frozen=True):
             ctx.state["sum"] = grad["head.bias"]
         return {k: g for k, g in grad.items() if k != "head.bias"} if self.hook == "grad" else grad
 
-    def loss(self, loss: Torch, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext) -> Torch:
+    def loss(
+        self, loss: Torch, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext
+    ) -> Torch:
         return loss.expand(2) if self.hook == "loss" else loss
 
     def arrived(self, params: Mapping[str, Torch], ctx: StepContext) -> Tensors:
@@ -342,7 +362,9 @@ class Looks(Method, frozen=True):
         return examples[:2]
 
     def trained(self, params: Mapping[str, Torch], ctx: StepContext) -> Tensors:
-        return {"after": np.array([float(ctx.task_loss(params, ctx.collate(ctx.examples))), len(ctx.examples)])}
+        return {
+            "after": np.array([float(ctx.task_loss(params, ctx.collate(ctx.examples))), len(ctx.examples)])
+        }
 
     def answer(self, question: Tensors, ctx: StepContext) -> Tensors:
         return {"twice": 2 * question["x"]}
@@ -357,7 +379,10 @@ def test_looks_travel_beside_the_update(tiny: Path) -> None:
     trainer.look("trained")
     up = trainer.client.up["looks"]
     assert up["before"][0] == pytest.approx(float(trainer.points.task_loss(as_point(tensors), everything)))
-    assert up["after"].tolist() == [pytest.approx(float(trainer.points.task_loss(as_point(trained), trainer.collate(trainer.examples)))), 2]
+    assert up["after"].tolist() == [
+        pytest.approx(float(trainer.points.task_loss(as_point(trained), trainer.collate(trainer.examples)))),
+        2,
+    ]
     trainer.answer({"looks": {"x": np.arange(3)}})
     assert trainer.client.up["looks"]["twice"].tolist() == [0, 2, 4]
     assert len(trainer.client.up["looks"]) == 1

@@ -1,4 +1,5 @@
-"""Pruned heads and channels, in every family: the physically small model is the masked large one; masks nest, and groups stay whole."""
+"""Pruned heads and channels, in every family: the physically small model is the masked large one; masks
+nest, and groups stay whole."""
 
 from pathlib import Path
 
@@ -18,14 +19,17 @@ RATIOS = (0.25, 0.5)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool, ModelCard]:
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, bool, ModelCard]:
     folder = make(request.param, tmp_path_factory.mktemp("models") / request.param)
     return folder, request.param not in ENCODERS, read_card(folder)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_the_small_model_is_the_masked_large_one(model: tuple[Path, bool, ModelCard], ratio: float) -> None:
-    """Rows that were cut are zeros in the large one, in weight, bias and factors alike; so are the columns behind them."""
+    """Rows that were cut are zeros in the large one, in weight, bias and factors alike; so are the columns
+    behind them."""
     folder, causal, card = model
     masks = channels.masks(card, channels.importance(folder, card), ratio)
     small, large = Base(folder, [], 32, masks, causal), Base(folder, [], 32, {}, causal)
@@ -68,7 +72,9 @@ def test_every_family_has_heads_and_channels_to_prune(model: tuple[Path, bool, M
         roles = {m.role: m.name for m in card.of_layer(layer) if m.role not in ("up", "down")}
         if card.groups > 1:
             side = f"{roles.get('v') or roles['qkv']}.out"
-            assert len(found[1][side]) == kept_groups(card.groups, 0.5) * card.head_size * (3 if "qkv" in roles else 1)
+            assert len(found[1][side]) == kept_groups(card.groups, 0.5) * card.head_size * (
+                3 if "qkv" in roles else 1
+            )
     ups, downs = card.channels(0)
     assert all(len(found[1][f"{m.name}.out"]) == kept(card.ffn, 0.5) for m in ups)
     assert np.array_equal(found[1][f"{ups[0].name}.out"], found[1][f"{downs[0].name}.in"])

@@ -21,7 +21,13 @@ def assignment(text: str, **changes: Any) -> Any:
     t = spec.task
     task = Task(t.dataset, t.kind, list(t.labels), t.max_length, t.template, t.tolerance, list(t.samples))
     recipe = SimpleNamespace(optimizer=spec.training.optimizer or "adamw")
-    fields = {"job": f"{spec.name}-3", "model": spec.model, "rounds": spec.rounds, "stack": list(spec.stack), "task": task}
+    fields = {
+        "job": f"{spec.name}-3",
+        "model": spec.model,
+        "rounds": spec.rounds,
+        "stack": list(spec.stack),
+        "task": task,
+    }
     return SimpleNamespace(**{**fields, "recipe": recipe, "purpose": "train", **changes})
 
 
@@ -31,7 +37,9 @@ def assignment(text: str, **changes: Any) -> Any:
         MINIMAL,
         MINIMAL.replace("[yes, no]", "[on, off, y, n, 'true']"),
         MINIMAL.replace("[yes, no]", "['012', '1e3', 12:30:00, 2026-01-01, 0b1]"),
-        MINIMAL + "rounds: 0x10\nstack: [{sparse: {keep: 1e-1}}]\ntraining: {optimizer: sgd, lr: 1e-3}\narms: {ranks: [4]}\n",
+        MINIMAL
+        + "rounds: 0x10\nstack: [{sparse: {keep: 1e-1}}]\n"
+        + "training: {optimizer: sgd, lr: 1e-3}\narms: {ranks: [4]}\n",
     ],
 )
 def test_both_sides_read_the_same(text: str) -> None:
@@ -71,7 +79,9 @@ def test_what_is_no_job_is_refused(text: str) -> None:
         _same(text, assignment(MINIMAL))
 
 
-@pytest.mark.parametrize(("signed", "whole"), [(SignedJob, JobSpec), (SignedTask, TaskSpec), (SignedTraining, Training)])
+@pytest.mark.parametrize(
+    ("signed", "whole"), [(SignedJob, JobSpec), (SignedTask, TaskSpec), (SignedTraining, Training)]
+)
 def test_no_default_stands_twice(signed: type[msgspec.Struct], whole: type[msgspec.Struct]) -> None:
     assert issubclass(whole, signed)
     own = set(vars(whole).get("__annotations__", {})) & {f.name for f in msgspec.structs.fields(signed)}

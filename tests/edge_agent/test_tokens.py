@@ -1,4 +1,5 @@
-"""Ids by the small library are those of transformers: on what the tests make, on MiniLM, and on the three small real models."""
+"""Ids by the small library are those of transformers: on what the tests make, on MiniLM, and on the three
+small real models."""
 
 from pathlib import Path
 
@@ -51,8 +52,10 @@ def test_the_worker_does_without_transformers(tiny: Path) -> None:
         "import sys; from pathlib import Path; from rankfleet.federated.wire.messages import Task; "
         "from rankfleet.edge_agent.tasks import engine; "
         "from rankfleet.edge_agent.model import Base; import rankfleet.edge_agent.worker.trainer; "
-        f"task = engine(Task('d', 'text_classification', ['a', 'b'], 8), {str(tiny)!r}); base = Base(Path({str(tiny)!r}), [], 8, {{}}); "
-        "base.hidden(task.collate(task.encode([{'text': 'red sun', 'label': 0}]))); sys.exit('transformers' in sys.modules)"
+        f"task = engine(Task('d', 'text_classification', ['a', 'b'], 8), {str(tiny)!r}); base = "
+        f"Base(Path({str(tiny)!r}), [], 8, {{}}); "
+        "base.hidden(task.collate(task.encode([{'text': 'red sun', 'label': 0}]))); sys.exit('transformers' "
+        "in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -1,4 +1,5 @@
-"""Images on the engine's own pass: as transformers computes them, pruned as masked, trained by its gradients."""
+"""Images on the engine's own pass: as transformers computes them, pruned as masked, trained by its
+gradients."""
 
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(base: Base) -> None:
     rng = np.random.default_rng(0)
     for site in base.sites.values():
-        a, b = (torch.from_numpy(rng.standard_normal(s)).float() * 0.2 for s in ((2, site.base.in_), (site.base.out, 2)))
+        a, b = (
+            torch.from_numpy(rng.standard_normal(s)).float() * 0.2
+            for s in ((2, site.base.in_), (site.base.out, 2))
+        )
         site.place(a, b, 0.5, True)
 
 
@@ -51,7 +55,12 @@ def test_hidden_states_and_gradients_are_those_of_transformers(folder: Path) -> 
     adapted(base)
     site = base.sites["encoder.layer.0.output.dense"]
     with torch.no_grad():
-        merged = {id(p): s for p in theirs.parameters() for s in base.sites.values() if torch.equal(s.base.tensors["weight"], p)}
+        merged = {
+            id(p): s
+            for p in theirs.parameters()
+            for s in base.sites.values()
+            if torch.equal(s.base.tensors["weight"], p)
+        }
         for p in theirs.parameters():
             if (found := merged.get(id(p))) is not None:
                 p.add_(0.5 * found.B @ found.A)
@@ -72,8 +81,14 @@ def test_the_small_model_is_the_masked_large_one(folder: Path, ratio: float) -> 
     adapted(large)
     for name, site in large.sites.items():
         weight, a, b = site.base.tensors["weight"].clone(), site.A.detach().clone(), site.B.detach().clone()
-        out, in_ = (masks.get(f"{name}.{side}", np.arange(n)).astype(np.int64) for side, n in zip(("out", "in"), weight.shape, strict=True))
-        lost, unread = np.setdiff1d(np.arange(weight.shape[0]), out), np.setdiff1d(np.arange(weight.shape[1]), in_)
+        out, in_ = (
+            masks.get(f"{name}.{side}", np.arange(n)).astype(np.int64)
+            for side, n in zip(("out", "in"), weight.shape, strict=True)
+        )
+        lost, unread = (
+            np.setdiff1d(np.arange(weight.shape[0]), out),
+            np.setdiff1d(np.arange(weight.shape[1]), in_),
+        )
         weight[lost], b[lost], weight[:, unread], a[:, unread] = 0, 0, 0, 0
         site.base.bias = site.base.bias.clone()
         site.base.bias[lost] = 0
@@ -92,7 +107,10 @@ def test_memory_is_that_of_its_patches_whatever_length_a_job_names(folder: Path)
     where = {m.name: 4 for m in card.modules}
     plans = [step_plan(card, where, 0.0, 32, 4, length) for length in (17, 128)]
     assert plans[0] == plans[1]
-    assert plans[0].memory_mb == step_plan(msgspec.structs.replace(card, image_tokens=0), where, 0.0, 32, 4, 17).memory_mb
+    assert (
+        plans[0].memory_mb
+        == step_plan(msgspec.structs.replace(card, image_tokens=0), where, 0.0, 32, 4, 17).memory_mb
+    )
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

@@ -1,4 +1,5 @@
-"""The embedding rows that are kept: those of the texts, equal to the table's, and gone with the embeddings."""
+"""The embedding rows that are kept: those of the texts, equal to the table's, and gone with the
+embeddings."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def test_each_row_is_read_once() -> None:
         words.take(torch.tensor([50]))
 
 
-@pytest.mark.parametrize(("family", "causal", "kept"), [("bert", False, True), ("llama", True, True), ("qwen2", True, False)])
+@pytest.mark.parametrize(
+    ("family", "causal", "kept"), [("bert", False, True), ("llama", True, True), ("qwen2", True, False)]
+)
 def test_a_base_keeps_what_its_texts_use(family: str, causal: bool, kept: bool, tmp_path: Path) -> None:
     """A decoder whose embeddings are its output table needs them whole."""
     folder = make(family, tmp_path / family)

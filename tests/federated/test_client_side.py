@@ -14,7 +14,8 @@ from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import HookError
 
 SPEC = Spec(
-    {"m": Pair(0, 3, 4, 2, 1.0, 3, 4, "v")}, {"head.weight": Dense((2, 3)), "mask": Dense((2,), trained=False)}
+    {"m": Pair(0, 3, 4, 2, 1.0, 3, 4, "v")},
+    {"head.weight": Dense((2, 3)), "mask": Dense((2,), trained=False)}
 )  # fmt: skip
 
 
@@ -31,13 +32,30 @@ class Phase(Method, frozen=True):
     """The head is not trained in round 1, unless the coordinator says so."""
 
     def trains(self, name: str, ctx: ClientContext) -> bool:
-        return not name.startswith("head.") or ctx.round.number != 1 or bool(ctx.down.get("all", np.zeros(1))[0])
+        return (
+            not name.startswith("head.") or ctx.round.number != 1 or bool(ctx.down.get("all", np.zeros(1))[0])
+        )
 
 
 def side(
-    methods: dict[str, Method], number: int, *, device: str = "d0", state: dict[str, Any] | None = None, **down: Tensors
+    methods: dict[str, Method],
+    number: int,
+    *,
+    device: str = "d0",
+    state: dict[str, Any] | None = None,
+    **down: Tensors,
 ) -> ClientSide:
-    return ClientSide(Stack(methods, "factors"), "j", Round(number, 5), device, SPEC, steps=1, lr=0.1, down=down, state=state)
+    return ClientSide(
+        Stack(methods, "factors"),
+        "j",
+        Round(number, 5),
+        device,
+        SPEC,
+        steps=1,
+        lr=0.1,
+        down=down,
+        state=state,
+    )
 
 
 def ones(value: float) -> Tensors:
@@ -98,7 +116,9 @@ class Bad(Method, frozen=True):
 
 
 def test_wrong_results_are_said_by_method_hook_and_name() -> None:
-    with pytest.raises(HookError, match=r"method `bad`, hook `begin`: gives `m.A` of shape \(4, 2\) instead of \(2, 4\)"):
+    with pytest.raises(
+        HookError, match=r"method `bad`, hook `begin`: gives `m.A` of shape \(4, 2\) instead of \(2, 4\)"
+    ):
         side({"bad": Bad(hook="begin")}, 0).begin(ones(1.0))
     client = side({"bad": Bad(hook="send")}, 0)
     client.begin(ones(1.0))

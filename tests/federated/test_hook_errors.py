@@ -37,5 +37,7 @@ def test_right_results_pass() -> None:
 
 def test_a_torch_tensor_in_the_state_is_named_with_its_place() -> None:
     check_state("mine", "train", {"a": {"b": [np.zeros(2), 1, "x", None, np.float32(1)]}})
-    with pytest.raises(HookError, match=r"method `mine`, hook `train`: leaves a torch Tensor in `ctx.state` as `a.b\[1\]`"):
+    with pytest.raises(
+        HookError, match=r"method `mine`, hook `train`: leaves a torch Tensor in `ctx.state` as `a.b\[1\]`"
+    ):
         check_state("mine", "train", {"a": {"b": [1, torch.zeros(2)]}})

@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 
 from rankfleet.federated.errors import ConfigError, TooLarge, WireError, WrongVersion
 from rankfleet.federated.transport.topics import Topics, checked, device_of, matches
-from rankfleet.federated.wire.messages import Blob, Envelope, Grant, Hello, Offer, Want, open_down, open_up, seal, unpack
+from rankfleet.federated.wire.messages import (
+    Blob,
+    Envelope,
+    Grant,
+    Hello,
+    Offer,
+    Want,
+    open_down,
+    open_up,
+    seal,
+    unpack,
+)
 
 KEY = b"k" * 32
 

@@ -1,4 +1,5 @@
-"""Beside a release nothing else tells of training examples: not the report, not what methods look at, and the tuner copes."""
+"""Beside a release nothing else tells of training examples: not the report, not what methods look at, and
+the tuner copes."""
 
 import math
 import random
@@ -29,7 +30,9 @@ ARMS = {"ranks": [2, 4], "bits": [32], "steps": [2], "batch": 4, "prune": [0, 0.
 
 
 def told(world: World, name: str) -> list[dict[str, Any]]:
-    return [database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name)]
+    return [
+        database.read(r["telemetry"]) for r in world.coordinator.ledger.rows(tables.assignments, job=name)
+    ]
 
 
 @pytest.mark.parametrize("policy", ["cost_ucb", "ucb1", "fedspine"])
@@ -48,7 +51,9 @@ async def test_a_report_says_nothing_of_training_examples(tmp_path: Path, tiny: 
         assert all(database.read(r["info"])["loss"] is None for r in rounds if r["number"] < 5)
 
 
-async def test_channels_are_scored_without_a_release_alone(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_channels_are_scored_without_a_release_alone(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rankfleet.edge_agent.worker import local_round
 
     scored: list[bool] = []
@@ -103,7 +108,9 @@ class Said(Unsaid, frozen=True):
 
 
 @pytest.mark.parametrize("first", ["counts", "unsaid", "power_of_choice", "scaffold", "just_one_byte"])
-def test_what_tells_of_examples_is_refused_with_both_names(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_tells_of_examples_is_refused_with_both_names(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if kind := {"counts": Counts, "unsaid": Unsaid}.get(first):
         register(monkeypatch, first, kind)
     with pytest.raises(Conflict, match=f"`{first}` tells .* that `dp_lora` has made private"):
@@ -119,7 +126,13 @@ def test_who_says_that_it_tells_nothing_may_look(monkeypatch: pytest.MonkeyPatch
 
 def row(state: str, **report: Any) -> dict[str, Any]:
     arm = {"placement": "top1:2", "bits": 32, "steps": 2, "batch": 4, "prune": 0.0}
-    return {"device": "d", "state": state, "telemetry": database.text(report), "arm": database.text(arm), "seconds": 2.0}
+    return {
+        "device": "d",
+        "state": state,
+        "telemetry": database.text(report),
+        "arm": database.text(arm),
+        "seconds": 2.0,
+    }
 
 
 def test_what_is_not_told_is_unknown_and_what_failed_or_diverged_is_not() -> None:

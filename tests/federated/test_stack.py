@@ -44,7 +44,9 @@ def test_a_stack_entry_names_one_method_once() -> None:
 
 @pytest.mark.parametrize("hook", EXCLUSIVE)
 def test_two_methods_with_one_exclusive_hook_are_refused_with_both_names(hook: str) -> None:
-    kinds = [type(n, (Method,), {hook: lambda self, *a: None, "__module__": __name__}, frozen=True) for n in "AB"]
+    kinds = [
+        type(n, (Method,), {hook: lambda self, *a: None, "__module__": __name__}, frozen=True) for n in "AB"
+    ]
     with pytest.raises(Conflict, match=f"`a` and `b` both define `{hook}`"):
         Stack({"a": kinds[0](), "b": kinds[1]()})
 

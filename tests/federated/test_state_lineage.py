@@ -1,4 +1,5 @@
-"""A device's state means what its name says: every array lives in the coordinates of the spec that uses it, or is gone."""
+"""A device's state means what its name says: every array lives in the coordinates of the spec that uses
+it, or is gone."""
 
 from typing import Any
 
@@ -23,7 +24,9 @@ def spec(depth: int, kept: int, view: str, rank: int = 2) -> Spec:
 
 def one_round(state: dict[str, Any] | None, number: int, held: Spec, stack: list[Any]) -> ClientSide:
     rng = np.random.default_rng(number)
-    side = ClientSide(Stack(build_stack(stack)), "j", Round(number, 99), "d", held, steps=1, lr=0.1, down={}, state=state)
+    side = ClientSide(
+        Stack(build_stack(stack)), "j", Round(number, 99), "d", held, steps=1, lr=0.1, down={}, state=state
+    )
     side.begin({k: np.zeros(s, np.float32) for k, s in held.shapes().items()})
     side.send({k: rng.standard_normal(s).astype(np.float32) for k, s in held.shapes().items()})
     return side
@@ -32,20 +35,44 @@ def one_round(state: dict[str, Any] | None, number: int, held: Spec, stack: list
 def arrays(tree: dict[str, Any]) -> list[tuple[str, np.ndarray[Any, Any]]]:
     rows = []
     for key, value in tree.items():
-        rows += arrays(value) if isinstance(value, dict) else [(key, value)] if isinstance(value, np.ndarray) else []
+        rows += (
+            arrays(value)
+            if isinstance(value, dict)
+            else [(key, value)]
+            if isinstance(value, np.ndarray)
+            else []
+        )
     return rows
 
 
-held_by = st.builds(spec, st.integers(1, LAYERS), st.sampled_from([4, 6, 8]), st.sampled_from(["old", "new"]), st.sampled_from([1, 2]))
+held_by = st.builds(
+    spec,
+    st.integers(1, LAYERS),
+    st.sampled_from([4, 6, 8]),
+    st.sampled_from(["old", "new"]),
+    st.sampled_from([1, 2]),
+)
 
 
 @given(st.lists(held_by, min_size=2, max_size=8), st.sampled_from([["sparse"], [{"sparse": {"keep": 0.1}}]]))
 @settings(max_examples=60, deadline=None)
-def test_every_array_has_the_shape_and_lineage_of_the_spec_that_uses_it(specs: list[Spec], stack: list[Any]) -> None:
+def test_every_array_has_the_shape_and_lineage_of_the_spec_that_uses_it(
+    specs: list[Spec], stack: list[Any]
+) -> None:
     state: dict[str, Any] | None = None
     written: dict[str, str] = {}
     for number, held in enumerate(specs):
-        side = ClientSide(Stack(build_stack(stack)), "j", Round(number, 99), "d", held, steps=1, lr=0.1, down={}, state=state)
+        side = ClientSide(
+            Stack(build_stack(stack)),
+            "j",
+            Round(number, 99),
+            "d",
+            held,
+            steps=1,
+            lr=0.1,
+            down={},
+            state=state,
+        )
         shapes = held.shapes()
         for name, array in arrays(side.state):
             if name in shapes:
@@ -63,14 +90,34 @@ def test_every_array_has_the_shape_and_lineage_of_the_spec_that_uses_it(specs: l
 def test_layers_that_were_away_during_a_change_come_back_without_state(kept: int, view: str) -> None:
     state = one_round(None, 0, spec(3, 8, "old"), ["sparse"]).saved()
     state = one_round(state, 1, spec(1, 8, "old"), ["sparse"]).saved()
-    side = ClientSide(Stack(build_stack(["sparse"])), "j", Round(2, 9), "d", spec(3, kept, view), steps=1, lr=0.1, down={}, state=state)
+    side = ClientSide(
+        Stack(build_stack(["sparse"])),
+        "j",
+        Round(2, 9),
+        "d",
+        spec(3, kept, view),
+        steps=1,
+        lr=0.1,
+        down={},
+        state=state,
+    )
     assert arrays(side.state["sparse"]) == []
 
 
 def test_layers_that_were_away_and_did_not_change_keep_their_state() -> None:
     state = one_round(None, 0, spec(3, 8, "old"), ["sparse"]).saved()
     state = one_round(state, 1, spec(1, 8, "old"), ["sparse"]).saved()
-    side = ClientSide(Stack(build_stack(["sparse"])), "j", Round(2, 9), "d", spec(3, 8, "old"), steps=1, lr=0.1, down={}, state=state)
+    side = ClientSide(
+        Stack(build_stack(["sparse"])),
+        "j",
+        Round(2, 9),
+        "d",
+        spec(3, 8, "old"),
+        steps=1,
+        lr=0.1,
+        down={},
+        state=state,
+    )
     assert {name[:7] for name, _ in arrays(side.state["sparse"])} == {"layer.1", "layer.2", "layer.3"}
 
 

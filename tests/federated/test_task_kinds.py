@@ -16,13 +16,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kind_has_an_engine_of_its_name() -> None:
-    assert sorted(tasks.modules()) == ["causal_lm", "image_classification", "text_classification", "text_regression"]
+    assert sorted(tasks.modules()) == [
+        "causal_lm",
+        "image_classification",
+        "text_classification",
+        "text_regression",
+    ]
     for kind in tasks.modules():
         assert (ROOT / "edge_agent" / "tasks" / f"{kind}.py").exists()
 
 
 def test_the_coordinator_knows_them_without_torch() -> None:
-    code = "import sys; from rankfleet.federated.tasks import head_shapes; head_shapes('causal_lm', 0, 8); sys.exit('torch' in sys.modules)"
+    use = "from rankfleet.federated.tasks import head_shapes; head_shapes('causal_lm', 0, 8)"
+    code = f"import sys; {use}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
@@ -39,7 +45,9 @@ def test_a_task_of_a_foreign_package(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "haiku_task.py").write_text(
         "from rankfleet.federated.tasks import TaskKind\nTASK = TaskKind(rows=1, engine='haiku_engine')\n"
     )
-    (tmp_path / "haiku_engine.py").write_text("class Engine:\n    def __init__(self, task, folder):\n        self.fields = ['text']\n")
+    (tmp_path / "haiku_engine.py").write_text(
+        "class Engine:\n    def __init__(self, task, folder):\n        self.fields = ['text']\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     theirs = EntryPoint("haiku", "haiku_task", "rankfleet.tasks")
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [theirs])

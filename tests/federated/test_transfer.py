@@ -23,7 +23,9 @@ def test_hostile_ranges_cost_nothing() -> None:
 
 @given(st.binary(min_size=1, max_size=2000), st.integers(64, 500), st.integers(0, 99))
 @settings(deadline=None, max_examples=50)
-def test_any_order_with_doubles(tmp_path_factory: pytest.TempPathFactory, data: bytes, packet: int, seed: int) -> None:
+def test_any_order_with_doubles(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, packet: int, seed: int
+) -> None:
     folder, blob = tmp_path_factory.mktemp("blobs"), blob_of(data, packet)
     assembly = Assembly(folder, blob)
     order = list(range(blob.chunks)) * 2

@@ -37,7 +37,9 @@ def test_hostile_bytes(data: bytes) -> None:
 @given(st.data())
 @settings(deadline=None)
 def test_an_altered_frame_is_refused(data: st.DataObject) -> None:
-    frame = bytearray(encode({"a": np.arange(5, dtype=np.float32), "b": np.zeros((2, 3), np.int8)}, {"x": [1, 2]}))
+    frame = bytearray(
+        encode({"a": np.arange(5, dtype=np.float32), "b": np.zeros((2, 3), np.int8)}, {"x": [1, 2]})
+    )
     at = data.draw(st.integers(0, len(frame) - 1))
     frame[at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(WireError):
@@ -86,7 +88,13 @@ def test_limits_and_finiteness() -> None:
 
 
 def test_state_survives_with_nested_arrays() -> None:
-    state = {"m": {"a.A": np.eye(2, dtype=np.float32)}, "n": 3, "list": [1.5, {"b": np.arange(3)}], "none": None, "s": np.float64(2)}
+    state = {
+        "m": {"a.A": np.eye(2, dtype=np.float32)},
+        "n": 3,
+        "list": [1.5, {"b": np.arange(3)}],
+        "none": None,
+        "s": np.float64(2),
+    }
     back = thaw(freeze(state))
     assert back["n"] == 3
     assert back["s"] == 2.0

@@ -29,7 +29,9 @@ def spec(*shapes: tuple[str, tuple[int, ...]]) -> Spec:
 
 
 def client(state: dict | None = None, of: Spec | None = None) -> ClientContext:
-    return ClientContext(Round(1, 5), "d0", of or spec(), {}, {} if state is None else state, RNG(0), {}, {}, 2, 0.1)
+    return ClientContext(
+        Round(1, 5), "d0", of or spec(), {}, {} if state is None else state, RNG(0), {}, {}, 2, 0.1
+    )
 
 
 def update(device: str, delta: dict[str, Any], weight: float = 1.0, **kw: Any) -> Update:
@@ -38,7 +40,18 @@ def update(device: str, delta: dict[str, Any], weight: float = 1.0, **kw: Any) -
 
 
 def step(**kw: Any) -> Any:
-    return SimpleNamespace(**{"round": Round(1, 5), "state": {}, "up": {}, "down": {}, "steps": 2, "lr": 0.1, "received": {}, **kw})
+    return SimpleNamespace(
+        **{
+            "round": Round(1, 5),
+            "state": {},
+            "up": {},
+            "down": {},
+            "steps": 2,
+            "lr": 0.1,
+            "received": {},
+            **kw,
+        }
+    )
 
 
 def test_fedprox_pulls_towards_what_was_received() -> None:

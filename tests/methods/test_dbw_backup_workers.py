@@ -12,7 +12,9 @@ from .test_by_hand import server, update
 def test_it_waits_for_as_many_as_pay() -> None:
     m, ctx = build("dbw_backup_workers", {"curvature": 1.0}), server()
     seconds = {"a": 1.0, "b": 1.1, "c": 9.0}
-    ctx.updates = [update(d, {"w": [v]}, report={"seconds": seconds[d]}) for d, v in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    ctx.updates = [
+        update(d, {"w": [v]}, report={"seconds": seconds[d]}) for d, v in (("a", 1.0), ("b", 2.0), ("c", 3.0))
+    ]
     change = {"w": np.array([2.0], np.float32)}
     assert m.step(change, ctx) is change
     # V = (1 + 0 + 1)/2 = 1, ‖∇F‖² = 4 - 1/3; Ĝ(k) = ½(11/3 - 1/k), over T̂: 1.33, 1.44, 0.19

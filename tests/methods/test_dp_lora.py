@@ -20,7 +20,9 @@ def quadratic(count: int = 5) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Te
         loss = ((batch["x"] @ at - batch["labels"]) ** 2).mean()
         return float(loss.detach()), {"w": torch.autograd.grad(loss, at)[0]}
 
-    ctx = SimpleNamespace(split=split, gradient=gradient, state={}, generator=torch.Generator().manual_seed(1), up={})
+    ctx = SimpleNamespace(
+        split=split, gradient=gradient, state={}, generator=torch.Generator().manual_seed(1), up={}
+    )
     return ctx, x, y, w
 
 
@@ -46,7 +48,9 @@ def test_epsilon_adds_up() -> None:
     # min over a of T·a/(2z²) + ln(1/δ)/(a - 1) is T/(2z²) + √(2T·ln(1/δ))/z
     m = DpLora(noise=4.0, delta=1e-5)
     for steps in (1, 10, 100):
-        assert m.epsilon(steps) == pytest.approx(steps / 32 + math.sqrt(2 * steps * math.log(1e5)) / 4, rel=1e-3)
+        assert m.epsilon(steps) == pytest.approx(
+            steps / 32 + math.sqrt(2 * steps * math.log(1e5)) / 4, rel=1e-3
+        )
     assert m.epsilon(0) == 0.0
     assert DpLora(noise=0.0).epsilon(1) == 1e9
     ctx, *_ = quadratic()

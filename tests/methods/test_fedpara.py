@@ -28,7 +28,10 @@ def test_the_product_is_hadamard_s(private: bool) -> None:
 
 def test_torch_and_numpy_agree() -> None:
     m = build("fedpara")
-    p = {k: RNG(2).standard_normal(t.value.shape).astype(np.float32) for k, t in m.tensors(SPEC, server()).items()}
+    p = {
+        k: RNG(2).standard_normal(t.value.shape).astype(np.float32)
+        for k, t in m.tensors(SPEC, server()).items()
+    }
     ours, theirs = m.express(p, SPEC, np), m.express({k: torch.tensor(t) for k, t in p.items()}, SPEC, torch)
     assert ours.keys() == theirs.keys()
     assert all(np.allclose(t, theirs[k].numpy(), atol=1e-6) for k, t in ours.items())

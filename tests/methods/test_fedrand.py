@@ -35,7 +35,10 @@ def test_each_device_draws_as_often_as_rho_says() -> None:
         assert np.mean(public) == pytest.approx(share, abs=0.03)  # three deviations of a mean of 2000
     lots = {d: [FedRand().public(d, n) for n in range(20)] for d in ("d0", "d1")}
     assert lots["d0"] != lots["d1"]
-    assert {FedRand(share=s).public("d", n) for s, side in ((1.0, ".A"), (0.0, ".B")) for n in range(20)} == {".A", ".B"}
+    assert {FedRand(share=s).public("d", n) for s, side in ((1.0, ".A"), (0.0, ".B")) for n in range(20)} == {
+        ".A",
+        ".B",
+    }
     assert all(FedRand(share=1.0).public("d", n) == ".A" for n in range(20))
 
 
@@ -50,15 +53,31 @@ def test_both_are_trained_and_the_private_one_is_kept_and_not_sent(tiny: Path) -
     sent = first.client.send(trained)
     assert a in sent
     assert not any(k.endswith(".B") for k in sent)
-    again = rig(tiny, {"f": FedRand(share=1.0)}, spec=tensors_spec, tensors=tensors, state=first.client.saved(), round=2)
+    again = rig(
+        tiny,
+        {"f": FedRand(share=1.0)},
+        spec=tensors_spec,
+        tensors=tensors,
+        state=first.client.saved(),
+        round=2,
+    )
     assert np.array_equal(again.start[a].numpy(), tensors[a])  # as it arrived
     assert np.array_equal(again.start[b].numpy(), trained[b])  # its own
-    turned = rig(tiny, {"f": FedRand(share=0.0)}, spec=tensors_spec, tensors=tensors, state=first.client.saved(), round=2)
+    turned = rig(
+        tiny,
+        {"f": FedRand(share=0.0)},
+        spec=tensors_spec,
+        tensors=tensors,
+        state=first.client.saved(),
+        round=2,
+    )
     assert np.array_equal(turned.start[b].numpy(), tensors[b])
     assert np.array_equal(turned.start[a].numpy(), trained[a])
 
 
-async def test_whatever_travels_starts_from_what_arrived(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_whatever_travels_starts_from_what_arrived(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In every round of a job, also after a factor was private for a while."""
     rounds: list[tuple[set[str], set[str]]] = []
     real = LocalRound.__init__
@@ -66,7 +85,9 @@ async def test_whatever_travels_starts_from_what_arrived(tmp_path: Path, tiny: P
     def init(self: LocalRound, *args: Any) -> None:
         real(self, *args)
         public = {k for k in self.view.spec.shapes() if self.client.travels(k)}
-        own = {k for k in self.view.spec.shapes() if not np.array_equal(self.received[k], self.view.tensors[k])}
+        own = {
+            k for k in self.view.spec.shapes() if not np.array_equal(self.received[k], self.view.tensors[k])
+        }
         rounds.append((public, own))
 
     monkeypatch.setattr(LocalRound, "__init__", init)

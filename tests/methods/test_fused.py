@@ -1,4 +1,5 @@
-"""FUSED: which layers are critical, what may move, and a job that forgets over another one's frozen adapter."""
+"""FUSED: which layers are critical, what may move, and a job that forgets over another one's frozen
+adapter."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +28,12 @@ SPEC = Spec({m: Pair(p.layer, 3, 2, 1, 1.0, 3, 2, "v") for m, p in MAPS.items()}
 def trained(device: str, **lengths: float) -> Update:
     """One number of A moved in each map."""
     names = {k.replace("_", "."): n for k, n in lengths.items()}
-    view = {f"{m}.A": np.zeros((1, 2), np.float32) for m in MAPS} | {f"{m}.B": np.zeros((3, 1), np.float32) for m in MAPS}
-    return Update(device, 1.0, {f"{m}.A": np.array([[n, 0]], np.float32) for m, n in names.items()}, SPEC, view)
+    view = {f"{m}.A": np.zeros((1, 2), np.float32) for m in MAPS} | {
+        f"{m}.B": np.zeros((3, 1), np.float32) for m in MAPS
+    }
+    return Update(
+        device, 1.0, {f"{m}.A": np.array([[n, 0]], np.float32) for m, n in names.items()}, SPEC, view
+    )
 
 
 def test_critical_layers_moved_most_on_average_over_their_holders() -> None:
@@ -48,7 +53,12 @@ def test_critical_layers_moved_most_on_average_over_their_holders() -> None:
 def test_the_coordinator_moves_nothing_outside() -> None:
     ctx = server({"critical": [1]})
     ctx.maps = MAPS
-    change = {"l0.q.A": np.ones((1, 2)), "l1.q.A": np.ones((4, 50)), "l1.q.B": np.ones((50, 4)), "head.bias": np.ones(2)}
+    change = {
+        "l0.q.A": np.ones((1, 2)),
+        "l1.q.A": np.ones((4, 50)),
+        "l1.q.B": np.ones((50, 4)),
+        "head.bias": np.ones(2),
+    }
     got = Fused(keep=0.3).step(change, ctx)
     assert got.keys() == {"l1.q.A", "l1.q.B"}
     for name, t in got.items():
@@ -89,14 +99,21 @@ def test_numbers_outside_stand_still_on_the_device(tiny: Path) -> None:
 
 async def test_forgetting_lies_over_what_stays_frozen(tmp_path: Path, tiny: Path) -> None:
     base: dict[str, Any] = {
-        "arms": {"ranks": [2], "bits": [32], "steps": [6], "batch": 8}, "training": {"lr": 0.01, "evaluate": 16, "probe": 4},
+        "arms": {"ranks": [2], "bits": [32], "steps": [6], "batch": 8},
+        "training": {"lr": 0.01, "evaluate": 16, "probe": 4},
         "rounds": 3,
     }  # fmt: skip
     async with World(tmp_path, tiny) as world:
         one = await world.run(job(**base))
-        two = await world.run(job(name="forget", stack=[{"fused": {"devices": ["d2"]}}], start=one, frozen=True, **base))
+        two = await world.run(
+            job(name="forget", stack=[{"fused": {"devices": ["d2"]}}], start=one, frozen=True, **base)
+        )
         home = world.coordinator.config.home / "jobs"
-        old, first, last = Registry(home / one).load(3), Registry(home / two).load(0), Registry(home / two).load(3)
+        old, first, last = (
+            Registry(home / one).load(3),
+            Registry(home / two).load(0),
+            Registry(home / two).load(3),
+        )
         rows = world.coordinator.ledger.rows(tables.assignments, job=two)
         assert {r["device"] for r in rows if r["round"] < 3} == {"d0", "d1"}
         # It begins as the old adapter was, to the rounding of factors that travel as fp16 in the first job.
@@ -104,12 +121,20 @@ async def test_forgetting_lies_over_what_stays_frozen(tmp_path: Path, tiny: Path
         then = world.coordinator.ledger.rows(tables.assignments, job=one, round=3)
         for r in then:
             if r["device"] in before:
-                assert before[r["device"]] == pytest.approx(database.read(r["telemetry"])["held"]["loss"], rel=2e-3)
+                assert before[r["device"]] == pytest.approx(
+                    database.read(r["telemetry"])["held"]["loss"], rel=2e-3
+                )
         # One layer moved, within its mask; carry and heads are as they were: taking the pairs away undoes it.
         assert not any(np.any(p.B) for p in first.pairs.values())
-        assert len({int(m.split("layer.")[1].split(".")[0]) for m, p in last.pairs.items() if np.any(p.B)}) == 1
+        assert (
+            len({int(m.split("layer.")[1].split(".")[0]) for m, p in last.pairs.items() if np.any(p.B)}) == 1
+        )
         for m, p in last.pairs.items():
             assert not np.any(p.B[mask(f"{m}.B", p.B.shape, 0.5) == 0])
         assert first.carry.keys() == last.carry.keys() == {m for m, p in old.pairs.items() if np.any(p.B)}
-        assert all(np.array_equal(t, pair) for m in first.carry for t, pair in zip(last.carry[m], first.carry[m], strict=True))
+        assert all(
+            np.array_equal(t, pair)
+            for m in first.carry
+            for t, pair in zip(last.carry[m], first.carry[m], strict=True)
+        )
         assert all(np.array_equal(t, old.dense[k]) for k, t in last.dense.items())

@@ -33,13 +33,24 @@ def test_looks_on_both_sides_and_walks_down() -> None:
     m, w = JustOneByte(lr=0.3), torch.zeros(4)
     for number in range(150):
         round = SimpleNamespace(number=number)
-        ctx: Any = SimpleNamespace(round=round, device="d0", up={}, task_loss=task_loss, batches=lambda: iter([{}] * 3))
+        ctx: Any = SimpleNamespace(
+            round=round, device="d0", up={}, task_loss=task_loss, batches=lambda: iter([{}] * 3)
+        )
         assert m.train({"w": w}, ctx) == {}
         z = directions({"w": w}, number, "d0", 0)["w"]
-        assert slope(int(ctx.up["codes"][0])) == pytest.approx(float(((w - target) * torch.tensor(z)).sum()), rel=0.07, abs=1e-3)
+        assert slope(int(ctx.up["codes"][0])) == pytest.approx(
+            float(((w - target) * torch.tensor(z)).sum()), rel=0.07, abs=1e-3
+        )
         update = Update("d0", 1.0, {}, SPEC, {}, extra={"just_one_byte": ctx.up})
         moved = m.reduce([update], ctx)["w"]
-        wanted = -0.3 / 3 * sum(slope(int(c)) * directions({"w": w}, number, "d0", n)["w"] for n, c in enumerate(ctx.up["codes"]))
+        wanted = (
+            -0.3
+            / 3
+            * sum(
+                slope(int(c)) * directions({"w": w}, number, "d0", n)["w"]
+                for n, c in enumerate(ctx.up["codes"])
+            )
+        )
         assert np.allclose(moved, wanted, atol=1e-5)
         w = w + torch.from_numpy(moved)
     assert not any(graphs)

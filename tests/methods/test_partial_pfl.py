@@ -39,4 +39,6 @@ def test_the_personal_part_never_travels(tiny: Path) -> None:
     again = rig(tiny, {"p": PartialPfl()}, spec=spec, tensors=tensors, state=trainer.client.saved(), round=2)
     assert np.array_equal(again.start["head.weight"].numpy(), trained["head.weight"])
     assert np.array_equal(again.contexts["p"].received["head.weight"].numpy(), trained["head.weight"])
-    assert np.array_equal(again.points.rest["head.weight"].numpy(), tensors["head.weight"])  # until training stands at the start
+    assert np.array_equal(
+        again.points.rest["head.weight"].numpy(), tensors["head.weight"]
+    )  # until training stands at the start

@@ -30,7 +30,10 @@ def test_equals_brute_force_in_nearly_all_small_instances() -> None:
     equal = 0
     for seed, agree in product(range(8), (0.0, 0.05, 0.3)):
         gains = RNG(seed).random((3, 5))
-        best = max(worth(np.array([[float(j in c) for j in range(5)] for c in pick]), gains, agree) for pick in product(sets, repeat=3))
+        best = max(
+            worth(np.array([[float(j in c) for j in range(5)] for c in pick]), gains, agree)
+            for pick in product(sets, repeat=3)
+        )
         got = worth(choose(gains, 2, agree).astype(float), gains, agree)
         assert got <= best + 1e-9
         equal += got >= best - 1e-9
@@ -56,7 +59,11 @@ def test_nobody_gets_a_layer_that_he_does_not_hold() -> None:
 
 def test_what_is_told_is_the_squared_norm_of_each_map() -> None:
     grads = {"l0.q.A": torch.tensor([1.0, 2.0]), "l0.q.B": torch.tensor([2.0]), "l1.q.A": torch.tensor([3.0])}
-    ctx = step(round=Round(4, 9), batches=lambda: iter([{}]), gradient=lambda params, batch: (0.0, {k: grads[k] for k in params}))
+    ctx = step(
+        round=Round(4, 9),
+        batches=lambda: iter([{}]),
+        gradient=lambda params, batch: (0.0, {k: grads[k] for k in params}),
+    )
     told = SelectiveLayerFt(every=2).arrived({**grads, "head.bias": torch.ones(1)}, ctx)
     assert {k: t.tolist() for k, t in told.items()} == {"l0.q": [9.0], "l1.q": [9.0]}
     ctx.round = Round(5, 9)
@@ -64,7 +71,13 @@ def test_what_is_told_is_the_squared_norm_of_each_map() -> None:
 
 
 def told(device: str, **norms: float) -> Any:
-    return update(device, {}, extra={"selective_layer_ft": {k.replace("_", "."): np.array([n], np.float32) for k, n in norms.items()}})
+    return update(
+        device,
+        {},
+        extra={
+            "selective_layer_ft": {k.replace("_", "."): np.array([n], np.float32) for k, n in norms.items()}
+        },
+    )
 
 
 def test_step_chooses_and_plan_places() -> None:
@@ -77,7 +90,9 @@ def test_step_chooses_and_plan_places() -> None:
     ask: Any = {"placement": dict.fromkeys(MAPS, 2), "rank": 2, "steps": 4, "lr": 0.1}
     assert m.plan(ask, "d0", ctx) == {**ask, "placement": {"l0.q": 2, "l0.v": 2}}
     assert m.plan(ask, "d2", ctx) == ask  # told nothing
-    assert m.plan({**ask, "placement": {"l1.q": 2}}, "d0", ctx)["placement"] == {"l1.q": 2}  # its arm holds none of its layers any more
+    assert m.plan({**ask, "placement": {"l1.q": 2}}, "d0", ctx)["placement"] == {
+        "l1.q": 2
+    }  # its arm holds none of its layers any more
     ctx.round = Round(5, 9)
     assert m.plan(ask, "d0", ctx) == ask
     # Who is late is chosen for beside those who are known.
@@ -93,11 +108,15 @@ def test_step_chooses_and_plan_places() -> None:
 @pytest.mark.parametrize("agree", [0.0, 10.0])
 async def test_a_job_trains_the_chosen_layer_alone(tmp_path: Path, tiny: Path, agree: float) -> None:
     async with World(tmp_path, tiny, devices=2) as world:
-        name = await world.run(job(stack=[{"selective_layer_ft": {"every": 4, "agree": agree}}], rounds=4, space="factors"))
+        name = await world.run(
+            job(stack=[{"selective_layer_ft": {"every": 4, "agree": agree}}], rounds=4, space="factors")
+        )
         registry = Registry(world.coordinator.config.home / "jobs" / name)
         first, last = registry.load(1), registry.load(4)
         moved = {m: not np.array_equal(p.B, last.pairs[m].B) for m, p in first.pairs.items()}
         layers = {int(m.split("layer.")[1].split(".")[0]) for m, yes in moved.items() if yes}
-        chosen = {n for c in last.state["methods"]["selective_layer_ft"]["chosen"].values() for n in c.tolist()}
+        chosen = {
+            n for c in last.state["methods"]["selective_layer_ft"]["chosen"].values() for n in c.tolist()
+        }
         assert layers == chosen
         assert len(chosen) == 1 or not agree

@@ -1,4 +1,5 @@
-"""A broker between simulated nodes that loses, doubles, delays, reorders and tears, forgets what was retained, and hangs up."""
+"""A broker between simulated nodes that loses, doubles, delays, reorders and tears, forgets what was
+retained, and hangs up."""
 
 import asyncio
 import contextvars
@@ -38,7 +39,11 @@ class Broker:
             extra = self.rng.uniform(0.0, 8.0) if fate == 2 else 0.0
             if fate == 3 and payload:
                 at = self.rng.randrange(len(payload))
-                payload = payload[:at] if self.rng.random() < 0.5 else payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 :]
+                payload = (
+                    payload[:at]
+                    if self.rng.random() < 0.5
+                    else payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 :]
+                )
         for client in list(self.clients):
             for _ in range(times):
                 self._hand(client, topic, payload, extra)

@@ -1,6 +1,7 @@
 """Planted defects: each takes one guard away. A harness that does not find them proves nothing.
 
-Each is named after the promise that it breaks, and is found when some seed gives another result than the run without faults.
+Each is named after the promise that it breaks, and is found when some seed gives another result than the
+run without faults.
 """
 
 import contextlib
@@ -96,7 +97,13 @@ def settled_apart() -> Iterator[None]:
         close(self, job, number)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(rankfleet.coordinator.rounds.closing, "settle", lambda run, tx, *rest: later.append((run, *rest))))
+        stack.enter_context(
+            patch.object(
+                rankfleet.coordinator.rounds.closing,
+                "settle",
+                lambda run, tx, *rest: later.append((run, *rest)),
+            )
+        )
         stack.enter_context(patch.object(Pending, "close", closed))
         yield
 
@@ -119,7 +126,9 @@ def state_forgotten() -> Iterator[None]:
 @defect("what arrives is checked against its digest")
 def digest_unchecked() -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(patch.object(rankfleet.federated.wire.transfer.Assembly, "_wrong", lambda self: None))
+        stack.enter_context(
+            patch.object(rankfleet.federated.wire.transfer.Assembly, "_wrong", lambda self: None)
+        )
         stack.enter_context(patch.object(rankfleet.federated.wire.transfer.zlib, "crc32", lambda *data: 0))
         yield
 

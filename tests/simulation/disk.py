@@ -1,8 +1,9 @@
 """A disk that keeps after a power cut only what was synced, and may tear the rest.
 
-The model is a journalling file system: a sync of any file or folder makes all earlier changes of names durable, and the content
-of what was synced. At a cut the names go back to the last sync, or stay as they are (the journal was quicker); content that
-was not synced is lost, torn or there, each by chance. SQLite writes for itself and is taken at its word: a commit is durable.
+The model is a journalling file system: a sync of any file or folder makes all earlier changes of names
+durable, and the content of what was synced. At a cut the names go back to the last sync, or stay as they
+are (the journal was quicker); content that was not synced is lost, torn or there, each by chance. SQLite
+writes for itself and is taken at its word: a commit is durable.
 """
 
 import os
@@ -56,10 +57,15 @@ class Disk:
         return found
 
     def image(self, target: Path, power: bool) -> None:
-        """What the next life finds, written to `target`: all of it after a kill, what survived after a power cut."""
+        """What the next life finds, written to `target`: all of it after a kill, what survived after a
+        power cut."""
         here = self.now()
         by_inode = {i: self.home / name for name, i in here.items() if i}
-        names = here if not power or self.rng.random() < 0.5 else self.names | {n: i for n, i in here.items() if n.startswith("ledger.db")}
+        names = (
+            here
+            if not power or self.rng.random() < 0.5
+            else self.names | {n: i for n, i in here.items() if n.startswith("ledger.db")}
+        )
         target.mkdir()
         for name in sorted(n for n in names if n.endswith(os.sep)):
             (target / name).mkdir(parents=True, exist_ok=True)
@@ -71,7 +77,9 @@ class Disk:
                 (target / name).symlink_to(os.readlink(path))
                 continue
             live = path.read_bytes() if path is not None else None
-            (target / name).write_bytes(live or b"" if not power or name.startswith("ledger.db") else self._survives(inode, live))
+            (target / name).write_bytes(
+                live or b"" if not power or name.startswith("ledger.db") else self._survives(inode, live)
+            )
 
     def _survives(self, inode: int, live: bytes | None) -> bytes:
         durable = self.content.get(inode)

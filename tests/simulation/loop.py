@@ -1,7 +1,8 @@
 """An event loop whose clock jumps to the next event, and whose nodes can be cut off between any two of them.
 
-Every callback belongs to the node (and the life of it) in whose context it was made. A node that was killed never runs again:
-its tasks stay where they are, as after `kill -9`, and no `finally` of theirs is carried out.
+Every callback belongs to the node (and the life of it) in whose context it was made. A node that was
+killed never runs again: its tasks stay where they are, as after `kill -9`, and no `finally` of theirs is
+carried out.
 """
 
 import asyncio
@@ -80,7 +81,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         context = contextvars.copy_context() if context is None else context  # an empty one is false
         return super().call_soon(_guarded(callback, context), *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None) -> Any:
+    def call_at(
+        self, when: float, callback: Any, *args: Any, context: contextvars.Context | None = None
+    ) -> Any:
         context = contextvars.copy_context() if context is None else context  # an empty one is false
         return super().call_at(when, _guarded(callback, context), *args, context=context)
 

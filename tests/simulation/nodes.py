@@ -40,7 +40,8 @@ LABELS = ["a", "b"]
 
 
 class Engine:
-    """Stands in for the worker: the same files in, the same files out, and a delta that follows from the view and the seed."""
+    """Stands in for the worker: the same files in, the same files out, and a delta that follows from the
+    view and the seed."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -58,20 +59,32 @@ def carry_out(what: Order) -> None:
     job = read_assignment(unpack(what.envelope).body)
     frame, meta = open_frame(Path(what.blobs["view"]))
     spec = msgspec.convert(meta, Spec)
-    told = {"version": job.version, "held": {"loss": 8.0 / (1 + job.version), "square": 8.0, "correct": 4.0, "count": 8.0}}
+    told = {
+        "version": job.version,
+        "held": {"loss": 8.0 / (1 + job.version), "square": 8.0, "correct": 4.0, "count": 8.0},
+    }
     result = Path(what.result)
     path = order.last_state(result)
     device = identity.load(Path(what.home)).device
     client = ClientSide(
-        Stack(build_stack(job.stack), job.space), job.job, Round(job.round, job.rounds), device, spec, steps=job.recipe.steps,
+        Stack(build_stack(job.stack), job.space), job.job, Round(job.round, job.rounds), device, spec,
+        steps=job.recipe.steps,
         lr=job.recipe.lr, down={}, state=thaw(path.read_bytes()) if path else None,
     )  # fmt: skip
     start = client.begin({k: np.array(t, np.float32) for k, t in frame.items() if k in spec.shapes()})
     sent = client.send(_delta(job, device, start)) if job.purpose == "train" else {}
-    update = encode({f"d/{k}": t for k, t in sent.items()}, {**told, "examples": 10, "loss_before": 1.0, "loss_after": 0.9})
+    update = encode(
+        {f"d/{k}": t for k, t in sent.items()},
+        {**told, "examples": 10, "loss_before": 1.0, "loss_after": 0.9},
+    )
     blob = blob_of(update, what.chunk)
     signature = identity.signer(Path(what.home)).sign(manifest(job.job, job.round, device, blob.digest))
-    order.commit(result, update, freeze(client.saved()), order.Meta(job.job, job.round, blob, signature, inline=what.inline))
+    order.commit(
+        result,
+        update,
+        freeze(client.saved()),
+        order.Meta(job.job, job.round, blob, signature, inline=what.inline),
+    )
 
 
 def _delta(job: Assignment, device: str, start: Tensors) -> Tensors:
@@ -149,7 +162,9 @@ class Node:
         if self.bus:
             self.bus.gone()
         self.close()
-        asyncio.get_running_loop().call_later(self.rng.uniform(0.1, 3.0), self.start, context=contextvars.Context())
+        asyncio.get_running_loop().call_later(
+            self.rng.uniform(0.1, 3.0), self.start, context=contextvars.Context()
+        )
 
     def close(self) -> None:
         """Let go of what the operating system would take back."""
@@ -160,7 +175,9 @@ class Coordinator(Node):
 
     def make(self, bus: SimulatedBus) -> Service:
         config = CoordinatorConfig(
-            data_dir=str(self.home), models={"tiny": str(self.model)}, limits=Limits(packet_bytes=PACKET, gather_ms=1, nudge_s=3)
+            data_dir=str(self.home),
+            models={"tiny": str(self.model)},
+            limits=Limits(packet_bytes=PACKET, gather_ms=1, nudge_s=3),
         )
         return Service(config, bus, "mqtt://localhost")
 
@@ -188,11 +205,16 @@ class Device(Node):
     def make(self, bus: SimulatedBus) -> Agent:
         data = self.home.parent / "words.jsonl"
         config = AgentConfig(
-            state_dir=str(self.home), datasets={"words": Dataset(str(data))}, models={"tiny": str(self.model)},
+            state_dir=str(self.home), datasets={"words": Dataset(str(data))},
+            models={"tiny": str(self.model)},
             link=Link(packet_bytes=PACKET, answer_s=1.0),
         )  # fmt: skip
-        profile = msgspec.structs.replace(library()["laptop-x86-16gb"], name="laptop-x86-16gb", threads=1, model_budget_mb=100.0)
-        return Agent(identity.load(self.home), config, bus, Engine(self.rng), msgspec.to_builtins(profile), {})
+        profile = msgspec.structs.replace(
+            library()["laptop-x86-16gb"], name="laptop-x86-16gb", threads=1, model_budget_mb=100.0
+        )
+        return Agent(
+            identity.load(self.home), config, bus, Engine(self.rng), msgspec.to_builtins(profile), {}
+        )
 
     async def run(self) -> None:
         await self.program.run()

@@ -41,11 +41,14 @@ class Outcome(msgspec.Struct):
 
 
 def job(rounds: int) -> str:
-    """Fixed arms, no deadline, everybody: the result must not depend on what goes wrong. Codec and server have state to lose."""
+    """Fixed arms, no deadline, everybody: the result must not depend on what goes wrong. Codec and server
+    have state to lose."""
     return yaml.safe_dump(
         {
-            "name": "sim", "model": "tiny", "task": {"dataset": "words", "labels": LABELS, "max_length": 16}, "rounds": rounds,
-            "adapter": {"targets": ["query", "value"], "max_depth": 2}, "arms": {"ranks": [2], "bits": [32], "steps": [2], "batch": 4},
+            "name": "sim", "model": "tiny", "task": {"dataset": "words", "labels": LABELS, "max_length": 16},
+            "rounds": rounds,
+            "adapter": {"targets": ["query", "value"], "max_depth": 2},
+            "arms": {"ranks": [2], "bits": [32], "steps": [2], "batch": 4},
             "policy": {"name": "fixed"}, "deadline_s": 0, "quorum": 1.0, "min_devices": DEVICES,
             "stack": [{"sparse": {"keep": 0.25}}, "fedadam"], "frozen_every": 2,
         }
@@ -55,15 +58,22 @@ def job(rounds: int) -> str:
 class Simulation:
     """A fleet on a virtual clock."""
 
-    def __init__(self, seed: int, home: Path, model: Path, loop: VirtualLoop, rounds: int, faults: int) -> None:
+    def __init__(
+        self, seed: int, home: Path, model: Path, loop: VirtualLoop, rounds: int, faults: int
+    ) -> None:
         self.seed, self.home, self.rounds, self.loop = seed, home, rounds, loop
         self.rng = random.Random(f"{seed} faults")
         self.left = faults
         self.done: Counter[str] = Counter()
         self.broker = Broker(loop, random.Random(f"{seed} broker"))
         words(home)
-        self.coordinator = Coordinator("coordinator", home / "coordinator", self.broker, random.Random(f"{seed} c"), model)
-        self.devices = [Device(f"d{i}", home / f"d{i}", self.broker, random.Random(f"{seed} d{i}"), model) for i in range(DEVICES)]
+        self.coordinator = Coordinator(
+            "coordinator", home / "coordinator", self.broker, random.Random(f"{seed} c"), model
+        )
+        self.devices = [
+            Device(f"d{i}", home / f"d{i}", self.broker, random.Random(f"{seed} d{i}"), model)
+            for i in range(DEVICES)
+        ]
         self.nodes: list[Node] = [self.coordinator, *self.devices]
 
     @property
@@ -80,7 +90,9 @@ class Simulation:
         for device in self.devices:
             identity.enroll(self.coordinator.program.invite(device.name), device.home)
             device.start()
-        await self.until(lambda: all(r["state"] == "enrolled" for r in self.coordinator.program.devices.table()))
+        await self.until(
+            lambda: all(r["state"] == "enrolled" for r in self.coordinator.program.devices.table())
+        )
         for node in self.nodes:
             node.disk.synced(str(node.home))
             node.disk.content = {i: (node.home / n).read_bytes() for n, i in node.disk.now().items() if i}
@@ -106,7 +118,8 @@ class Simulation:
         return self.coordinator if self.rng.random() < 0.5 else self.rng.choice(self.devices)
 
     def kill(self, power: bool) -> None:
-        """Now, or at one of the next moments in which something goes to disk; of the coordinator's, often between two transactions."""
+        """Now, or at one of the next moments in which something goes to disk; of the coordinator's, often
+        between two transactions."""
         node, way = self.victim(), self.rng.random()
         if way < 0.3:
             node.kill(power)
@@ -161,7 +174,11 @@ class Simulation:
         faults = self.loop.create_task(self.faults(), name="faults")
         await self.until(self.finished)
         faults.cancel()
-        await self.until(lambda: all(d.alive and not d.program.outbox.due() for d in self.devices) and self.coordinator.alive)
+        await self.until(
+            lambda: (
+                all(d.alive and not d.program.outbox.due() for d in self.devices) and self.coordinator.alive
+            )
+        )
         await asyncio.sleep(30)
         for topic, payload in self.broker.heard[:: max(1, len(self.broker.heard) // 200)]:
             self.broker.deliver(topic, payload, retain=False)
@@ -173,17 +190,34 @@ class Simulation:
         row = self.ledger.row(tables.jobs, id="sim-1")
         if row is None or row["state"] != "finished":
             wrong.append(f"the job is {row['state'] if row else 'lost'}: {row['reason'] if row else ''}")
-        rows = [(r["round"], r["device"], r["digest"], r["state"]) for r in self.ledger.rows(tables.assignments, job="sim-1")]
-        wrong += [f"round {r} of {d} is {s}" for r, d, _, s in rows if s != ("received" if r == self.rounds else "counted")]
-        wrong += [f"{d.name} still holds {len(d.program.outbox.due())} updates" for d in self.devices if d.program.outbox.due()]
-        wrong += [f"{d.name} is {d.program.status['state']} when all is over" for d in self.devices if d.program.status["state"] != "idle"]
+        rows = [
+            (r["round"], r["device"], r["digest"], r["state"])
+            for r in self.ledger.rows(tables.assignments, job="sim-1")
+        ]
+        wrong += [
+            f"round {r} of {d} is {s}"
+            for r, d, _, s in rows
+            if s != ("received" if r == self.rounds else "counted")
+        ]
+        wrong += [
+            f"{d.name} still holds {len(d.program.outbox.due())} updates"
+            for d in self.devices
+            if d.program.outbox.due()
+        ]
+        wrong += [
+            f"{d.name} is {d.program.status['state']} when all is over"
+            for d in self.devices
+            if d.program.status["state"] != "idle"
+        ]
         wrong += [f"unexpected: {type(e).__name__}: {e}" for e in self.loop.errors[:3]]
         closed = [r for r in self.ledger.rows(tables.rounds, job="sim-1") if r["closed"]]
         versions = [r["digest"] for r in self.ledger.rows(tables.versions, job="sim-1")]
         spans = [b - a for a, b in zip(self.closings, self.closings[1:], strict=False)]
         if len(closed) != self.rounds + 1:
             wrong.append(f"{len(closed)} rounds are closed, not {self.rounds + 1}")
-        return Outcome(self.seed, dict(self.done), rows, versions, max(spans, default=0.0), self.loop.virtual.now, wrong)
+        return Outcome(
+            self.seed, dict(self.done), rows, versions, max(spans, default=0.0), self.loop.virtual.now, wrong
+        )
 
     @property
     def closings(self) -> list[float]:

@@ -1,8 +1,10 @@
-"""What the frozen, unchanging lower layers put out for an example: made once, kept in fp16, used by later epochs and rounds.
+"""What the frozen, unchanging lower layers put out for an example: made once, kept in fp16, used by later
+epochs and rounds.
 
-Identity, conditions and precision: docs/specification.md (Activation cache). Entries are named by their tokens; a store by everything
-that could change what is in it: model, bits, kept channels and frozen adapters below the boundary, and the boundary itself.
-Memory first, then a file that is appended to: every record has its length and checksum, so that a torn one is made again.
+Identity, conditions and precision: docs/specification.md (Activation cache). Entries are named by their
+tokens; a store by everything that could change what is in it: model, bits, kept channels and frozen
+adapters below the boundary, and the boundary itself. Memory first, then a file that is appended to: every
+record has its length and checksum, so that a torn one is made again.
 """
 
 import hashlib
@@ -32,7 +34,9 @@ def example_key(ids: Sequence[int]) -> int:
 class Activations:
     """Rows of hidden states by example, for one boundary of one prepared model. `name` is its identity."""
 
-    def __init__(self, name: str, hidden: int, memory_mb: float, folder: Path | None = None, disk_mb: float = 0.0) -> None:
+    def __init__(
+        self, name: str, hidden: int, memory_mb: float, folder: Path | None = None, disk_mb: float = 0.0
+    ) -> None:
         self.name, self.hidden, self.folder = name, hidden, folder
         self.memory_left, self.disk_left = memory_mb * 1e6, disk_mb * 1e6
         self.written = self.hits = self.made = 0
@@ -109,7 +113,9 @@ class Activations:
     def _append(self, key: int, rows: Tensor) -> None:
         assert self.path is not None
         data = rows.contiguous().numpy().tobytes()
-        head = RECORD.pack(key, rows.shape[0], zlib.crc32(data, zlib.crc32(struct.pack("<qI", key, rows.shape[0]))))
+        head = RECORD.pack(
+            key, rows.shape[0], zlib.crc32(data, zlib.crc32(struct.pack("<qI", key, rows.shape[0])))
+        )
         try:
             with self.path.open("ab") as file:
                 file.write(head + data)
@@ -134,7 +140,11 @@ class Activations:
             said, count, checksum = RECORD.unpack(head)
         except (OSError, struct.error):
             return None
-        if (said, count) != (key, rows) or zlib.crc32(data, zlib.crc32(struct.pack("<qI", key, rows))) != checksum:
-            log.warning("%s: a record at byte %d is damaged; the example is computed again", self.path, offset)
+        if (said, count) != (key, rows) or zlib.crc32(
+            data, zlib.crc32(struct.pack("<qI", key, rows))
+        ) != checksum:
+            log.warning(
+                "%s: a record at byte %d is damaged; the example is computed again", self.path, offset
+            )
             return None
         return torch.from_numpy(np.frombuffer(data, np.float16).reshape(rows, self.hidden).copy())

@@ -1,4 +1,5 @@
-"""The frozen layers below a boundary: where to cut, what names their output, how it is made once, in groups that are always the same."""
+"""The frozen layers below a boundary: where to cut, what names their output, how it is made once, in
+groups that are always the same."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -22,16 +23,21 @@ WORTH = 2.0
 
 def trained_from(sites: Mapping[str, Site], layers: int) -> int:
     """The lowest layer with a trained pair."""
-    return min((s.layer for s in sites.values() if any(a.requires_grad or b.requires_grad for a, b, _ in s.pairs())), default=layers)
+    return min(
+        (s.layer for s in sites.values() if any(a.requires_grad or b.requires_grad for a, b, _ in s.pairs())),
+        default=layers,
+    )
 
 
 def choose(own: int, common: int, draws: int, examples: int, keeps: int, rounds: int) -> tuple[int, str]:
     """Where to cut, or 0 and why not.
 
-    `own` is the lowest layer that is trained here, `common` the lowest that anybody adapts: below it nothing changes in the job's `rounds`;
-    between the two, frozen adapters stay as they are for `keeps` more. `draws` examples are used in a round. Own boundary where that pays,
-    else the common one (core.md 8.9, P2 and P1). All rounds count, not those that are left: what was made is used to the end, and whether
-    a restart lost it must not show in the result. States are made when they are first asked for, so a late start costs little.
+    `own` is the lowest layer that is trained here, `common` the lowest that anybody adapts: below it
+    nothing changes in the job's `rounds`; between the two, frozen adapters stay as they are for `keeps`
+    more. `draws` examples are used in a round. Own boundary where that pays, else the common one (core.md
+    8.9, P2 and P1). All rounds count, not those that are left: what was made is used to the end, and
+    whether a restart lost it must not show in the result. States are made when they are first asked for,
+    so a late start costs little.
     """
     uses = draws / max(1, examples)
     if own == 0:
@@ -40,11 +46,18 @@ def choose(own: int, common: int, draws: int, examples: int, keeps: int, rounds:
         return own, ""
     if common > 0 and uses * rounds >= WORTH:
         return common, ""
-    return 0, f"an example is used {uses * (rounds if common > 0 else keeps):.1f} times before its states are out of date"
+    return (
+        0,
+        f"an example is used {uses * (rounds if common > 0 else keeps):.1f} times before its states are out "
+        "of date",
+    )
 
 
-def prefix_id(sites: Mapping[str, Site], below: int, digest: str, bits: int, dtype: torch.dtype, masks: Masks) -> str:
-    """Name of what layers under `below` compute: model, bits, dtype, kept channels, frozen pairs and carries there, code."""
+def prefix_id(
+    sites: Mapping[str, Site], below: int, digest: str, bits: int, dtype: torch.dtype, masks: Masks
+) -> str:
+    """Name of what layers under `below` compute: model, bits, dtype, kept channels, frozen pairs and
+    carries there, code."""
     whole = hashlib.sha256(f"{FORMAT} {digest} {bits} {dtype} {below} {torch.__version__}".encode())
     for name, site in sorted(sites.items()):
         if site.layer >= below:
@@ -59,12 +72,21 @@ def prefix_id(sites: Mapping[str, Site], below: int, digest: str, bits: int, dty
 
 
 class Prefix:
-    """Hidden states that enter layer `at`. Where the store of an earlier, lower boundary has them, they are made from there.
+    """Hidden states that enter layer `at`. Where the store of an earlier, lower boundary has them, they
+    are made from there.
 
-    An example's states are always made in the same company, so that they do not depend on what was kept: a restart changes no bit.
+    An example's states are always made in the same company, so that they do not depend on what was kept: a
+    restart changes no bit.
     """
 
-    def __init__(self, core: Transformer, at: int, store: Activations, examples: Sequence[Sequence[int]], lower: "Prefix | None") -> None:
+    def __init__(
+        self,
+        core: Transformer,
+        at: int,
+        store: Activations,
+        examples: Sequence[Sequence[int]],
+        lower: "Prefix | None",
+    ) -> None:
         self.core, self.at, self.store, self.lower = core, at, store, lower
         known = {example_key(ids): list(ids) for ids in examples}
         ordered = sorted(known, key=lambda k: (len(known[k]), k))

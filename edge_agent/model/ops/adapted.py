@@ -1,6 +1,8 @@
-"""Adapted maps: W·x + s·B·A·x + C_B·C_A·x, for one map or for several that read the same input, as one step of autograd.
+"""Adapted maps: W·x + s·B·A·x + C_B·C_A·x, for one map or for several that read the same input, as one
+step of autograd.
 
-The base is frozen, so a map keeps its input only where its factors are trained, and nothing at all below the lowest adapter.
+The base is frozen, so a map keeps its input only where its factors are trained, and nothing at all below
+the lowest adapter.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,8 @@ from .frozen import Frozen
 
 
 class Site:
-    """A linear map of the model: frozen weight, an optional pair A (r, in), B (out, r), an optional frozen carry."""
+    """A linear map of the model: frozen weight, an optional pair A (r, in), B (out, r), an optional frozen
+    carry."""
 
     def __init__(self, name: str, layer: int, base: Frozen) -> None:
         self.name, self.layer, self.base = name, layer, base
@@ -27,8 +30,15 @@ class Site:
     def place(self, a: Tensor, b: Tensor, scale: float, trained: bool) -> None:
         """Put a pair in; `trained` decides whether autograd sees it."""
         if a.shape[1] != self.base.in_ or b.shape[0] != self.base.out:
-            raise ValueError(f"{self.name}: factors {tuple(b.shape)}·{tuple(a.shape)} do not fit a map ({self.base.out}, {self.base.in_})")
-        self.A, self.B, self.scale = a.clone().requires_grad_(trained), b.clone().requires_grad_(trained), scale
+            raise ValueError(
+                f"{self.name}: factors {tuple(b.shape)}·{tuple(a.shape)} do not fit a map ({self.base.out}, "
+                f"{self.base.in_})"
+            )
+        self.A, self.B, self.scale = (
+            a.clone().requires_grad_(trained),
+            b.clone().requires_grad_(trained),
+            scale,
+        )
 
     def clear(self) -> None:
         """Take pair and carry out: the base alone."""
@@ -54,13 +64,18 @@ def apply(x: Tensor, sites: Sequence[Site]) -> list[Tensor]:
 
 
 def _fine(x: Tensor) -> Tensor:
-    """What thin products are computed with: fp32 on a CPU. BLAS has a kernel for all shapes, oneDNN makes a 16-bit one for each, slowly."""
+    """What thin products are computed with: fp32 on a CPU. BLAS has a kernel for all shapes, oneDNN makes
+    a 16-bit one for each, slowly."""
     return x.float() if x.device.type == "cpu" else x
 
 
 def _stacked(pairs: list[tuple[Tensor, Tensor, float]], x: Tensor) -> Tensor:
     """All A below each other, in the dtype of x: one thin product instead of several."""
-    return torch.cat([a.detach() for a, _, _ in pairs]).to(x.dtype) if len(pairs) > 1 else pairs[0][0].detach().to(x.dtype)
+    return (
+        torch.cat([a.detach() for a, _, _ in pairs]).to(x.dtype)
+        if len(pairs) > 1
+        else pairs[0][0].detach().to(x.dtype)
+    )
 
 
 def _plus(y: Tensor, thin: Tensor, b: Tensor, scale: float) -> None:
@@ -141,7 +156,9 @@ class _Adapted(torch.autograd.Function):
         if back is not None:
             _plus(back, joined, stack.t(), 1.0)
         ranks = [a.shape[0] for a in factors[::2]]
-        down = torch.split((joined.t() @ _fine(x)).float(), ranks) if any(needs[2::2]) else [None] * len(ranks)
+        down = (
+            torch.split((joined.t() @ _fine(x)).float(), ranks) if any(needs[2::2]) else [None] * len(ranks)
+        )
         pairs = zip(down, up, needs[2::2], strict=True)
         result = [t for for_a, for_b, wanted in pairs for t in (for_a if wanted else None, for_b)]
         return back, None, *result

@@ -1,8 +1,10 @@
-"""Attention over short sequences by plain batched products: three times as fast as the fused kernel there, forward and backward.
+"""Attention over short sequences by plain batched products: three times as fast as the fused kernel there,
+forward and backward.
 
-The probabilities that it keeps are no more than the keys and values, up to `profiles.memory.SHORT` tokens. Query heads that share a
-key head go through one product together, so that no key is repeated. Scores stand as (keys, queries): torch's softmax is up to three
-times as fast over a middle dimension as over a last one of few numbers.
+The probabilities that it keeps are no more than the keys and values, up to `profiles.memory.SHORT` tokens.
+Query heads that share a key head go through one product together, so that no key is repeated. Scores stand
+as (keys, queries): torch's softmax is up to three times as fast over a middle dimension as over a last one
+of few numbers.
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """Gradient checkpointing: a layer keeps its input alone, and is computed again on the way back.
 
-torch.utils.checkpoint does this too, but imports torch's compiler and SymPy for it; nothing here is random, so nothing has to be replayed.
+torch.utils.checkpoint does this too, but imports torch's compiler and SymPy for it; nothing here is
+random, so nothing has to be replayed.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,9 @@
-"""A frozen linear map in fp32, bf16, INT8 or NF4, and its two products: x·Wᵀ on the way forward, g·W on the way back.
+"""A frozen linear map in fp32, bf16, INT8 or NF4, and its two products: x·Wᵀ on the way forward, g·W on
+the way back.
 
-Few-bit weights are dequantised on each way instead of being kept. fp32 products go through oneDNN where a real call of it works:
-it is 1.1 to 1.4 times as fast as the BLAS that `torch.nn.functional.linear` takes, forward and with the transposed weight.
+Few-bit weights are dequantised on each way instead of being kept. fp32 products go through oneDNN where a
+real call of it works: it is 1.1 to 1.4 times as fast as the BLAS that `torch.nn.functional.linear` takes,
+forward and with the transposed weight.
 """
 
 import torch
@@ -23,7 +25,8 @@ def _onednn_add(x: Tensor, weight: Tensor, onto: Tensor) -> Tensor:
 
 
 def _works() -> bool:
-    """Does oneDNN's product give the right numbers here, with a transposed weight too? An inner call of torch's: asked, not assumed."""
+    """Does oneDNN's product give the right numbers here, with a transposed weight too? An inner call of
+    torch's: asked, not assumed."""
     x, w, b = torch.linspace(-1, 1, 12).view(3, 4), torch.linspace(0, 1, 20).view(5, 4), torch.ones(5)
     try:
         forward = torch.allclose(_onednn(x, w, b), linear(x, w, b), atol=1e-6)
@@ -42,7 +45,8 @@ def _fast(x: Tensor) -> bool:
 
 
 class Frozen:
-    """One frozen map (out, in). `tensors` is what lies on disk for it; the dtype of its products is that of what comes in."""
+    """One frozen map (out, in). `tensors` is what lies on disk for it; the dtype of its products is that
+    of what comes in."""
 
     def __init__(self, out: int, in_: int, tensors: dict[str, Tensor], bias: Tensor | None = None) -> None:
         self.out, self.in_, self.tensors, self.bias = out, in_, tensors, bias

@@ -1,7 +1,9 @@
-"""Where the real tokens of a batch lie. Everything but attention runs on real tokens alone, one row each: padding costs nothing there.
+"""Where the real tokens of a batch lie. Everything but attention runs on real tokens alone, one row each:
+padding costs nothing there.
 
-Some spare rows stand at the end, so that the number of rows takes few values: kernels are made for every new shape. They begin as zeros,
-hold what biases make of them, and get no gradient: whoever sums over rows takes the first `real`.
+Some spare rows stand at the end, so that the number of rows takes few values: kernels are made for every
+new shape. They begin as zeros, hold what biases make of them, and get no gradient: whoever sums over rows
+takes the first `real`.
 """
 
 from functools import cached_property
@@ -19,7 +21,8 @@ def rounded(rows: int) -> int:
 
 
 class Layout:
-    """A batch of `counts` tokens each, padded to `length` for attention; `size` rows, of which the first `real` are tokens.
+    """A batch of `counts` tokens each, padded to `length` for attention; `size` rows, of which the first
+    `real` are tokens.
 
     `mask` and `counts` stay on the CPU, so that no size has to be fetched from `device`, where the rows are.
     """
@@ -56,7 +59,8 @@ class Layout:
         return self.take((self.mask.cumsum(1) - 1).flatten())
 
     def hidden(self, causal: bool, window: int, group: int) -> Tensor | None:
-        """What is added to scores, broadcast over (batch, kv, keys, group·queries): -inf where a token must not look; None: it sees all.
+        """What is added to scores, broadcast over (batch, kv, keys, group·queries): -inf where a token
+        must not look; None: it sees all.
 
         The same for all layers, so made once.
         """
@@ -77,9 +81,12 @@ class Layout:
         return torch.zeros(back.shape).masked_fill_(unseen, -torch.inf).repeat(1, group)
 
     def heads(self, x: Tensor, kv: int, group: int) -> Tensor:
-        """Rows (size, kv·group, d) → (batch·kv, group·length, d) in one pass; where there is no token, the last row, a spare one."""
+        """Rows (size, kv·group, d) → (batch·kv, group·length, d) in one pass; where there is no token, the
+        last row, a spare one."""
         there, _ = self._head_places(kv, group)
-        return x.reshape(-1, x.shape[-1]).index_select(0, there).view(self.batch * kv, group * self.length, -1)
+        return (
+            x.reshape(-1, x.shape[-1]).index_select(0, there).view(self.batch * kv, group * self.length, -1)
+        )
 
     def rows_of_heads(self, x: Tensor, kv: int, group: int) -> Tensor:
         """Back to rows (size, kv·group, d); spare rows get what stands where the first padding is."""
@@ -87,15 +94,25 @@ class Layout:
         return x.view(-1, x.shape[-1]).index_select(0, back).view(self.size, kv * group, -1)
 
     def _head_places(self, kv: int, group: int) -> tuple[Tensor, Tensor]:
-        """Where each head of each place in the padded block stands among the rows, and the way back; the same for all layers."""
+        """Where each head of each place in the padded block stands among the rows, and the way back; the
+        same for all layers."""
         if (kv, group) not in self._heads:
             row = torch.full((self.batch * self.length,), self.size - 1)
             row[self.mask.flatten()] = torch.arange(self.real)
-            there = row.view(self.batch, 1, 1, self.length) * (kv * group) + torch.arange(kv * group).view(1, kv, group, 1)
-            place = torch.arange(there.numel()).view(self.batch, kv, group, self.length).permute(0, 3, 1, 2).reshape(-1, kv * group)
+            there = row.view(self.batch, 1, 1, self.length) * (kv * group) + torch.arange(kv * group).view(
+                1, kv, group, 1
+            )
+            place = (
+                torch.arange(there.numel())
+                .view(self.batch, kv, group, self.length)
+                .permute(0, 3, 1, 2)
+                .reshape(-1, kv * group)
+            )
             if self._places is not None:
                 first = int((~self.mask.flatten()).nonzero()[0])
-                place = torch.cat([place.index_select(0, self._places), place[first].expand(self.size - self.real, -1)])
+                place = torch.cat(
+                    [place.index_select(0, self._places), place[first].expand(self.size - self.real, -1)]
+                )
             self._heads[kv, group] = there.flatten().to(self.device), place.flatten().to(self.device)
         return self._heads[kv, group]
 
@@ -109,7 +126,9 @@ class Layout:
     def join(self, rows: list[Tensor]) -> Tensor:
         """Examples' rows, one behind the other → (size, …)."""
         spare = self.size - self.real
-        return torch.cat([*rows, rows[0].new_zeros(spare, *rows[0].shape[1:])] if spare else rows).to(self.device)
+        return torch.cat([*rows, rows[0].new_zeros(spare, *rows[0].shape[1:])] if spare else rows).to(
+            self.device
+        )
 
     def spread(self, x: Tensor) -> Tensor:
         """Rows (size, …) → (batch, length, …), zeros where there is no token."""

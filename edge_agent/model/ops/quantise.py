@@ -1,8 +1,10 @@
-"""NF4 with double quantisation: 4.127 bits a weight, in the layout of bitsandbytes, whose kernel reads our bytes where it runs.
+"""NF4 with double quantisation: 4.127 bits a weight, in the layout of bitsandbytes, whose kernel reads our
+bytes where it runs.
 
-Levels are quantiles of the normal distribution, in blocks of 64 (Dettmers et al., 2023, section 3). The blocks' maxima, less their
-mean, are kept as 8-bit floats of their own kind in blocks of 256 (there, "double quantisation"; the table is that of Dettmers et al.,
-2016, dynamic tree quantisation). Packing is high nibble first.
+Levels are quantiles of the normal distribution, in blocks of 64 (Dettmers et al., 2023, section 3). The
+blocks' maxima, less their mean, are kept as 8-bit floats of their own kind in blocks of 256 (there,
+"double quantisation"; the table is that of Dettmers et al., 2016, dynamic tree quantisation). Packing is
+high nibble first.
 """
 
 import ctypes
@@ -18,11 +20,14 @@ BLOCK, OUTER = 64, 256
 
 
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-"""The published levels (Dettmers et al., 2023, appendix E); their last bits differ from fresh quantiles, so they are written out."""
+"""The published levels (Dettmers et al., 2023, appendix E); their last bits differ from fresh quantiles,
+so they are written out."""
 
 _LEVELS = torch.tensor(NF4)
 _PAIRS = torch.stack([_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], dim=1)
@@ -31,7 +36,8 @@ Packed = dict[str, Tensor]
 
 
 def _tree() -> Tensor:
-    """256 values of a dynamic 8-bit float: seven decades, each cut twice as finely as the one below; with 0 and 1."""
+    """256 values of a dynamic 8-bit float: seven decades, each cut twice as finely as the one below; with
+    0 and 1."""
     values = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
@@ -45,7 +51,8 @@ _TREE_MIDDLES = (_TREE[1:] + _TREE[:-1]) / 2
 
 
 def pack_nf4(weight: Tensor) -> Packed:
-    """A weight (out, in), zero-padded to whole blocks: `nf4` u8 (n/2,), `max8` u8 (n/64,), `max` fp32 (n/64/256,), `mean` fp32 ()."""
+    """A weight (out, in), zero-padded to whole blocks: `nf4` u8 (n/2,), `max8` u8 (n/64,), `max` fp32
+    (n/64/256,), `mean` fp32 ()."""
     flat = weight.detach().float().reshape(-1)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     absmax = flat.abs().amax(dim=1)
@@ -101,9 +108,11 @@ _cuda: list[Any] = []
 
 
 def use_bitsandbytes(device: torch.device | str = "cpu") -> bool:
-    """Read NF4 with the kernels of bitsandbytes from now on, if real calls of them give the right numbers here.
+    """Read NF4 with the kernels of bitsandbytes from now on, if real calls of them give the right numbers
+    here.
 
-    On the CPU its library is called directly: importing the package takes 126 MB, and it looks for further kernels on a hub.
+    On the CPU its library is called directly: importing the package takes 126 MB, and it looks for further
+    kernels on a hub.
     """
     if torch.device(device).type == "cuda":
         return _use_cuda()
@@ -135,7 +144,8 @@ def _use_cuda() -> bool:
         if torch.allclose(unpack_nf4(packed, 2, 256), expected, atol=1e-6):
             return True
     except Exception as error:
-        # Not installed, without kernels for this GPU, or with another signature: all mean that we do without it.
+        # Not installed, without kernels for this GPU, or with another signature: all mean that we do without
+        # it.
         _ = error
     _cuda.clear()
     return False
@@ -145,19 +155,29 @@ def _on_cuda(packed: Packed, absmax: Tensor, out: int, in_: int, dtype: torch.dt
     (functional,) = _cuda
     code = _LEVELS.to(absmax.device)
     padded = out * in_ + -out * in_ % BLOCK
-    state = functional.QuantState(absmax, shape=torch.Size([padded]), code=code, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+    state = functional.QuantState(
+        absmax, shape=torch.Size([padded]), code=code, blocksize=BLOCK, quant_type="nf4", dtype=dtype
+    )
     made: Tensor = functional.dequantize_4bit(packed["nf4"].view(-1, 1), state)
     return made.view(-1)[: out * in_].view(out, in_)
 
 
 def _cpu_kernel(name: str) -> Any:
-    """The dequantiser in the library beside the package. Raises OSError or AttributeError where there is none."""
+    """The dequantiser in the library beside the package. Raises OSError or AttributeError where there is
+    none."""
     found = importlib.util.find_spec("bitsandbytes")
     if found is None or found.origin is None:
         raise OSError("bitsandbytes is not installed")
     (file, *_) = [*Path(found.origin).parent.glob("libbitsandbytes_cpu.*"), Path("none")]
     kernel = getattr(ctypes.CDLL(str(file)), f"cdequantize_blockwise_cpu_nf4_{name}")
-    kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_longlong]
+    kernel.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_longlong,
+        ctypes.c_longlong,
+        ctypes.c_longlong,
+    ]
     kernel.restype = None
     return kernel
 

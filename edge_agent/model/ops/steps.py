@@ -1,4 +1,5 @@
-"""Steps between the maps that keep less for the way back than torch's own: RMS norm, gated activation, rotary positions, padding."""
+"""Steps between the maps that keep less for the way back than torch's own: RMS norm, gated activation,
+rotary positions, padding."""
 
 from typing import Any
 
@@ -13,7 +14,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass and no copy, unlike the mean of a square
+        length = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True
+        )  # one pass and no copy, unlike the mean of a square
         scale: Tensor = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
@@ -24,7 +27,12 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         g = g * weight
         size = x.shape[-1]
-        along = torch.bmm(g.reshape(-1, 1, size), x.reshape(-1, size, 1)).view_as(scale).mul_(scale.pow(3)).div_(size)
+        along = (
+            torch.bmm(g.reshape(-1, 1, size), x.reshape(-1, size, 1))
+            .view_as(scale)
+            .mul_(scale.pow(3))
+            .div_(size)
+        )
         return g.mul_(scale).addcmul_(x, along, value=-1), None, None
 
 
@@ -91,7 +99,8 @@ def slope(g: Tensor, x: Tensor, name: str) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions: the two halves of each head's first `cos.shape[-1]·2` channels turn; the way back turns them back."""
+    """Rotary positions: the two halves of each head's first `cos.shape[-1]·2` channels turn; the way back
+    turns them back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

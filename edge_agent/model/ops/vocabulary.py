@@ -1,6 +1,8 @@
-"""Cross-entropy over a vocabulary without ever holding all logits: rows in chunks, the table in chunks where it is not fp32.
+"""Cross-entropy over a vocabulary without ever holding all logits: rows in chunks, the table in chunks
+where it is not fp32.
 
-The gradient of the hidden rows is made while the logits are there, for a weight of one each, and scaled on the way back.
+The gradient of the hidden rows is made while the logits are there, for a weight of one each, and scaled on
+the way back.
 """
 
 from typing import Any
@@ -17,13 +19,20 @@ TABLE = 4 << 20
 
 class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        losses, right = x.new_empty(x.shape[0], dtype=torch.float32), targets.new_empty(targets.shape, dtype=torch.bool)
+    def forward(
+        ctx: Any, x: Tensor, table: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        losses, right = (
+            x.new_empty(x.shape[0], dtype=torch.float32),
+            targets.new_empty(targets.shape, dtype=torch.bool),
+        )
         back = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         rows = max(1, LOGITS // table.shape[0])
         for at in range(0, x.shape[0], rows):
             piece = slice(at, at + rows)
-            losses[piece], right[piece] = _chunk(x[piece], table, bias, targets[piece], None if back is None else back[piece])
+            losses[piece], right[piece] = _chunk(
+                x[piece], table, bias, targets[piece], None if back is None else back[piece]
+            )
         ctx.save_for_backward(back)
         ctx.mark_non_differentiable(right)
         return losses, right
@@ -53,7 +62,9 @@ def _logits(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _chunk(x: Tensor, table: Tensor, bias: Tensor | None, targets: Tensor, back: Tensor | None) -> tuple[Tensor, Tensor]:
+def _chunk(
+    x: Tensor, table: Tensor, bias: Tensor | None, targets: Tensor, back: Tensor | None
+) -> tuple[Tensor, Tensor]:
     logits = _logits(x, table, bias)
     wanted = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
     top, guess = logits.max(dim=1)
@@ -74,6 +85,7 @@ def guesses(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def losses(x: Tensor, table: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of rows x (m, h) against `targets` (m,), and whether each would be guessed; the table (vocabulary, h) is frozen."""
+    """Cross-entropy of rows x (m, h) against `targets` (m,), and whether each would be guessed; the table
+    (vocabulary, h) is frozen."""
     found: tuple[Tensor, Tensor] = _Losses.apply(x, table, bias, targets)  # type: ignore[no-untyped-call]
     return found

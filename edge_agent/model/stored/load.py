@@ -1,6 +1,8 @@
-"""From a checkpoint to a running base: layer by layer, each map cut, packed and put in its place before the next is touched.
+"""From a checkpoint to a running base: layer by layer, each map cut, packed and put in its place before
+the next is touched.
 
-Peak memory is the final size and one map: tensors are mapped, and an fp32 checkpoint that is used as it is, is never copied.
+Peak memory is the final size and one map: tensors are mapped, and an fp32 checkpoint that is used as it
+is, is never copied.
 """
 
 from collections.abc import Callable
@@ -38,7 +40,12 @@ class Recipe:
     def maps(self) -> list[list[str]]:
         """Parts of a layer that are maps, those with a common input together."""
         names = self.kind.names
-        return [["q"] if names.q == names.k else ["q", "k", "v"], ["o"], [*(["gate"] if names.gate else []), "up"], ["down"]]
+        return [
+            ["q"] if names.q == names.k else ["q", "k", "v"],
+            ["o"],
+            [*(["gate"] if names.gate else []), "up"],
+            ["down"],
+        ]
 
     def layer(self, number: int) -> Packed:
         """One layer, cut and packed."""
@@ -59,11 +66,14 @@ class Recipe:
         return found
 
     def rest(self) -> Packed:
-        """Embeddings, the last norm, the output table. Tables stay as they are, mapped; in 16 bits as the output of a quantised base."""
+        """Embeddings, the last norm, the output table. Tables stay as they are, mapped; in 16 bits as the
+        output of a quantised base."""
         found: Packed = {}
         for part in ("word", "position", "kind", "first"):
             if name := self.name(part):
-                found[part] = self.source.get(name if self.kind.patch and part != "word" else f"{name}.weight", apart=part == "word")
+                found[part] = self.source.get(
+                    name if self.kind.patch and part != "word" else f"{name}.weight", apart=part == "word"
+                )
         if self.kind.patch:
             found["word_bias"] = self.source.get(f"{self.name('word')}.bias").float()
         found["position"] = found["position"].float() if "position" in found else torch.empty(0)
@@ -91,16 +101,25 @@ def _half(table: Tensor) -> Tensor:
 
 
 def assemble(
-    recipe: Recipe, layers: list[Callable[[], Packed]], rest: Callable[[], Packed], sites: dict[str, Site], device: torch.device
+    recipe: Recipe,
+    layers: list[Callable[[], Packed]],
+    rest: Callable[[], Packed],
+    sites: dict[str, Site],
+    device: torch.device,
 ) -> Transformer:
-    """The model from packed layers, each on `device` as soon as it is read; `sites` gets every map by its checkpoint name."""
+    """The model from packed layers, each on `device` as soon as it is read; `sites` gets every map by its
+    checkpoint name."""
     kept: tuple[str, ...] = ("word", "word_bias", "first", "position", "kind", "head", "head_bias")
 
     def tables() -> dict[str, Tensor]:
         found = moved(rest(), device)
         return {k: found[k] if k in ("word", "head") else found[k].float() for k in kept if k in found}
 
-    sparse = not recipe.kind.patch and device.type == "cpu" and (not recipe.head or (recipe.bits == 32 and "head" in rest()))
+    sparse = (
+        not recipe.kind.patch
+        and device.type == "cpu"
+        and (not recipe.head or (recipe.bits == 32 and "head" in rest()))
+    )
     words = Words(lambda: rest()["word"]) if sparse else None
     sources = [partial(_made, recipe, n, give, sites, device) for n, give in enumerate(layers)]
     norms = {k: t for k, t in rest().items() if k.split("/")[0] in ("norm0", "final")}
@@ -109,15 +128,23 @@ def assemble(
 
 def moved(packed: Packed, device: torch.device) -> Packed:
     """On the device; shapes stay where Python reads them."""
-    return packed if device.type == "cpu" else {k: t if k.endswith("/shape") else t.to(device) for k, t in packed.items()}
+    return (
+        packed
+        if device.type == "cpu"
+        else {k: t if k.endswith("/shape") else t.to(device) for k, t in packed.items()}
+    )
 
 
-def _made(recipe: Recipe, number: int, give: Callable[[], Packed], sites: dict[str, Site], device: torch.device) -> Layer:
+def _made(
+    recipe: Recipe, number: int, give: Callable[[], Packed], sites: dict[str, Site], device: torch.device
+) -> Layer:
     return _layer(recipe, number, moved(give(), device), sites)
 
 
 def _norms(packed: Packed, parts: tuple[str, ...]) -> dict[str, Norm]:
-    return {p: (packed[f"{p}/weight"].float(), packed.get(f"{p}/bias")) for p in parts if f"{p}/weight" in packed}
+    return {
+        p: (packed[f"{p}/weight"].float(), packed.get(f"{p}/bias")) for p in parts if f"{p}/weight" in packed
+    }
 
 
 def _layer(recipe: Recipe, number: int, packed: Packed, sites: dict[str, Site]) -> Layer:

@@ -1,7 +1,8 @@
-"""Prepared bases on disk: cut and packed once, mapped by every later round, checked, and whole or absent after a power cut.
+"""Prepared bases on disk: cut and packed once, mapped by every later round, checked, and whole or absent
+after a power cut.
 
-A folder per digest of (model, kept rows and columns, bits): a safetensors file for each layer, one for the tables, and a list of their
-digests that is written last. What does not match its digest is made again.
+A folder per digest of (model, kept rows and columns, bits): a safetensors file for each layer, one for the
+tables, and a list of their digests that is written last. What does not match its digest is made again.
 """
 
 import hashlib
@@ -42,13 +43,15 @@ def needed(recipe: Recipe) -> bool:
 
 
 class Shelf:
-    """The folder of prepared bases: at most `quota_mb` of them, of which `writes_mb` may be written now. `written` counts bytes."""
+    """The folder of prepared bases: at most `quota_mb` of them, of which `writes_mb` may be written now.
+    `written` counts bytes."""
 
     def __init__(self, folder: Path, quota_mb: float, writes_mb: float = math.inf) -> None:
         self.folder, self.quota_mb, self.writes_mb, self.written = folder, quota_mb, writes_mb, 0
 
     def open(self, recipe: Recipe, digest: str) -> tuple[list[Callable[[], Packed]], Callable[[], Packed]]:
-        """Layers (each read when it is called for) and tables. Made if they are not there. Raises OSError where there is no room."""
+        """Layers (each read when it is called for) and tables. Made if they are not there. Raises OSError
+        where there is no room."""
         target = self.folder / key(recipe, digest)
         if not self._whole(target):
             shutil.rmtree(target, ignore_errors=True)
@@ -84,9 +87,18 @@ class Shelf:
         target.mkdir(parents=True)
         listed = {}
         try:
-            for name, packed in [*((_file(n), n) for n in range(recipe.kind.layers)), ("rest.safetensors", None)]:
+            for name, packed in [
+                *((_file(n), n) for n in range(recipe.kind.layers)),
+                ("rest.safetensors", None),
+            ]:
                 path = target / name
-                save_file({k: t.contiguous() for k, t in (recipe.rest() if packed is None else recipe.layer(packed)).items()}, path)
+                save_file(
+                    {
+                        k: t.contiguous()
+                        for k, t in (recipe.rest() if packed is None else recipe.layer(packed)).items()
+                    },
+                    path,
+                )
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
                 self.written += path.stat().st_size
@@ -101,7 +113,9 @@ class Shelf:
     def _evict(self, newest: Path) -> None:
         """The least recently used ones go, until the rest fits."""
         total = 0.0
-        for folder in sorted((p for p in self.folder.iterdir() if p.is_dir()), key=lambda p: (p != newest, -p.stat().st_mtime)):
+        for folder in sorted(
+            (p for p in self.folder.iterdir() if p.is_dir()), key=lambda p: (p != newest, -p.stat().st_mtime)
+        ):
             total += sum(f.stat().st_size for f in folder.iterdir()) / 1e6
             if folder != newest and total > self.quota_mb:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,5 @@
-"""A folder of safetensors, read tensor by tensor. Tensors are views of the mapped file: what is not touched takes no memory."""
+"""A folder of safetensors, read tensor by tensor. Tensors are views of the mapped file: what is not
+touched takes no memory."""
 
 import json
 from pathlib import Path
@@ -12,7 +13,8 @@ from rankfleet.federated.errors import Refused
 
 
 class Checkpoint:
-    """Every tensor of a model folder by name. Raises Refused where the folder or a part of it is missing or damaged."""
+    """Every tensor of a model folder by name. Raises Refused where the folder or a part of it is missing
+    or damaged."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +38,10 @@ class Checkpoint:
         if index.exists():
             named = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
             if gone := sorted(named - {f.name for f in files}):
-                raise Refused(f"{self.folder} lacks {len(gone)} of {len(named)} shards: {', '.join(gone[:3])}", "copy the model again")
+                raise Refused(
+                    f"{self.folder} lacks {len(gone)} of {len(named)} shards: {', '.join(gone[:3])}",
+                    "copy the model again",
+                )
 
     def _config(self) -> dict[str, Any]:
         try:
@@ -53,9 +58,13 @@ class Checkpoint:
         return name in self._files
 
     def get(self, name: str, apart: bool = False) -> Tensor:
-        """One tensor as the file has it, mapped; `apart`: by a map of its own, which ends with it. Raises Refused."""
+        """One tensor as the file has it, mapped; `apart`: by a map of its own, which ends with it. Raises
+        Refused."""
         if name not in self._files:
-            raise Refused(f"the checkpoint in {self.folder} has no tensor `{name}`", "job and device must hold the same base model")
+            raise Refused(
+                f"the checkpoint in {self.folder} has no tensor `{name}`",
+                "job and device must hold the same base model",
+            )
         path, opened = self._files[name]
         tensor: Tensor = (safe_open(path, framework="pt") if apart else opened).get_tensor(name)
         return tensor

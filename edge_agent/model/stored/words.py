@@ -1,4 +1,5 @@
-"""The embedding rows that a device's texts use. A mapped table would bring a page and its neighbours into memory for every word of them."""
+"""The embedding rows that a device's texts use. A mapped table would bring a page and its neighbours into
+memory for every word of them."""
 
 from collections.abc import Callable
 
@@ -7,7 +8,8 @@ from torch import Tensor
 
 
 class Words:
-    """Rows by token id, read when they are first asked for. `read` maps the table (vocabulary, hidden) anew, so that it leaves memory."""
+    """Rows by token id, read when they are first asked for. `read` maps the table (vocabulary, hidden)
+    anew, so that it leaves memory."""
 
     def __init__(self, read: Callable[[], Tensor]) -> None:
         self._read = read
@@ -32,7 +34,8 @@ class Words:
         self._place.fill_(-1)
 
     def read(self, ids: Tensor) -> None:
-        """Make sure that these are there: one reading for all the texts of a round is cheaper than one a batch."""
+        """Make sure that these are there: one reading for all the texts of a round is cheaper than one a
+        batch."""
         new: Tensor = ids.unique()  # type: ignore[no-untyped-call]
         new = new[self._place.index_select(0, new) < 0]
         if not len(new):

@@ -1,7 +1,8 @@
-"""Fed-SB: ΔW = s·B·R·A with B and A common and frozen, only R (r × r) is trained and sent (Singhal et al., 2025).
+"""Fed-SB: ΔW = s·B·R·A with B and A common and frozen, only R (r × r) is trained and sent (Singhal et al.,
+2025).
 
-Averaging R is exact: Σ p_k B R_k A = B (Σ p_k R_k) A. B and A are seeded and orthonormal here; theirs come from the SVD of a first step's
-gradient, which nobody may pool.
+Averaging R is exact: Σ p_k B R_k A = B (Σ p_k R_k) A. B and A are seeded and orthonormal here; theirs come
+from the SVD of a first step's gradient, which nobody may pool.
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,9 @@ class FedSb(Method, frozen=True):
             r = min(self.rank, p.out, p.in_)
             tensors[f"{name}.R"] = Tensor(np.zeros((r, r)))
             for side, n in (("left", p.out), ("right", p.in_)):
-                tensors[f"{name}.{side}"] = Tensor(np.linalg.qr(ctx.rng.standard_normal((n, r)))[0], trained=False)
+                tensors[f"{name}.{side}"] = Tensor(
+                    np.linalg.qr(ctx.rng.standard_normal((n, r)))[0], trained=False
+                )
         return tensors
 
     def express(self, params: Mapping[str, Any], spec: Spec, xp: Any) -> dict[str, Any]:

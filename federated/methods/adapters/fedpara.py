@@ -1,7 +1,8 @@
 """FedPara: ΔW = (B₁A₁)∘(B₂A₂), of rank up to R² with the numbers of rank 2R (Hyeon-Woo, Ye-Bin, Oh, 2022).
 
-A Hadamard product of two low-rank products is itself one: B = B₁ ⋆ B₂ (rows: all products of a row's entries), A = A₁ ∗ A₂ (likewise by
-columns). B₂ starts at zero. `private` takes B₂A₂ + 1 in place of B₂A₂ and keeps it on the device (pFedPara), starting with B₁ zero.
+A Hadamard product of two low-rank products is itself one: B = B₁ ⋆ B₂ (rows: all products of a row's
+entries), A = A₁ ∗ A₂ (likewise by columns). B₂ starts at zero. `private` takes B₂A₂ + 1 in place of B₂A₂
+and keeps it on the device (pFedPara), starting with B₁ zero.
 """
 
 from collections.abc import Mapping
@@ -34,7 +35,9 @@ class FedPara(Method, frozen=True):
         for name, p in spec.pairs.items():
             for n, zero in (("1", self.private), ("2", not self.private)):
                 tensors[f"{name}.A{n}"] = Tensor(ctx.rng.standard_normal((self.rank, p.in_)) / p.in_**0.5)
-                tensors[f"{name}.B{n}"] = Tensor(np.zeros((p.out, self.rank)) if zero else ctx.rng.standard_normal((p.out, self.rank)))
+                tensors[f"{name}.B{n}"] = Tensor(
+                    np.zeros((p.out, self.rank)) if zero else ctx.rng.standard_normal((p.out, self.rank))
+                )
         return tensors
 
     def express(self, params: Mapping[str, Any], spec: Spec, xp: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Prompt and deep prefix tuning: trained rows stand before every text (Lester et al., 2021; Li & Liang, 2021).
+"""Prompt and deep prefix tuning: trained rows stand before every text (Lester et al., 2021; Li & Liang,
+2021).
 
-Shallow: `length` rows before the first layer. Deep: in every layer those rows are replaced by the layer's own, as in VPT-Deep
-(Jia et al., 2022), so that keys and values of the prefix are W_k and W_v of trained rows; Li and Liang train keys and values
-themselves.
+Shallow: `length` rows before the first layer. Deep: in every layer those rows are replaced by the layer's
+own, as in VPT-Deep (Jia et al., 2022), so that keys and values of the prefix are W_k and W_v of trained
+rows; Li and Liang train keys and values themselves.
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,10 @@ class Prefix(Method, frozen=True):
     def tensors(self, spec: Spec, ctx: ServerContext) -> dict[str, Tensor]:
         """Small and random."""
         width = min(p.in_ for p in spec.pairs.values())
-        return {f"prefix.{n}": Tensor(0.1 * ctx.rng.standard_normal((self.length, width), dtype=np.float32)) for n in self.layers(spec)}
+        return {
+            f"prefix.{n}": Tensor(0.1 * ctx.rng.standard_normal((self.length, width), dtype=np.float32))
+            for n in self.layers(spec)
+        }
 
     def attach(self, model: Places, spec: Spec, ctx: StepContext | None) -> None:
         """Before the first layer; with `deep`, in every other anew."""

@@ -1,7 +1,7 @@
 """SSF: scale and shift what every map puts out: y ← γ∘y + β (Lian, Zhou, Feng, Wang, 2022, eq. 1).
 
-Two numbers a channel. γ = 1 and β = 0 at the start (theirs has a little noise), so that round 0 is the base. What is
-trained is γ - 1. For one input, averaging γ and β of one map averages its outputs.
+Two numbers a channel. γ = 1 and β = 0 at the start (theirs has a little noise), so that round 0 is the
+base. What is trained is γ - 1. For one input, averaging γ and β of one map averages its outputs.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,11 @@ class Ssf(Method, frozen=True):
     def tensors(self, spec: Spec, ctx: ServerContext) -> dict[str, Tensor]:
         """Zeros: they change nothing."""
         kinds = ("scale", "shift") if self.shift else ("scale",)
-        return {f"{name}.{kind}": Tensor(np.zeros(p.out, np.float32)) for name, p in spec.pairs.items() for kind in kinds}
+        return {
+            f"{name}.{kind}": Tensor(np.zeros(p.out, np.float32))
+            for name, p in spec.pairs.items()
+            for kind in kinds
+        }
 
     def attach(self, model: Places, spec: Spec, ctx: StepContext | None) -> None:
         """Behind every map."""

@@ -1,8 +1,10 @@
-"""FedIT: average A and B apart, weighted by examples (Zhang et al., 2024, "Towards Building the Federated GPT").
+"""FedIT: average A and B apart, weighted by examples (Zhang et al., 2024, "Towards Building the Federated
+GPT").
 
-The mean of products differs from the product of means by -Σ_{k<j} p_k p_j (B_k-B_j)(A_k-A_j), second order in how far
-devices drift apart and large for mixed ranks (docs/specification.md). Kept as the field's baseline; short factors are padded with
-zeros, so a slot that few devices hold shrinks, as in the released code.
+The mean of products differs from the product of means by -Σ_{k<j} p_k p_j (B_k-B_j)(A_k-A_j), second order
+in how far devices drift apart and large for mixed ranks (docs/specification.md). Kept as the field's
+baseline; short factors are padded with zeros, so a slot that few devices hold shrinks, as in the released
+code.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,11 @@ def canonical(update: Update, name: str) -> Array:
     pair = update.spec.pairs.get(name[:-2])
     if pair is None:
         return array
-    return update.rows(name[:-2], array, pair.out) if name.endswith(".B") else update.columns(name[:-2], array, pair.in_)
+    return (
+        update.rows(name[:-2], array, pair.out)
+        if name.endswith(".B")
+        else update.columns(name[:-2], array, pair.in_)
+    )
 
 
 def padded_sum(a: Array, b: Array, name: str) -> Array:

@@ -1,8 +1,8 @@
 """QSGD: stochastic rounding to a few levels, unbiased (Alistarh, Grubic, Li, Tomioka, Vojnovic, 2017).
 
-Q(v) = ‖v‖ · sign(v) · ξ(v, s) with ξ one of the two levels around s·|v|/‖v‖, chosen so that E[Q(v)] = v (eq. 4). Scaled by
-the largest entry instead of the 2-norm, as the paper's experiments do (section 5), one scale per tensor; the norm and
-bucket choice were reconstructed from the formula.
+Q(v) = ‖v‖ · sign(v) · ξ(v, s) with ξ one of the two levels around s·|v|/‖v‖, chosen so that E[Q(v)] = v
+(eq. 4). Scaled by the largest entry instead of the 2-norm, as the paper's experiments do (section 5), one
+scale per tensor; the norm and bucket choice were reconstructed from the formula.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -30,7 +30,9 @@ class Qsgd(Method, frozen=True):
         """Levels in place of floats."""
         top = {k: np.float32(max(float(np.abs(t).max(initial=0.0)), 1e-30)) for k, t in floats(delta).items()}
         ctx.up.update({k: np.array([s], np.float32) for k, s in top.items()})
-        coded = {k: stochastic_round(delta[k] / s * self.levels, ctx.rng).astype(np.int8) for k, s in top.items()}
+        coded = {
+            k: stochastic_round(delta[k] / s * self.levels, ctx.rng).astype(np.int8) for k, s in top.items()
+        }
         return {**delta, **coded}
 
     def wire_bits(self, numbers: float, bits: float) -> float:

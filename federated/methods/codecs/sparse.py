@@ -1,10 +1,11 @@
 """Sparse upload: top-k with error feedback, INT8 values and an entropy-coded index. The default codec.
 
-Top-k with memory: Stich, Cordonnier, Jaggi, 2018, algorithm 1; per class of tensors (A, B, heads) rather than one pool,
-so that a large head cannot starve the factors (docs/specification.md). Our own choices: one scale per class; the index is a
-bitmap under Huffman coding, within 3% of its entropy for densities from 1/2 to 1/32; what rounding loses stays in the
-memory too, so nothing is ever dropped for good. The memory itself is 16-bit fixed point (rounding error below 2⁻¹⁶ of its largest
-entry, without bias): a device writes it after every round. It lives in factor coordinates and goes when they change.
+Top-k with memory: Stich, Cordonnier, Jaggi, 2018, algorithm 1; per class of tensors (A, B, heads) rather
+than one pool, so that a large head cannot starve the factors (docs/specification.md). Our own choices: one
+scale per class; the index is a bitmap under Huffman coding, within 3% of its entropy for densities from
+1/2 to 1/32; what rounding loses stays in the memory too, so nothing is ever dropped for good. The memory
+itself is 16-bit fixed point (rounding error below 2⁻¹⁶ of its largest entry, without bias): a device
+writes it after every round. It lives in factor coordinates and goes when they change.
 """
 
 import math
@@ -100,8 +101,11 @@ def encode(values: Array, keep: float) -> tuple[bytes, Array]:
         raise WireError("the update holds NaN or infinity")
     count = max(1, int(keep * values.size))
     step = np.float32(top / 127 or 1.0)
-    # Whatever rounds to zero does not travel, so half a step is always part of the threshold. Indices beat boolean masks tenfold.
-    least = np.partition(size, values.size - count)[values.size - count] if count < values.size else np.float32(0)
+    # Whatever rounds to zero does not travel, so half a step is always part of the threshold. Indices beat
+    # boolean masks tenfold.
+    least = (
+        np.partition(size, values.size - count)[values.size - count] if count < values.size else np.float32(0)
+    )
     place = np.flatnonzero(size >= max(least, step * np.float32(0.5)))
     levels = np.rint(values[place] / step).astype(np.int8)
     if not levels.all():
@@ -115,7 +119,8 @@ def encode(values: Array, keep: float) -> tuple[bytes, Array]:
 
 
 def decode(data: bytes | memoryview, size: int) -> Array:
-    """The inverse of `encode` for `size` values. Raises WireError on anything that `encode` does not write."""
+    """The inverse of `encode` for `size` values. Raises WireError on anything that `encode` does not
+    write."""
     if len(data) < 8:
         raise WireError(f"a sparse tensor of {len(data)} bytes is too short")
     step, length = struct.unpack("<fI", data[:8])

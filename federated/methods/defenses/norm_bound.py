@@ -1,7 +1,8 @@
-"""Norm bounding: no device may move the adapter further than `factor` times the median one (Sun et al., 2019).
+"""Norm bounding: no device may move the adapter further than `factor` times the median one (Sun et al.,
+2019).
 
-The norm is that of the whole update, in product space ‖s(B₁A₁ - B₀A₀)‖ from the factors. The paper bounds by a constant;
-the median of the round as bound is our choice, so that no unit has to be guessed.
+The norm is that of the whole update, in product space ‖s(B₁A₁ - B₀A₀)‖ from the factors. The paper bounds
+by a constant; the median of the round as bound is our choice, so that no unit has to be guessed.
 """
 
 from statistics import median

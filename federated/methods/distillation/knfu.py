@@ -1,9 +1,11 @@
-"""KnFu: devices exchange predictions on public texts, and each learns from those whose data are like its own (Seyedmohammadi et al., 2024).
+"""KnFu: devices exchange predictions on public texts, and each learns from those whose data are like its
+own (Seyedmohammadi et al., 2024).
 
-K_i (texts, labels) are a device's predictions after training, p_i their mean; the coordinator gives device i
-F_i = Σ_j a_ij K_j with a_ij ∝ exp(-β·KL(p_i ‖ p_j)), and the device trains on CE + λT²·KL(F_i ‖ f_i), one batch of public texts beside
-each of its own. No weight travels: every device keeps its own adapter, and the job's version stays what it was.
-Reconstructed: the exponential form; p_i from K_i, where they tell label counts; who is away counts with what it last said.
+K_i (texts, labels) are a device's predictions after training, p_i their mean; the coordinator gives device
+i F_i = Σ_j a_ij K_j with a_ij ∝ exp(-β·KL(p_i ‖ p_j)), and the device trains on CE + λT²·KL(F_i ‖ f_i),
+one batch of public texts beside each of its own. No weight travels: every device keeps its own adapter,
+and the job's version stays what it was. Reconstructed: the exponential form; p_i from K_i, where they tell
+label counts; who is away counts with what it last said.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,10 +27,14 @@ class KnFu(Method, frozen=True):
     needs_all: ClassVar[bool] = True
     tells: ClassVar[Literal["", "public", "private"]] = "private"
     evidence: ClassVar[str] = "toy-checked"
-    use_when: ClassVar[str] = "weights must not leave, and there are a few hundred public texts; classifiers alone"
+    use_when: ClassVar[str] = (
+        "weights must not leave, and there are a few hundred public texts; classifiers alone"
+    )
     example: ClassVar[dict[str, Any]] = {"texts": ["red sun", "cat dog bird", "tree rock", "moon star"]}
 
-    texts: Annotated[tuple[str, ...], Meta(max_length=2000, description="public texts; they travel in every assignment")] = ()
+    texts: Annotated[
+        tuple[str, ...], Meta(max_length=2000, description="public texts; they travel in every assignment")
+    ] = ()
     beta: Annotated[float, Meta(ge=0, description="β, how near a device must be to count")] = 10.0
     weight: Annotated[float, Meta(ge=0, description="λ, of the fused predictions")] = 1.0
     heat: Annotated[float, Meta(gt=0, description="T, temperature of predictions")] = 1.0
@@ -43,7 +49,9 @@ class KnFu(Method, frozen=True):
             ctx.down["fused"] = ctx.of(device)["fused"]
         return adapter
 
-    def loss(self, loss: Torch, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext) -> Torch:
+    def loss(
+        self, loss: Torch, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext
+    ) -> Torch:
         """+ λT²·KL(F ‖ f) on as many public texts as the batch has examples, drawn."""
         if "fused" not in ctx.down:
             return loss
@@ -66,7 +74,9 @@ class KnFu(Method, frozen=True):
         if not self.texts:
             return {}
         with torch.no_grad():
-            scores = [ctx.scores(params, part) for part in ctx.split(self.public(range(len(self.texts)), ctx), 32)]
+            scores = [
+                ctx.scores(params, part) for part in ctx.split(self.public(range(len(self.texts)), ctx), 32)
+            ]
         return {"predicted": (torch.cat(scores) / self.heat).softmax(-1).cpu().numpy().astype(np.float16)}
 
     def reduce(self, updates: Sequence[Update], ctx: ServerContext) -> Tensors:
@@ -78,7 +88,9 @@ class KnFu(Method, frozen=True):
                 ctx.state["devices"] = sorted({*ctx.state.get("devices", []), update.device})
         if devices := ctx.state.get("devices", []):
             predicted = np.array([ctx.of(d)["predicted"] for d in devices], np.float64)
-            for device, target in zip(devices, np.tensordot(shares(predicted, self.beta), predicted, 1), strict=True):
+            for device, target in zip(
+                devices, np.tensordot(shares(predicted, self.beta), predicted, 1), strict=True
+            ):
                 ctx.of(device)["fused"] = target.astype(np.float32)
         return {}
 

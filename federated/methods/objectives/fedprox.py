@@ -1,7 +1,8 @@
-"""FedProx: keep each device near the adapter it was given (Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, 2020).
+"""FedProx: keep each device near the adapter it was given (Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith,
+2020).
 
-Local objective h(w) = F_k(w) + μ/2 ‖w - w^t‖² (eq. 2); its gradient adds μ(w - w^t). The squared norm is over the trained
-tensors, in factor coordinates.
+Local objective h(w) = F_k(w) + μ/2 ‖w - w^t‖² (eq. 2); its gradient adds μ(w - w^t). The squared norm is
+over the trained tensors, in factor coordinates.
 """
 
 from collections.abc import Mapping

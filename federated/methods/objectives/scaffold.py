@@ -1,8 +1,10 @@
-"""SCAFFOLD: correct client drift with control variates (Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, 2020).
+"""SCAFFOLD: correct client drift with control variates (Karimireddy, Kale, Mohri, Reddi, Stich, Suresh,
+2020).
 
-Local step g - c_i + c (eq. 3). New variate by option II of eq. 4: c_i⁺ = c_i - c + (x - y_i)/(Kη). Under plain SGD the last
-term is the mean of the corrected gradients, so c_i⁺ is the mean of the raw ones; that form is used here, because it also
-holds for any other local optimiser. Server: c ← c + (1/N) Σ (c_i⁺ - c_i), N the whole fleet.
+Local step g - c_i + c (eq. 3). New variate by option II of eq. 4: c_i⁺ = c_i - c + (x - y_i)/(Kη). Under
+plain SGD the last term is the mean of the corrected gradients, so c_i⁺ is the mean of the raw ones; that
+form is used here, because it also holds for any other local optimiser. Server: c ← c + (1/N) Σ (c_i⁺ -
+c_i), N the whole fleet.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,9 @@ class Scaffold(Method, frozen=True):
 
     space: ClassVar[str] = "factors"
     evidence: ClassVar[str] = "toy-checked"
-    use_when: ClassVar[str] = "labels are skewed, all devices use one rank and no pruning, and bytes are cheap"
+    use_when: ClassVar[str] = (
+        "labels are skewed, all devices use one rank and no pruning, and bytes are cheap"
+    )
 
     tells: ClassVar[Literal["", "public", "private"]] = "private"
 

@@ -1,6 +1,8 @@
-"""FedAvgM: momentum on the averaged update (Hsu, Qi, Brown, 2019, "Measuring the effects of non-identical data distribution", section 3.3).
+"""FedAvgM: momentum on the averaged update (Hsu, Qi, Brown, 2019, "Measuring the effects of non-identical
+data distribution", section 3.3).
 
-v ← βv + Δ, x ← x + ηv. The momentum needs coordinates that persist, hence factor space. β = 0 and η = 1 is plain averaging.
+v ← βv + Δ, x ← x + ηv. The momentum needs coordinates that persist, hence factor space. β = 0 and η = 1 is
+plain averaging.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,9 @@ class FedAvgM(Method, frozen=True):
 
     space: ClassVar[str] = "factors"
     evidence: ClassVar[str] = "toy-checked"
-    use_when: ClassVar[str] = "rounds are noisy because few devices take part or their data differ, and ranks are equal"
+    use_when: ClassVar[str] = (
+        "rounds are noisy because few devices take part or their data differ, and ranks are equal"
+    )
 
     lr: Annotated[float, Meta(gt=0, le=10, description="server rate η")] = 1.0
     beta: Annotated[float, Meta(ge=0, lt=1, description="momentum β")] = 0.9

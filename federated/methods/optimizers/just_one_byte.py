@@ -1,8 +1,9 @@
-"""Just one byte: zeroth-order steps along seeded directions, one signed log code a batch (Zelikman et al., 2023).
+"""Just one byte: zeroth-order steps along seeded directions, one signed log code a batch (Zelikman et al.,
+2023).
 
-g = (L(θ + εz) - L(θ - εz)) / 2ε for z ~ N(0, I) of (round, device, batch); everybody applies θ ← θ - (η/|M|) Σ g z. A code is a
-sign and seven bits of ln|g| in [-10, 4] (their released code sends the float). θ stays where it is within a round, and the
-coordinator relays.
+g = (L(θ + εz) - L(θ - εz)) / 2ε for z ~ N(0, I) of (round, device, batch); everybody applies θ ← θ -
+(η/|M|) Σ g z. A code is a sign and seven bits of ln|g| in [-10, 4] (their released code sends the float).
+θ stays where it is within a round, and the coordinator relays.
 """
 
 from collections.abc import Mapping
@@ -35,7 +36,9 @@ class JustOneByte(Method, frozen=True):
         import torch
 
         def loss(z: Tensors, sign: int, batch: dict[str, Torch]) -> float:
-            return float(ctx.task_loss({k: p + sign * self.eps * p.new_tensor(z[k]) for k, p in start.items()}, batch))
+            return float(
+                ctx.task_loss({k: p + sign * self.eps * p.new_tensor(z[k]) for k, p in start.items()}, batch)
+            )
 
         codes = []
         with torch.no_grad():

@@ -1,7 +1,9 @@
-"""APFL: a device serves α·v + (1 - α)·w of its own and the shared adapter, and learns α (Deng, Kamani, Mahdavi, 2020).
+"""APFL: a device serves α·v + (1 - α)·w of its own and the shared adapter, and learns α (Deng, Kamani,
+Mahdavi, 2020).
 
-w ← w - η∇f(w); v ← v - ηα∇f(v̄) at v̄ = αv + (1 - α)w; α ← α - η⟨v - w, ∇f(v̄)⟩ within [0, 1], at the first step of a
-round (their algorithm 1 and eq. 11). Tensor by tensor, in factor coordinates: that is not mixing ΔW.
+w ← w - η∇f(w); v ← v - ηα∇f(v̄) at v̄ = αv + (1 - α)w; α ← α - η⟨v - w, ∇f(v̄)⟩ within [0, 1], at the
+first step of a round (their algorithm 1 and eq. 11). Tensor by tensor, in factor coordinates: that is not
+mixing ΔW.
 """
 
 from typing import Annotated, ClassVar
@@ -18,7 +20,9 @@ class Apfl(Method, frozen=True):
 
     plain: ClassVar[bool] = True
     evidence: ClassVar[str] = "toy-checked"
-    use_when: ClassVar[str] = "each device should find out how much of its own it needs; costs twice the passes"
+    use_when: ClassVar[str] = (
+        "each device should find out how much of its own it needs; costs twice the passes"
+    )
 
     alpha: Annotated[float, Meta(ge=0, le=1, description="α at the start")] = 0.5
 
@@ -26,7 +30,10 @@ class Apfl(Method, frozen=True):
         """w, v and α, step by step."""
         own, alpha = ctx.state.get("own", {}), float(ctx.state.get("alpha", self.alpha))
         w = dict(start)
-        v = {k: t.new_tensor(own[k]) if k in own and own[k].shape == tuple(t.shape) else t for k, t in start.items()}
+        v = {
+            k: t.new_tensor(own[k]) if k in own and own[k].shape == tuple(t.shape) else t
+            for k, t in start.items()
+        }
         for step, batch in enumerate(ctx.batches()):
             _, shared = ctx.gradient(w, batch)
             _, mixed = ctx.gradient({k: alpha * v[k] + (1 - alpha) * w[k] for k in w}, batch)

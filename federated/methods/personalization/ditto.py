@@ -1,7 +1,8 @@
 """Ditto: beside the global adapter, train a personal one that is tied to it (Li, Hu, Beirami, Smith, 2021).
 
-min_v F_k(v) + λ/2 ‖v - w^t‖² (eq. 2). The global adapter is trained and sent as usual; v never leaves the device, and is
-what the device serves. v lives in the coordinates of its view: when they change, it starts again from the global one.
+min_v F_k(v) + λ/2 ‖v - w^t‖² (eq. 2). The global adapter is trained and sent as usual; v never leaves the
+device, and is what the device serves. v lives in the coordinates of its view: when they change, it starts
+again from the global one.
 """
 
 from typing import Annotated, ClassVar
@@ -29,7 +30,9 @@ class Ditto(Method, frozen=True):
             return self.tie / 2 * sum((params[k] - ctx.received[k]).square().sum() for k in params)
 
         own: Tensors = ctx.state.get("personal", {})
-        personal = {k: t.new_tensor(own[k]) if k in own and own[k].shape == t.shape else t for k, t in start.items()}
+        personal = {
+            k: t.new_tensor(own[k]) if k in own and own[k].shape == t.shape else t for k, t in start.items()
+        }
         fitted = ctx.fit(personal, penalty=tied)
         ctx.state["personal"] = {k: t.detach().cpu().numpy() for k, t in fitted.items()}
         return trained

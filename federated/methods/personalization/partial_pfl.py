@@ -1,7 +1,8 @@
-"""FedAlt: a device trains its personal part first, then the shared part with it held fixed (Pillutla et al., 2022).
+"""FedAlt: a device trains its personal part first, then the shared part with it held fixed (Pillutla et
+al., 2022).
 
-v_i takes τ_v steps with u as it arrived, then u takes τ_u steps with the new v_i (their algorithm 3); the coordinator averages
-u alone. `together` moves both at once: their FedSim.
+v_i takes τ_v steps with u as it arrived, then u takes τ_u steps with the new v_i (their algorithm 3); the
+coordinator averages u alone. `together` moves both at once: their FedSim.
 """
 
 from typing import Annotated, ClassVar
@@ -16,10 +17,14 @@ class PartialPfl(Method, frozen=True):
     """`train`: one part after the other; `travels`: the shared one."""
 
     evidence: ClassVar[str] = "toy-checked"
-    use_when: ClassVar[str] = "labels or tastes differ between devices, and a small part (the head) can carry that"
+    use_when: ClassVar[str] = (
+        "labels or tastes differ between devices, and a small part (the head) can carry that"
+    )
 
     personal: Annotated[str, Meta(description="names that begin so are personal")] = "head."
-    share: Annotated[float, Meta(ge=0, le=1, description="share of the steps that the personal part gets")] = 0.5
+    share: Annotated[
+        float, Meta(ge=0, le=1, description="share of the steps that the personal part gets")
+    ] = 0.5
     together: bool = False
     """Move both parts at once."""
 

@@ -1,9 +1,11 @@
-"""Selective layers: a device trains the layers whose gradients are large, and not too different ones from the others' (Sun et al., 2024).
+"""Selective layers: a device trains the layers whose gradients are large, and not too different ones from
+the others' (Sun et al., 2024).
 
-max Σ_k Σ_l m_kl·g_kl - λ Σ_{i<j} Σ_l (m_il - m_jl)², at most `layers` for each device k (their P1), with g_kl the squared norm of
-layer l's gradient on one batch, over the largest of all. Every `every` rounds devices train all that their arm holds, and tell g.
-Reconstructed: they solve an integer programme, here one device after the other is chosen for until nothing changes; a device trains
-one layer at least. Layers that it does not train arrive frozen, as old as the job's `frozen_every` allows.
+max Σ_k Σ_l m_kl·g_kl - λ Σ_{i<j} Σ_l (m_il - m_jl)², at most `layers` for each device k (their P1), with
+g_kl the squared norm of layer l's gradient on one batch, over the largest of all. Every `every` rounds
+devices train all that their arm holds, and tell g. Reconstructed: they solve an integer programme, here
+one device after the other is chosen for until nothing changes; a device trains one layer at least. Layers
+that it does not train arrive frozen, as old as the job's `frozen_every` allows.
 """
 
 from collections.abc import Mapping
@@ -27,7 +29,9 @@ class SelectiveLayerFt(Method, frozen=True):
     example: ClassVar[dict[str, Any]] = {"every": 2}
 
     layers: Annotated[int, Meta(ge=1, description="layers that a device trains at most")] = 1
-    agree: Annotated[float, Meta(ge=0, description="λ, how much devices are kept together; gradients are at most 1")] = 0.0
+    agree: Annotated[
+        float, Meta(ge=0, description="λ, how much devices are kept together; gradients are at most 1")
+    ] = 0.0
     every: Annotated[int, Meta(ge=1, description="rounds between two looks at all layers")] = 5
 
     def plan(self, ask: Ask, device: str, ctx: ServerContext) -> Ask:
@@ -54,14 +58,20 @@ class SelectiveLayerFt(Method, frozen=True):
         layers = sorted({m.layer for m in ctx.maps.values()})
         norms = ctx.state.setdefault("norms", {})
         for update in ctx.updates:
-            told = {m: float(t[0]) for m, t in update.extra_of(self).items() if m in ctx.maps and t.shape == (1,)}
+            told = {
+                m: float(t[0]) for m, t in update.extra_of(self).items() if m in ctx.maps and t.shape == (1,)
+            }
             if told:
-                norms[update.device] = by_layer(told, {m: layers.index(ctx.maps[m].layer) for m in told}, len(layers))
+                norms[update.device] = by_layer(
+                    told, {m: layers.index(ctx.maps[m].layer) for m in told}, len(layers)
+                )
         names = sorted(norms)
         if names and any(update.extra_of(self) for update in ctx.updates):
             gains = np.array([norms[name] for name in names])
             picked = choose(gains / max(float(gains.max()), 1e-30), self.layers, self.agree)
-            ctx.state["chosen"] = {n: np.array(layers, np.int32)[row] for n, row in zip(names, picked, strict=True)}
+            ctx.state["chosen"] = {
+                n: np.array(layers, np.int32)[row] for n, row in zip(names, picked, strict=True)
+            }
         return change
 
 
@@ -81,7 +91,8 @@ def choose(gains: Array, budget: int, agree: float) -> Array:
     for _ in range(50):
         before = m.copy()
         for k in range(count):
-            # What a layer adds: its gain, less λ for everybody who leaves it out, and more for everybody who does not.
+            # What a layer adds: its gain, less λ for everybody who leaves it out, and more for everybody who
+            # does not.
             score = gains[k] - agree * ((count - 1) - 2 * (m.sum(0) - m[k]))
             best = np.argsort(-score, kind="stable")[: min(budget, width)]
             m[k] = False

@@ -1,8 +1,9 @@
-"""DP-LoRA: clip every example's gradient, then add noise: DP-SGD on the adapter (Liu et al., 2023; Abadi et al., 2016).
+"""DP-LoRA: clip every example's gradient, then add noise: DP-SGD on the adapter (Liu et al., 2023; Abadi
+et al., 2016).
 
-g̃ = (1/|b|)(Σ_j g_j·min(1, C/‖g_j‖) + N(0, (zC)² I)), Abadi's algorithm 1. What is protected is one example of this device. ε is
-that of T Gaussian steps by Rényi divergence (Mironov, 2017: T·a/(2z²) at order a) without amplification by sampling: an upper
-bound.
+g̃ = (1/|b|)(Σ_j g_j·min(1, C/‖g_j‖) + N(0, (zC)² I)), Abadi's algorithm 1. What is protected is one
+example of this device. ε is that of T Gaussian steps by Rényi divergence (Mironov, 2017: T·a/(2z²) at
+order a) without amplification by sampling: an upper bound.
 """
 
 import math
@@ -30,7 +31,9 @@ class DpLora(Method, frozen=True):
     noise: Annotated[float, Meta(ge=0, description="z, deviation of the noise over C")] = 0.5
     delta: Annotated[float, Meta(gt=0, lt=1, description="δ")] = 1e-5
 
-    def gradient(self, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext) -> tuple[float, dict[str, Torch]]:
+    def gradient(
+        self, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext
+    ) -> tuple[float, dict[str, Torch]]:
         """Clipped gradients of single examples, summed, with noise, over the size of the batch."""
         import torch
 

@@ -1,9 +1,11 @@
-"""FedRand: in each round one factor of LoRA leaves a device, by lot; the other stays private (Park et al., 2025).
+"""FedRand: in each round one factor of LoRA leaves a device, by lot; the other stays private (Park et al.,
+2025).
 
-Each device draws each round; with probability ρ the public factor is A, else B. The public one starts from what arrived, the
-private one from the device's own of the round before (in its first round: from what arrived, since both start from a shared
-seed). Both are trained, the public one is sent, and each is averaged over those who sent it (their figure 2). One lot for all maps of
-a device, as in the paper. Reconstructed: heads always travel, and both factors are offered, so bytes are halved upwards alone.
+Each device draws each round; with probability ρ the public factor is A, else B. The public one starts from
+what arrived, the private one from the device's own of the round before (in its first round: from what
+arrived, since both start from a shared seed). Both are trained, the public one is sent, and each is
+averaged over those who sent it (their figure 2). One lot for all maps of a device, as in the paper.
+Reconstructed: heads always travel, and both factors are offered, so bytes are halved upwards alone.
 """
 
 from typing import Annotated, ClassVar
@@ -20,7 +22,9 @@ class FedRand(Method, frozen=True):
 
     space: ClassVar[str] = "factors"
     evidence: ClassVar[str] = "toy-checked"
-    use_when: ClassVar[str] = "membership shall be harder to tell from an upload, at half the bytes; no formal guarantee"
+    use_when: ClassVar[str] = (
+        "membership shall be harder to tell from an upload, at half the bytes; no formal guarantee"
+    )
 
     share: Annotated[float, Meta(ge=0, le=1, description="ρ, how often A is the public factor")] = 0.5
     seed: Annotated[int, Meta(ge=0, description="of the lots")] = 0

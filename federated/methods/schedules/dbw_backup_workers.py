@@ -1,8 +1,8 @@
 """DBW: wait for as many updates as pay, k = argmax Ĝ(k)/T̂(k) (Xu, Neglia, Sebastianelli, 2021).
 
-Ĝ(k) = (1 - c/2)·‖∇F‖² - (c/2)·V/k with V the variance of one update, ‖∇F‖² ≈ ‖ḡ‖² - V/n, in units of the rate; T̂(k) the mean time of the
-k-th arrival, made monotone. c = L·η is a setting (theirs is estimated); estimates are smoothed by 0.7. A device that was not heard for
-`silence` rounds is waited for.
+Ĝ(k) = (1 - c/2)·‖∇F‖² - (c/2)·V/k with V the variance of one update, ‖∇F‖² ≈ ‖ḡ‖² - V/n, in units of the
+rate; T̂(k) the mean time of the k-th arrival, made monotone. c = L·η is a setting (theirs is estimated);
+estimates are smoothed by 0.7. A device that was not heard for `silence` rounds is waited for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,9 @@ class DbwBackupWorkers(Method, frozen=True):
     curvature: Annotated[float, Meta(gt=0, description="L·η of a round's mean update")] = 0.5
     silence: Annotated[int, Meta(ge=1, description="rounds after which a device is waited for")] = 10
 
-    def ready(self, arrived: Sequence[Arrival], out: Sequence[str], elapsed: float, ctx: ServerContext) -> bool:
+    def ready(
+        self, arrived: Sequence[Arrival], out: Sequence[str], elapsed: float, ctx: ServerContext
+    ) -> bool:
         """k are there, and nobody who was silent for long is out."""
         heard = ctx.state.get("heard", {})
         owed = [d for d in out if ctx.round.number - heard.get(d, 0) >= self.silence]
@@ -55,10 +57,13 @@ class DbwBackupWorkers(Method, frozen=True):
 
 
 def moments(updates: Sequence[Update], change: Mapping[str, Any]) -> tuple[float, float]:
-    """(V, ‖∇F‖²): the variance of one update around the mean, and the mean's square without what variance adds to it."""
+    """(V, ‖∇F‖²): the variance of one update around the mean, and the mean's square without what variance
+    adds to it."""
     mean = {k: np.asarray(t, np.float64) for k, t in change.items()}
     n = len(updates)
-    spread = sum(float(np.square(u.delta[k] - t).sum()) for u in updates for k, t in mean.items() if k in u.delta) / (n - 1)
+    spread = sum(
+        float(np.square(u.delta[k] - t).sum()) for u in updates for k, t in mean.items() if k in u.delta
+    ) / (n - 1)
     return spread, max(sum(float(np.square(t).sum()) for t in mean.values()) - spread / n, 1e-12)
 
 

@@ -1,7 +1,7 @@
 """FedBuff: close the round after `size` arrivals and discount stale updates (Nguyen et al., 2022).
 
-An update that is `age` versions old weighs 1/√(1 + age) (their section 5, polynomial staleness with exponent 1/2, as in
-Xie et al., 2019).
+An update that is `age` versions old weighs 1/√(1 + age) (their section 5, polynomial staleness with
+exponent 1/2, as in Xie et al., 2019).
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,9 @@ class FedBuff(Method, frozen=True):
 
     size: Annotated[int, Meta(ge=1, description="arrivals that close a round")] = 4
 
-    def ready(self, arrived: Sequence[Arrival], out: Sequence[str], elapsed: float, ctx: ServerContext) -> bool:
+    def ready(
+        self, arrived: Sequence[Arrival], out: Sequence[str], elapsed: float, ctx: ServerContext
+    ) -> bool:
         """The buffer is full, or everybody is there."""
         return len(arrived) >= self.size or not out
 

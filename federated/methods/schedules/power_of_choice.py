@@ -1,7 +1,7 @@
 """Power-of-choice: look at many devices, keep those with the highest loss (Cho, Wang, Joshi, 2022).
 
-The variant that costs nothing (their π_rpow-d): the loss is the mean over the device's last round of local steps, and a
-device that was never asked counts as infinitely bad, so everybody is asked once.
+The variant that costs nothing (their π_rpow-d): the loss is the mean over the device's last round of local
+steps, and a device that was never asked counts as infinitely bad, so everybody is asked once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,18 @@ class PowerOfChoice(Method, frozen=True):
 
     def select(self, devices: Sequence[Member], ctx: ServerContext) -> Sequence[Member]:
         """Highest loss first; ties by name, so that the choice does not depend on arrival."""
-        return sorted(devices, key=lambda d: (-ctx.state.get(d.device, float("inf")), d.device))[: self.cohort]
+        return sorted(devices, key=lambda d: (-ctx.state.get(d.device, float("inf")), d.device))[
+            : self.cohort
+        ]
 
     def begin(self, adapter: Tensors, ctx: ClientContext) -> Tensors:
         """Start a new mean."""
         ctx.state["losses"] = []
         return adapter
 
-    def loss(self, loss: Torch, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext) -> Torch:
+    def loss(
+        self, loss: Torch, params: Mapping[str, Torch], batch: dict[str, Torch], ctx: StepContext
+    ) -> Torch:
         """Watch the loss, leave it as it is."""
         ctx.state.setdefault("losses", []).append(float(loss.detach()))
         return loss

@@ -1,7 +1,9 @@
-"""Loaded by every Python process of a node under test: its disk forgets what was not synced, fills up, and its clock is wrong.
+"""Loaded by every Python process of a node under test: its disk forgets what was not synced, fills up, and
+its clock is wrong.
 
-CHAOS_HOME is the node's home, CHAOS_SIDE a folder beside it. At every sync what is durable from now on is copied to the side:
-`names.json` and `content/<inode>`. So whoever kills the node with everything it runs can build what a power cut would have left.
+CHAOS_HOME is the node's home, CHAOS_SIDE a folder beside it. At every sync what is durable from now on is
+copied to the side: `names.json` and `content/<inode>`. So whoever kills the node with everything it runs
+can build what a power cut would have left.
 """
 
 import fcntl
@@ -40,9 +42,14 @@ def install() -> None:
         if os.path.exists(os.path.join(SIDE, "full")):
             raise OSError(28, "No space left on device")
         if os.path.isfile(path):
-            _replaced(os.path.join(SIDE, "content", str(os.fstat(descriptor).st_ino)), lambda part: shutil.copyfile(path, part))
+            _replaced(
+                os.path.join(SIDE, "content", str(os.fstat(descriptor).st_ino)),
+                lambda part: shutil.copyfile(path, part),
+            )
         with open(os.path.join(SIDE, "lock"), "w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # service and worker: an older list must not take the place of a newer one
+            fcntl.flock(
+                lock, fcntl.LOCK_EX
+            )  # service and worker: an older list must not take the place of a newer one
             _replaced(os.path.join(SIDE, "names.json"), _write_names)
 
     def wrong_by() -> float:
