@@ -1,4 +1,4 @@
-"""`rankfleet`: both programs under one name, `rankfleet agent …` and `rankfleet coordinator …`."""
+"""`rankfleet`: both programs under one name, `agent …` and `coordinator …`; `new …` begins a method."""
 
 import argparse
 import importlib
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 from rankfleet import __version__
 
-PROGRAMS = {"agent": "rankfleet.edge_agent.cli", "coordinator": "rankfleet.coordinator.cli"}
+PROGRAMS = {
+    "agent": "rankfleet.edge_agent.cli",
+    "coordinator": "rankfleet.coordinator.cli",
+    "new": "rankfleet.new",
+}
 
 
 def build() -> argparse.ArgumentParser:
@@ -19,7 +23,9 @@ def build() -> argparse.ArgumentParser:
     )
     parse.add_argument("--version", action="version", version=f"rankfleet {__version__}")
     parse.add_argument(
-        "program", choices=PROGRAMS, help="the service on a device, or the one that plans jobs for a fleet"
+        "program",
+        choices=PROGRAMS,
+        help="the service on a device, the one that plans jobs, or a new method",
     )
     parse.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="…", help="a verb of that program, and its options"
