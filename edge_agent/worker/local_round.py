@@ -12,7 +12,7 @@ from rankfleet.federated.contract.client_side import ClientSide
 from rankfleet.federated.contract.method import overrides
 from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
-from rankfleet.federated.errors import Conflict, Refused
+from rankfleet.federated.errors import Conflict, HookError, Refused
 from rankfleet.federated.wire.frame import encode, freeze, thaw
 from rankfleet.federated.wire.messages import Assignment, manifest
 from rankfleet.federated.wire.transfer import blob_of
@@ -198,6 +198,17 @@ class LocalRound:
         return self._extras()
 
     def _extras(self) -> Tensors:
+        """What methods send along. Raises HookError beside a release, for who does not say that it is not
+        made of examples."""
+        for name, method in self.client.stack.methods.items() if self.client.stack.releases else ():
+            if self.client.up[name] and not (method.releases or method.codes or method.tells == "public"):
+                what = f"sends `{min(self.client.up[name])}` along with an update that was made private"
+                raise HookError(
+                    name,
+                    "send",
+                    what,
+                    'it may if it is not made of examples and its class says `tells = "public"`',
+                )
         return {f"x/{n}/{k}": t for n, up in self.client.up.items() for k, t in up.items()}
 
     def _serve(self, served: Tensors) -> None:

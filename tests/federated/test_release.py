@@ -16,7 +16,7 @@ from rankfleet.bandit.reward import rate
 from rankfleet.coordinator.rounds import verdict
 from rankfleet.coordinator.store import database, tables
 from rankfleet.federated.contract.catalogue import build_stack
-from rankfleet.federated.contract.contexts import StepContext
+from rankfleet.federated.contract.contexts import ClientContext, StepContext
 from rankfleet.federated.contract.method import Method
 from rankfleet.federated.contract.stack import Stack
 from rankfleet.federated.contract.tensors import Tensors
@@ -122,6 +122,39 @@ def test_what_tells_of_examples_is_refused_with_both_names(
 def test_who_says_that_it_tells_nothing_may_look(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, "said", Said)
     assert Stack(build_stack(["said", "dp_lora"])).releases
+
+
+class Along(Method, frozen=True):
+    """Something in `ctx.up`, and no word of what it is made of."""
+
+    def send(self, delta: Tensors, ctx: ClientContext) -> Tensors:
+        """The number of tensors."""
+        ctx.up["count"] = np.array([len(delta)])
+        return delta
+
+
+async def test_what_is_sent_along_unsaid_stops_the_round(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, "along", Along)
+    async with World(tmp_path, tiny, devices=1) as world:
+        await world.run(job(stack=["along"], rounds=1))
+        name = world.coordinator.jobs.submit(job(name="private", stack=["along", "dp_lora"], rounds=1))
+
+        def reasons() -> list[str]:
+            return [
+                r["reason"]
+                for r in world.coordinator.ledger.rows(tables.assignments, job=name)
+                if r["reason"]
+            ]
+
+        await world.until(lambda: bool(reasons()))
+        assert (
+            "method `along`, hook `send`: sends `count` along with an update that was made private"
+            in reasons()[0]
+        )
+        monkeypatch.setattr(Along, "tells", "public")
+        await world.run(job(name="said", stack=["along", "dp_lora"], rounds=1))
 
 
 def row(state: str, **report: Any) -> dict[str, Any]:
