@@ -93,6 +93,16 @@ class Programs:
             assert time.time() < end, "\n".join(p.read_text()[-1500:] for p in self.home.glob("*.log"))
             time.sleep(0.2)
 
+    def begin(self) -> None:
+        """Both agents are enrolled and run."""
+        self.start("rankfleet.coordinator", "serve", "--config", str(self.config))
+        self.until(lambda: (self.home / "c" / "api.json").exists())
+        for name, config in self.agents.items():
+            token = self.coordinator("invite", name).strip()
+            self.run("rankfleet.edge_agent", "enroll", token, "--config", str(config))
+            self.start("rankfleet.edge_agent", "run", "--config", str(config))
+        self.until(lambda: all(d["state"] == "enrolled" for d in self.json("devices")))
+
     def stop(self) -> None:
         for p in self.processes:
             p.terminate()
@@ -104,13 +114,7 @@ class Programs:
 def programs(request: pytest.FixtureRequest, tmp_path: Path, tiny: Path) -> Iterator[Programs]:
     made = Programs(tmp_path, tiny, request.param)
     try:
-        made.start("rankfleet.coordinator", "serve", "--config", str(made.config))
-        made.until(lambda: (tmp_path / "c" / "api.json").exists())
-        for name, config in made.agents.items():
-            token = made.coordinator("invite", name).strip()
-            made.run("rankfleet.edge_agent", "enroll", token, "--config", str(config))
-            made.start("rankfleet.edge_agent", "run", "--config", str(config))
-        made.until(lambda: all(d["state"] == "enrolled" for d in made.json("devices")))
+        made.begin()
         yield made
     finally:
         made.stop()

@@ -41,22 +41,21 @@ def word_tokenizer(words: list[str], **special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, **known)
 
 
-def tiny_bert(folder: Path, layers: int = 2) -> Path:
-    """Random weights, seeded; 16 wide, 40 channels."""
+def tiny_bert(folder: Path, layers: int = 2, **changes: int) -> Path:
+    """Random weights, seeded; 16 wide, 40 channels, or as `changes` say."""
     import torch
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 40, **changes}
     config = BertConfig(
         vocab_size=len(WORDS) + 4,
-        hidden_size=16,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=40,
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=0,
+        **shape,
     )
     BertModel(config).save_pretrained(folder)
     word_tokenizer(WORDS).save_pretrained(folder)
