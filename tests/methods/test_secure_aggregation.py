@@ -219,6 +219,14 @@ def hang(world: World, device: str, number: int) -> None:
     engine.run = run  # type: ignore[method-assign]
 
 
+def test_a_late_key_is_not_heard() -> None:
+    server = ServerSide(Stack(build_stack(["secure_aggregation"])), "job", 6)
+    old, key = Version(0, {}, {"w": np.zeros(2, np.float32)}, {}, {}), {"secure_aggregation": {"key": np.ones(32, np.uint8)}}
+    now, late = (Update(d, 1.0, {}, Spec({}, {}), {}, extra=key, age=age, space="factors") for d, age in (("d0", 0), ("d1", 3)))
+    combine.next_version(server, old, [now, late], 2, 3)
+    assert list(server.state["secure_aggregation"]["keys"]) == ["d0"]
+
+
 def test_a_server_rule_behind_it_steps_once_a_round_on_the_sum() -> None:
     """In the unmask leg, where the change is known; not in the others, where there is none."""
     seen: list[dict[str, Any]] = []
@@ -234,7 +242,7 @@ def test_a_server_rule_behind_it_steps_once_a_round_on_the_sum() -> None:
 
     m = SecureAggregation()
     sent = [update(d, {"masked w": m.fixed(np.array([0.5, v]))}) for d, v in (("d0", 0.25), ("d1", -0.75))]
-    late = update("d2", {"masked w": np.full(2, 7, np.uint32)}, age=3)
+    late = update("d1", {"masked w": np.full(2, 7, np.uint32)}, age=3)
     between, _ = combine.next_version(server, old, [*sent, late], 3, 1)
     assert not between.dense["w"].any()
     assert seen == []
