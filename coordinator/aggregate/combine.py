@@ -105,10 +105,12 @@ def _unchanged(server: ServerSide, old: Version) -> Version:
 def _heard(
     server: ServerSide, old: Version, answers: list[Update], number: int
 ) -> tuple[Version, list[Update]]:
-    """A leg in which nothing was trained."""
-    return step(
-        old, _moves(server.hear({u.device: u.extra for u in answers}, number), scale_of(answers))
-    ), answers
+    """A leg in which nothing was trained. Late answers are to another leg's question: no method hears
+    them."""
+    change = server.hear({u.device: u.extra for u in answers if not u.age}, number)
+    if change:
+        change = server.step(change, number)
+    return step(old, _moves(change, scale_of(answers))), answers
 
 
 def mean(server: ServerSide, updates: Sequence[Update]) -> Change:
@@ -123,6 +125,8 @@ def mean(server: ServerSide, updates: Sequence[Update]) -> Change:
 def reduce(server: ServerSide, updates: list[Update], number: int) -> Moves:
     """The aggregate, after the stack's own `reduce` and `step` where it has them."""
     own, scale = server.reduce(updates, number), scale_of(updates)
+    if own == {} and len(server.stack.legs) > 1:
+        return {}  # `hear` will say what changes, and `step` sees that
     if own is None and not server.stack.using("step"):
         default = (
             aggregate.product(updates) if server.stack.space == "product" else aggregate.factor_mean(updates)

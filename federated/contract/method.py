@@ -221,7 +221,8 @@ class Method(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return {}
 
     def hear(self, answers: "Mapping[str, Tensors]", ctx: ServerContext) -> "Change":
-        """[server] All answers of a leg by device, in their order; what they change of the adapter."""
+        """[server] All answers of a leg by device, in their order, without late ones; what they change of
+        the adapter, before `step`."""
         return {}
 
 
