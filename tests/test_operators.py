@@ -213,6 +213,29 @@ async def test_a_stolen_coordinator_without_an_operators_key(
         assert signed is not None
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"aprovals": 2}, "unknown key `aprovals`"),
+        ({"approvals": 0}, "approvals"),
+        ({"operators": {"alice": {"role": "king", "key": "x"}}}, "king"),
+        ({"operators": {"alice": {"role": "admin"}}}, "key"),
+    ],
+)
+def test_a_roster_that_is_misspelt_is_refused(
+    people: People, change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """A typing error in `approvals` would let one operator alone sign."""
+    whole = {
+        "operators": {"alice": {"role": "admin", "key": encode_key(people.keys["alice"].public)}},
+        **change,
+    }
+    path = tmp_path / "roster.yaml"
+    path.write_text(yaml.safe_dump(whole))
+    with pytest.raises(ConfigError, match=reason):
+        people.keys["alice"].roster(path, "main", 1)
+
+
 def test_keys_are_not_overwritten_and_not_left_open(tmp_path: Path) -> None:
     generate(tmp_path / "a.key")
     with pytest.raises(ConfigError, match="exists"):

@@ -4,15 +4,16 @@ the coordinator."""
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import msgspec
-import yaml
 
 from rankfleet.federated.errors import ConfigError
 from rankfleet.federated.program.files import write_atomic
+from rankfleet.federated.program.loader import load
 from rankfleet.federated.trust.roster import (
     Operator,
+    Role,
     Roster,
     SignedRoster,
     decode_key,
@@ -24,6 +25,20 @@ from rankfleet.federated.trust.roster import (
 )
 
 HEAD = "rankfleet operator's key: "
+
+
+class Person(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An operator in the roster's YAML: what he may do, and the line that `operators keygen` printed."""
+
+    role: Role
+    key: str
+
+
+class RosterFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The roster's YAML; `approvals`: how many must sign a job."""
+
+    operators: dict[str, Person]
+    approvals: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 def generate(path: Path) -> str:
@@ -65,20 +80,8 @@ class OperatorKey:
 
     def roster(self, path: Path, fleet: str, version: int) -> bytes:
         """The roster in a YAML file (`approvals: 2`, `operators: {NAME: {role: admin, key: …}}`), signed."""
-        try:
-            said: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-            people = {
-                n: Operator(o["role"], decode_key(o["key"], f"operator `{n}`"))
-                for n, o in said["operators"].items()
-            }
-            roster = Roster(fleet, version, people, int(said.get("approvals", 1)))
-        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"{path}: {type(error).__name__}: {error}", "operators: {alice: {role: admin, key: …}}"
-            ) from None
-        data = pack(roster)
-        try:
-            msgspec.msgpack.decode(data, type=Roster)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{path}: {error}", "roles are viewer, operator and admin") from None
+        file = load(path, RosterFile)
+        who = file.operators.items()
+        people = {n: Operator(p.role, decode_key(p.key, f"operator `{n}`")) for n, p in who}
+        data = pack(Roster(fleet, version, people, file.approvals))
         return pack(SignedRoster(data, self.public, self._private.sign(roster_bytes(data))))
