@@ -14,6 +14,7 @@ from unittest.mock import patch
 import rankfleet.coordinator.exchange.receiving
 import rankfleet.coordinator.queue
 import rankfleet.coordinator.rounds.closing
+import rankfleet.coordinator.rounds.nudges
 import rankfleet.coordinator.rounds.opening
 import rankfleet.coordinator.rounds.waiting
 import rankfleet.coordinator.store.versions
@@ -135,7 +136,7 @@ def digest_unchecked() -> Iterator[None]:
 
 @defect("a device that is silent is sent its assignment again")
 def no_nudges() -> Iterator[None]:
-    with patch.object(rankfleet.coordinator.rounds.waiting.Nudges, "send", lambda self, run, number: None):
+    with patch.object(rankfleet.coordinator.rounds.nudges.Nudges, "send", lambda self, run, number: None):
         yield
 
 
