@@ -189,7 +189,9 @@ def _alone(
         seed,
     )
     start = {k: tensors[k] for k in spec.shapes()}
-    trained = Trainer(base, task, job, client, examples).run(client.begin(start), {})
+    trainer = Trainer(base, task, job, client, examples)
+    trainer.prepare({**tensors, **start}, client.begin(start), {})
+    trained = trainer.train()
     update = Update(
         "alone",
         1.0,
