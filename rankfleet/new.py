@@ -13,6 +13,8 @@ from pathlib import Path
 from .federated.errors import ConfigError, RankfleetError
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*\Z")
+TAKEN = ("method", "annotated", "class_var", "client_context", "meta", "tensors")
+"""Their classes would be called like what every method's file imports."""
 METHOD = '''"""{title}: one sentence that says what is new about it (Author, Author, year).
 
 The formula in the paper's own symbols, with its number. What was reconstructed, and how it was checked.
@@ -88,14 +90,19 @@ def build() -> argparse.ArgumentParser:
     return parse
 
 
+def is_name(word: str) -> bool:
+    """May a module and its class be called so?"""
+    return bool(NAME.match(word)) and not keyword.iskeyword(word)
+
+
 def title_of(name: str) -> str:
     """`fed_mine` → `FedMine`. Raises ConfigError for what cannot be a method's name, or is one already."""
     from .federated.contract.catalogue import modules
 
-    if not NAME.match(name) or keyword.iskeyword(name):
+    if not is_name(name) or name in sys.stdlib_module_names or name in TAKEN:
         raise ConfigError(
             f"`{name[:60]}` cannot be the name of a method",
-            "lower case letters and digits, words joined by _",
+            "lower case letters and digits, words joined by _; no word of Python or of its library",
         )
     if name in modules():
         raise ConfigError(f"there is a method `{name}` already", "coordinator methods lists them all")
@@ -106,7 +113,7 @@ def in_checkout(root: Path, name: str, family: str, new_family: bool) -> dict[Pa
     """Path → text of a method and its test in a checkout. Raises ConfigError for an unknown family."""
     methods, title = root / "federated" / "methods", title_of(name)
     known = sorted(p.name for p in methods.iterdir() if (p / "__init__.py").exists())
-    if family not in known and not (new_family and NAME.match(family)):
+    if family not in known and not (new_family and is_name(family)):
         what = f"there is no family `{family[:60]}`" if family else "a method belongs to a family"
         raise ConfigError(what, f"--family {', '.join(known)}; or --new-family with a new name")
     ours = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankfleet.federated.contract.contexts import StepContext
-from rankfleet.federated.contract.hook_errors import check_tensors
+from rankfleet.federated.contract.hook_errors import check_tensors, run_hook
 from rankfleet.federated.errors import HookError, Refused
 
 from .batches import narrowed
@@ -41,16 +41,20 @@ class Steps:
             return self._loss_and_grads(params, batch, penalty)
         stack, contexts = self.stack, self.contexts
         for n, m in stack.using("batch"):
-            batch = m.batch(batch, contexts[n])
+            batch = run_hook(n, m, "batch", batch, contexts[n])
         if users := stack.using("gradient"):
             name, method = users[0]
-            value, grads = method.gradient(params, batch, contexts[name])
+            answer = run_hook(name, method, "gradient", params, batch, contexts[name])
+            if not isinstance(answer, tuple) or len(answer) != 2:
+                what = f"returns a {type(answer).__name__}, not a value and gradients"
+                raise HookError(name, "gradient", what, "return (value, gradients by name)")
+            value, grads = answer
             check_tensors(name, "gradient", grads, params, torch=True, whole=True)
             _finite(float(value))
         else:
             value, grads = self._loss_and_grads(params, batch, None)
         for n, m in stack.using("grad"):
-            grads = m.grad(grads, params, contexts[n])
+            grads = run_hook(n, m, "grad", grads, params, contexts[n])
             check_tensors(n, "grad", grads, params, torch=True, whole=True)
         return value, grads
 
@@ -75,7 +79,7 @@ class Steps:
         stack, contexts = self.stack, self.contexts
         users = stack.using("objective")
         loss = (
-            users[0][1].objective(params, batch, contexts[users[0][0]])
+            run_hook(users[0][0], users[0][1], "objective", params, batch, contexts[users[0][0]])
             if users
             else self.points.task_loss(params, batch)
         )
@@ -83,7 +87,7 @@ class Steps:
         if penalty is not None:
             return loss + penalty(params)
         for n, m in stack.using("loss"):
-            loss = m.loss(loss, params, batch, contexts[n])
+            loss = run_hook(n, m, "loss", loss, params, batch, contexts[n])
             _scalar(n, "loss", loss)
         return loss
 

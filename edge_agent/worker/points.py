@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankfleet.federated.contract.client_side import ClientSide
 from rankfleet.federated.contract.contexts import StepContext
-from rankfleet.federated.contract.hook_errors import check_tensors
+from rankfleet.federated.contract.hook_errors import check_tensors, run_hook
 from rankfleet.federated.errors import HookError, Refused
 
 from ..model import Base
@@ -39,7 +39,7 @@ class Points:
             raise Refused(f"`{users[0][0]}` needs an architecture that this engine runs itself")
         places = Attached(self.base.sites)
         for name, method in users:
-            method.attach(places, self.client.spec, contexts[name])
+            run_hook(name, method, "attach", places, self.client.spec, contexts[name])
         if self.base.core is not None:
             self.base.core.places = places if users else None
         for ctx in contexts.values():
@@ -49,7 +49,7 @@ class Points:
         """Do the methods' pairs fit the model? Raises HookError."""
         full = dict(self.rest)
         for name, method in self.client.stack.using("express"):
-            given = method.express(full, self.client.spec, torch)
+            given = run_hook(name, method, "express", full, self.client.spec, torch)
             check_tensors(name, "express", given, torch=True)
             full.update(given)
             for module, pair in self.client.spec.pairs.items():

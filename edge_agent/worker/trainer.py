@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rankfleet.federated.contract.client_side import ClientSide
 from rankfleet.federated.contract.contexts import StepContext
-from rankfleet.federated.contract.hook_errors import check_state, check_tensors
+from rankfleet.federated.contract.hook_errors import check_state, check_tensors, run_hook
 from rankfleet.federated.contract.stack import seed_of
 from rankfleet.federated.contract.tensors import Tensors
 from rankfleet.federated.errors import HookError, Refused
@@ -96,7 +96,7 @@ class Trainer:
         afterwards."""
         stack = self.client.stack
         for n, m in stack.using("data"):
-            self.examples = m.data(list(self.examples), self.contexts[n])
+            self.examples = run_hook(n, m, "data", list(self.examples), self.contexts[n])
             if not isinstance(self.examples, list) or not self.examples:
                 raise HookError(n, "data", "gives no list of examples", "leave at least one")
             for ctx in self.contexts.values():
@@ -106,7 +106,7 @@ class Trainer:
         users = stack.using("train")
         if users:
             name, method = users[0]
-            trained = method.train(dict(self.start), self.contexts[name])
+            trained = run_hook(name, method, "train", dict(self.start), self.contexts[name])
             check_tensors(name, "train", trained, self.start, torch=True)
         else:
             trained = self._fit(self.start, checkpoint=self.checkpoint)
@@ -129,12 +129,14 @@ class Trainer:
                 k: self.contexts[n].received[k] if hook == "arrived" else self.points.rest[k]
                 for k in self.start
             }
-            self.client.up[n].update(self._answered(n, hook, getattr(m, hook)(params, self.contexts[n])))
+            self.client.up[n].update(self._answered(n, hook, run_hook(n, m, hook, params, self.contexts[n])))
 
     def answer(self, questions: dict[str, Tensors]) -> None:
         """What methods say in a leg in which nothing is trained. Raises HookError."""
         for n, m in self.client.stack.using("answer"):
-            said = self._answered(n, "answer", m.answer(questions.get(n, {}), self.contexts[n]))
+            said = self._answered(
+                n, "answer", run_hook(n, m, "answer", questions.get(n, {}), self.contexts[n])
+            )
             self.client.up[n].clear()
             self.client.up[n].update(said)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .contexts import ClientContext, Round
-from .hook_errors import check_state, check_tensors
+from .hook_errors import check_state, check_tensors, run_hook
 from .spec import Spec, coordinates
 from .stack import Stack, seed_of
 from .tensors import Tensors
@@ -54,12 +54,14 @@ class ClientSide:
         """Is this tensor trained here in this round? Constants never are."""
         dense = self.spec.dense.get(name)
         return (dense is None or dense.trained) and all(
-            m.trains(name, self._contexts[n]) for n, m in self.stack.using("trains")
+            run_hook(n, m, "trains", name, self._contexts[n]) for n, m in self.stack.using("trains")
         )
 
     def stays(self, name: str) -> bool:
         """Does a method keep this tensor on the device in this round, whether it is trained or not?"""
-        return not all(m.travels(name, self._contexts[n]) for n, m in self.stack.using("travels"))
+        return not all(
+            run_hook(n, m, "travels", name, self._contexts[n]) for n, m in self.stack.using("travels")
+        )
 
     def travels(self, name: str) -> bool:
         """Is this tensor trained and does it leave the device?"""
@@ -86,7 +88,7 @@ class ClientSide:
         for ctx in self._contexts.values():
             ctx.received = received
         for n, m in self.stack.using("begin"):
-            start = m.begin(start, self._contexts[n])
+            start = run_hook(n, m, "begin", start, self._contexts[n])
             check_tensors(n, "begin", start, received, whole=True)
             check_state(n, "begin", self.state[n])
         for ctx in self._contexts.values():
@@ -97,7 +99,7 @@ class ClientSide:
         """What leaves the device. Raises HookError."""
         delta = {k: t for k, t in delta.items() if self.travels(k)}
         for n, m in self.stack.using("send"):
-            delta = m.send(delta, self._contexts[n])
+            delta = run_hook(n, m, "send", delta, self._contexts[n])
             check_tensors(n, "send", delta)
             check_tensors(n, "send", self.up[n])
             check_state(n, "send", self.state[n])
@@ -106,7 +108,7 @@ class ClientSide:
     def serve(self, adapter: Tensors) -> Tensors:
         """The adapter used between rounds. Raises HookError."""
         for n, m in self.stack.using("serve"):
-            served = m.serve(adapter, self._contexts[n])
+            served = run_hook(n, m, "serve", adapter, self._contexts[n])
             check_tensors(n, "serve", served, adapter, whole=True)
             check_state(n, "serve", self.state[n])
             adapter = served

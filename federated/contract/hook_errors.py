@@ -12,6 +12,35 @@ PLAIN = (str, bytes, bool, int, float, type(None), np.ndarray, np.generic)
 """What `ctx.state` may hold, beside dictionaries, lists and tuples of it."""
 
 
+ORDINARY = (
+    ArithmeticError, AssertionError, AttributeError, LookupError,
+    NameError, NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
+"""Mistakes of whoever wrote a hook. Memory that ran out, our own errors and a worker that is told to leave
+are others: they pass, since whoever waits for them goes by their kind."""
+
+
+def run_hook(name: str, method: Any, hook: str, *args: Any) -> Any:
+    """What a hook returns. Raises HookError, with method and hook, for an ordinary mistake in it."""
+    try:
+        return getattr(method, hook)(*args)
+    except ORDINARY as error:
+        raise HookError(name, hook, f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError or "memory" in str(error):
+            raise
+        raise HookError(name, hook, f"RuntimeError: {error}") from error
+
+
+def check_mapping(method: str, hook: str, result: Any) -> Mapping[str, Any]:
+    """`result`, if it is a dictionary. Raises HookError."""
+    if not isinstance(result, Mapping):
+        raise HookError(
+            method, hook, f"returns {_kind(result)}, which is no dictionary", "return a dictionary by name"
+        )
+    return result
+
+
 def check_tensors(
     method: str,
     hook: str,
@@ -26,13 +55,7 @@ def check_tensors(
     `like`: the names that it may have, with something that has the `shape` that each must have. `whole`:
     all of them must be there.
     """
-    if not isinstance(result, Mapping):
-        raise HookError(
-            method,
-            hook,
-            f"returns {_kind(result)}, which is no dictionary of tensors",
-            "return a dictionary by name",
-        )
+    check_mapping(method, hook, result)
     for name, value in result.items():
         if torch != hasattr(value, "detach") or not hasattr(value, "dtype"):
             wanted = "a torch tensor" if torch else "a NumPy array"

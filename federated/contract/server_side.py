@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import Conflict, HookError
 from .contexts import Adapter, Arrival, Ask, Member, ServerContext, Tensor
-from .hook_errors import check_state, check_tensors
+from .hook_errors import check_mapping, check_state, check_tensors, run_hook
 from .spec import Spec, module_of
 from .stack import Change, Stack, seed_of
 from .tensors import Array, Tensors
@@ -71,7 +71,7 @@ class ServerSide:
         HookError."""
         self.emptied = ""
         for n, m in self.stack.using("select"):
-            chosen = list(m.select(devices, self.context(n, number)))
+            chosen = list(run_hook(n, m, "select", devices, self.context(n, number)))
             if strange := sorted({d.device for d in chosen} - {d.device for d in devices}):
                 raise HookError(
                     n, "select", f"selects `{strange[0]}`, which is not among the devices that it was given"
@@ -85,7 +85,12 @@ class ServerSide:
         """What one device is asked to do, changed by every method. Raises HookError."""
         for n, m in self.stack.using("plan"):
             ranks = ask["placement"]
-            ask = m.plan({**ask, "placement": dict(ranks)}, device, self.context(n, number, device))
+            ask = run_hook(
+                n, m, "plan", {**ask, "placement": dict(ranks)}, device, self.context(n, number, device)
+            )
+            if missing := sorted(set(Ask.__annotations__) - set(check_mapping(n, "plan", ask))):
+                raise HookError(n, "plan", f"leaves out `{missing[0]}`", "return {**ask, what changes}")
+            check_state(n, "plan", self.state[n])
             if strange := [
                 k for k, r in ask["placement"].items() if k not in ranks or not 0 <= r <= ranks[k]
             ]:
@@ -109,9 +114,10 @@ class ServerSide:
         extra: dict[str, Tensors] = {}
         for n, m in self.stack.using("offer"):
             ctx = self.context(n, number, device)
-            offered = m.offer(adapter, device, ctx)
+            offered = run_hook(n, m, "offer", adapter, device, ctx)
             check_tensors(n, "offer", offered, adapter)
             check_tensors(n, "offer", ctx.down)
+            check_state(n, "offer", self.state[n])
             adapter = offered
             if ctx.down:
                 extra[n] = ctx.down
@@ -122,13 +128,19 @@ class ServerSide:
     ) -> bool | None:
         """What the stack says about closing; None where no method decides."""
         users = self.stack.using("ready")
-        return users[0][1].ready(arrived, out, elapsed, self.context(users[0][0], number)) if users else None
+        if not users:
+            return None
+        (n, m), *_ = users
+        return bool(run_hook(n, m, "ready", arrived, out, elapsed, self.context(n, number)))
 
     def ask(self, device: str, number: int) -> dict[str, Tensors]:
         """What a device is asked in this leg, by method; nothing in the leg in which it trains."""
         if self.leg(number) == "train":
             return {}
-        asked = {n: m.ask(device, self.context(n, number, device)) for n, m in self.stack.using("ask")}
+        asked = {
+            n: run_hook(n, m, "ask", device, self.context(n, number, device))
+            for n, m in self.stack.using("ask")
+        }
         for n, question in asked.items():
             if question is not None:
                 check_tensors(n, "ask", question)
@@ -138,9 +150,8 @@ class ServerSide:
         """All answers of a leg (device → method → tensors), and what they change."""
         change: Change = {}
         for n, m in self.stack.using("hear"):
-            change.update(
-                m.hear({d: a[n] for d, a in sorted(answers.items()) if n in a}, self.context(n, number))
-            )
+            heard = {d: a[n] for d, a in sorted(answers.items()) if n in a}
+            change.update(check_mapping(n, "hear", run_hook(n, m, "hear", heard, self.context(n, number))))
             self._check(n, "hear", change)
         return change
 
@@ -157,7 +168,7 @@ class ServerSide:
         for update in updates:
             weighed = update
             for n, m in users:
-                answer = m.weigh(weighed, self.context(n, number, update.device))
+                answer = run_hook(n, m, "weigh", weighed, self.context(n, number, update.device))
                 if answer is None:
                     self.left_out[update.device, update.age] = n
                     break
@@ -170,7 +181,7 @@ class ServerSide:
         for strangers."""
         for n, m in self.stack.using("admit"):
             given = {(u.device, u.age) for u in updates}
-            admitted = m.admit(updates, self.context(n, number))
+            admitted = run_hook(n, m, "admit", updates, self.context(n, number))
             check_state(n, "admit", self.state[n])
             kept = {(u.device, u.age) for u in admitted}
             if len(kept) < len(admitted) or not kept <= given:
@@ -185,7 +196,9 @@ class ServerSide:
     def reduce(self, updates: Sequence[Update], number: int) -> Change | None:
         """The stack's own aggregate; None where the engine's default applies. Raises HookError."""
         for n, m in self.stack.using("reduce"):
-            change = dict(m.reduce(updates, self.context(n, number)))
+            change = dict(
+                check_mapping(n, "reduce", run_hook(n, m, "reduce", updates, self.context(n, number)))
+            )
             self._check(n, "reduce", change)
             return change
         return None
@@ -195,8 +208,13 @@ class ServerSide:
         factor's or a head's."""
         added: dict[str, Tensor] = {}
         for n, m in self.stack.using("tensors"):
-            mine = m.tensors(spec, self.context(n, 0))
+            mine = run_hook(n, m, "tensors", spec, self.context(n, 0))
+            for key, tensor in check_mapping(n, "tensors", mine).items():
+                if not isinstance(tensor, Tensor):
+                    kind = type(tensor).__name__
+                    raise HookError(n, "tensors", f"gives `{key}` as a {kind}", "wrap it: Tensor(array)")
             check_tensors(n, "tensors", {k: t.value for k, t in mine.items()})
+            check_state(n, "tensors", self.state[n])
             if twice := sorted(
                 k for k in mine if k in added or k in self.adapter.dense or module_of(k) in spec.pairs
             ):
@@ -207,7 +225,7 @@ class ServerSide:
     def step(self, change: Change, number: int) -> Change:
         """The aggregate after every method's server step. Raises HookError."""
         for n, m in self.stack.using("step"):
-            change = dict(m.step(change, self.context(n, number)))
+            change = dict(check_mapping(n, "step", run_hook(n, m, "step", change, self.context(n, number))))
             self._check(n, "step", change)
         return change
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import Conflict
 from .contexts import Round
+from .hook_errors import check_mapping, run_hook
 from .method import EXCLUSIVE, HOOKS, Method, overrides
 from .spec import Spec
 from .tensors import Array
@@ -110,8 +111,8 @@ class Stack:
     def wire_bits(self, numbers: float) -> float:
         """Bits that an upload of so many numbers is expected to take, through all codecs in their order."""
         bits = 32.0 * numbers
-        for _, m in self.using("wire_bits"):
-            bits = m.wire_bits(numbers, bits)
+        for n, m in self.using("wire_bits"):
+            bits = run_hook(n, m, "wire_bits", numbers, bits)
         return bits
 
     def using(self, hook: str) -> list[tuple[str, Method]]:
@@ -127,8 +128,8 @@ class Stack:
         """What the model computes with: `params`, and what methods make of them, in the order of the
         stack."""
         full = dict(params)
-        for _, m in self.using("express"):
-            full.update(m.express(full, spec, xp))
+        for n, m in self.using("express"):
+            full.update(check_mapping(n, "express", run_hook(n, m, "express", full, spec, xp)))
         return full
 
 
