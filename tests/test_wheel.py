@@ -56,7 +56,7 @@ def test_the_wheel_holds_rankfleet_and_nothing_beside_it(wheel: Path) -> None:
     files = [
         p for room in rooms for p in (ROOT / room).rglob("*") if p.is_file() and "__pycache__" not in p.parts
     ]
-    files += list((ROOT / "rankfleet").glob("*.py"))
+    files += [*(ROOT / "rankfleet").glob("*.py"), ROOT / "rankfleet" / "py.typed"]
     assert held == {
         f"rankfleet/{p.relative_to(ROOT)}".replace("rankfleet/rankfleet/", "rankfleet/") for p in files
     }
